@@ -1,0 +1,1 @@
+"""gdn-ir: one program for the gated delta rule, compiled."""

@@ -1,0 +1,137 @@
+"""What must hold of every program, at every stage: one table of rules, run after the tracer and after each pass."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from gdn_ir.nodes import At, IRError, Node, Op, infer
+from gdn_ir.program import Program, ScanView, Scopes, toposort
+
+Finding = tuple[Node, str]
+RULES: list[Callable[[Program], Iterator[Finding]]] = []
+
+
+class VerifyError(IRError):
+    """A program breaks a rule; the message says which, at which node, from which line."""
+
+
+def rule(check: Callable[[Program], Iterator[Finding]]) -> Callable[[Program], Iterator[Finding]]:
+    RULES.append(check)
+    return check
+
+
+def verify(program: Program) -> Program:
+    """The program itself, if it keeps every rule. Raises VerifyError at the first that it breaks."""
+    for check in RULES:
+        for node, problem in check(program):
+            raise VerifyError(f"{program.name}: {problem}\n  in {program.describe(node)}")
+    return program
+
+
+@rule
+def types_follow(program: Program) -> Iterator[Finding]:
+    for n in program.nodes():
+        expected = infer(n.op, n.args, dict(n.attr))
+        if expected != n.type:
+            yield n, f"has type {n.type}, its arguments make it {expected}"
+
+
+@rule
+def roots_are_effects(program: Program) -> Iterator[Finding]:
+    for n in program.roots:
+        if n.type.dtype != "effect":
+            yield n, f"only stores and scans may be roots, got a value of type {n.type}"
+
+
+@rule
+def tensors_agree(program: Program) -> Iterator[Finding]:
+    seen: dict[str, Node] = {}
+    for n in program.nodes():
+        if n.op in (Op.LOAD, Op.STORE):
+            first = seen.setdefault(n["tensor"].name, n)
+            if first["tensor"] != n["tensor"]:
+                yield n, f"tensor {n['tensor']} was declared as {first['tensor']}"
+            for t in n["index"]:
+                if isinstance(t, At) and t.grid not in program.grid:
+                    yield n, f"index {t} is not on the grid {program.grid}"
+
+
+@rule
+def carries_stay_home(program: Program) -> Iterator[Finding]:
+    """A carry is read only inside its scan, under the name and axes the scan gives it."""
+    owner: dict[str, Node] = {}
+    for scan in program.scans():
+        view = ScanView.of(scan)
+        if view.axis not in view.chain:
+            yield scan, f"scans {view.axis}, which is not in its chain {view.chain}"
+        for name, init in zip(view.carries, view.inits, strict=True):
+            if name in owner:
+                yield scan, f"carry {name!r} belongs to two scans"
+            owner[name] = scan
+            for carry in toposort(view.nexts + view.effects):
+                if carry.op is Op.CARRY and carry["name"] == name:
+                    if carry["scan"] != view.axis:
+                        yield carry, f"is said to belong to scan {carry['scan']}, but scan {view.axis} carries it"
+                    if carry.axes != init.axes:
+                        yield carry, f"has axes {carry.axes}, but starts as {init.type}"
+            if name in _carries_of(view.inits):
+                yield scan, f"carry {name!r} is used to start itself"
+    for name in _carries_of(program.roots):
+        if name not in owner:
+            yield next(n for n in program.nodes() if n.op is Op.CARRY and n["name"] == name), f"carry {name!r} has no scan"
+
+
+def _carries_of(roots: tuple[Node, ...]) -> dict[str, None]:
+    return {n["name"]: None for n in toposort(roots) if n.op is Op.CARRY}
+
+
+@rule
+def scopes_close(program: Program) -> Iterator[Finding]:
+    scopes = Scopes(program.roots)
+    for root in program.roots:
+        if scopes[root]:
+            yield root, f"varies with scan {', '.join(sorted(scopes[root]))} but stands outside it"
+    for scan in program.scans():
+        view = ScanView.of(scan)
+        for effect in view.effects:
+            if effect.op is Op.STORE and view.axis not in scopes[effect]:
+                yield effect, f"is written in every iteration of scan {view.axis}, always at the same place"
+        for init in view.inits:
+            if view.axis in scopes[init]:
+                yield init, f"starts a carry of scan {view.axis} but varies with it"
+
+
+@rule
+def finals_exist(program: Program) -> Iterator[Finding]:
+    for n in program.nodes():
+        if n.op is Op.FINAL and not (n.args[0].op is Op.SCAN and 0 <= n["i"] < len(n.args[0]["carries"])):
+            yield n, "does not name a carry of a scan"
+
+
+@rule
+def memory_is_ordered(program: Program) -> Iterator[Finding]:
+    """A tensor that is read and written has an effect edge from each load to each store, or back."""
+    under: dict[Node, frozenset[Node]] = {}
+    memory: dict[str, tuple[list[Node], list[Node]]] = {}
+    for n in program.nodes():
+        mine = frozenset({n}) if n.op in (Op.LOAD, Op.STORE) else frozenset()
+        under[n] = mine.union(*(under[a] for a in n.args))
+        if n.op in (Op.LOAD, Op.STORE):
+            memory.setdefault(n["tensor"].name, ([], []))[n.op is Op.STORE].append(n)
+    for loads, stores in memory.values():
+        for load in loads:
+            for store in stores:
+                if store not in under[load] and load not in under[store]:
+                    yield store, f"and a load of {store['tensor'].name} have no order; give one of them the other as `after`"
+
+
+@rule
+def sums_cover(program: Program) -> Iterator[Finding]:
+    """Grid points that write the same place must be summed, and only those."""
+    for n in program.nodes():
+        if n.op is Op.STORE:
+            exclusive = {t.grid for t in n["index"] if isinstance(t, At) and t.share is None}
+            if any(type(t).__name__ in ("Rows", "Slot") for t in n["index"]):
+                exclusive.add("N")
+            missing = set(program.grid) - exclusive - set(n["sum"])
+            if missing and not n["tensor"].temp:
+                yield n, f"is written by every point of {', '.join(sorted(missing))}: say that they are summed"
