@@ -19,7 +19,7 @@ from gdn_ir.nodes import At, IRError, Node, Op, Operand, Rows, Slot, Tensor, Ter
 from gdn_ir.program import Line, Note, Program, only
 
 __all__ = ["broadcast", "cast", "cumsum", "decay_mask", "dot", "elem", "exp", "eye", "floordiv", "index", "last", "log",
-           "lower", "maximum", "reduce_max", "reduce_sum", "rsqrt", "select", "sigmoid", "softplus", "strict_lower",
+           "lower", "maximum", "product", "reduce_max", "reduce_sum", "rsqrt", "select", "sigmoid", "softplus", "strict_lower",
            "tri_solve", "zeros", "Tracer"]
 
 _HERE = {__file__, ir.__file__}
@@ -99,6 +99,12 @@ def strict_lower(x: Operand, axis: str = "C") -> Node:
 def decay_mask(G: Node, axis: str = "C") -> Node:
     """exp(G_i - G_j) for i >= j, 0 above. The argument is masked, not the value: above the diagonal exp overflows."""
     return exp(lower(G - G.twin(axis), axis, outside=-math.inf))
+
+
+def product(x: Node, y: Node, axis: str = "C") -> Node:
+    """The matrix product of two tiles on [axis, axis']."""
+    t, shifted = twin(axis), make(Op.TWIN, (make(Op.TWIN, (y,), axis=twin(axis)),), axis=axis)    # y on [C', C'']
+    return make(Op.TWIN, (dot(x, shifted, over=t),), axis=t)
 
 
 def eye(axis: str = "C") -> Node:

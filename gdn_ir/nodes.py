@@ -35,7 +35,7 @@ class Op(Enum):
     DOT = auto()        # attr over
     REDUCE = auto()     # attr fn, over
     CUMSUM = auto()     # attr axis, reverse
-    TWIN = auto()       # attr axis: swaps the names axis and axis'
+    TWIN = auto()       # attr axis: swaps the names axis and axis' (axis may be a twin itself: C' and C'')
     TRI_SOLVE = auto()  # u with (I + M) u = r; attr axis, block (solve only the diagonal blocks of that size)
     CARRY = auto()      # what a scan carries into an iteration; attr name, scan, axes
     SCAN = auto()       # args inits, nexts, effects; attr axis, chain, tile, carries, reverse
@@ -335,7 +335,7 @@ def infer(op: Op, args: tuple[Node, ...], attr: dict[str, Any]) -> Type:
             return args[0].type
         case Op.TWIN:
             a = attr["axis"]
-            swap = {a: twin(a), twin(a): a}
+            swap = {a: a + "'", a + "'": a}
             return Type(tuple(sorted(swap.get(x, x) for x in args[0].axes)), args[0].type.dtype)
         case Op.TRI_SOLVE:
             m, r, a = *args, attr["axis"]
