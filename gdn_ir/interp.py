@@ -14,7 +14,7 @@ from functools import cached_property
 
 import torch
 
-from gdn_ir.nodes import At, IRError, Node, Op, Rows, Slot, Tensor, Tile, Turn, base, make
+from gdn_ir.nodes import At, IRError, Node, Op, Rows, Slot, Tensor, Tile, Turn, base, make, stored_axes
 from gdn_ir.program import Program, ScanView, Scopes, token_chains
 
 Array = torch.Tensor
@@ -158,19 +158,23 @@ class _Run:
         start = self.sizes.cu[n] + self.chunk(chain, env) * c
         return start, max(0, min(c, self.sizes.cu[n + 1] - start))
 
-    def extent(self, axis: str, env: _Env) -> tuple[int, int, int]:
-        """Of a tile axis: its first coordinate, the valid coordinates from there, and the extent of the tile."""
+    def extent(self, axis: str, env: _Env) -> tuple[int, int]:
+        """Of a tile axis: its first coordinate, and the extent of the tile."""
         a = base(axis)
-        full = self.sizes.axes[a]
-        tile = self.sizes.tiles.get(a, full)
-        if a + "#" in self.p.grid:
-            start = self.point[a + "#"] * tile
-            valid = min(tile, full - start)
-        elif a in self.tokens:
-            start, valid, tile = 0, self.rows(self.tokens[a], a, env)[1], full
-        else:
-            start, valid = 0, full
-        return start, valid, tile if self.padded else valid
+        start, tile = self._split(a)
+        return start, tile if self.padded else self.valid(axis, env)
+
+    def valid(self, axis: str, env: _Env) -> int:
+        """How many coordinates of the tile exist."""
+        a = base(axis)
+        if a in self.tokens:
+            return self.rows(self.tokens[a], a, env)[1]
+        start, tile = self._split(a)
+        return min(tile, self.sizes.axes[a] - start)
+
+    def _split(self, axis: str) -> tuple[int, int]:
+        tile = self.sizes.tiles.get(axis, self.sizes.axes[axis])
+        return (self.point[axis + "#"] * tile if axis + "#" in self.p.grid else 0), tile
 
     @cached_property
     def tokens(self) -> dict[str, tuple[str, ...]]:
@@ -199,11 +203,11 @@ class _Run:
             case Op.PARAM:
                 return torch.tensor(self.params[n["name"]], dtype=torch.float64)
             case Op.INDEX:
-                start, _, extent = self.extent(n["axis"], env)
+                start, extent = self.extent(n["axis"], env)
                 return torch.arange(start, start + extent, dtype=torch.float64)
             case Op.VALID:
-                start, valid, _ = self.extent(n["axis"], env)
-                return torch.tensor(float(start + valid), dtype=torch.float64)
+                start = self._split(base(n["axis"]))[0]
+                return torch.tensor(float(start + self.valid(n["axis"], env)), dtype=torch.float64)
             case Op.LOAD:
                 return self._load(n, env)
             case Op.STORE:
@@ -217,7 +221,7 @@ class _Run:
                 c, a, b = (self._align(a, x.axes, n.axes) for a, x in zip(args, n.args, strict=True))
                 return torch.where(c, a, b)
             case Op.BROADCAST:
-                shape = [self.extent(a, env)[2] for a in n.axes]
+                shape = [self.extent(a, env)[1] for a in n.axes]
                 return self._align(args[0], n.args[0].axes, n.axes).expand(shape)
             case Op.DOT:
                 every = sorted(set(n.args[0].axes) | set(n.args[1].axes))
@@ -278,16 +282,19 @@ class _Run:
         for term, dim in zip(n["index"], n["tensor"].dims, strict=True):
             match term:
                 case Tile(axis):
-                    start, valid, extent = self.extent(axis, env)
-                    if axis.endswith("'"):                    # columns of a row-major C x C' tile are all stored
-                        valid = extent
+                    start, extent = self.extent(axis, env)
+                    # columns of a row-major [C, C'] tile are all stored
+                    valid = extent if axis.endswith("'") else self.valid(axis, env)
                     where.append(slice(start, start + valid))
                     pad.append(extent - valid)
                 case At(grid, share):
                     group = self.sizes.dim(grid) // self.sizes.dim(dim) if share else 1
                     where.append(self.point[grid] // group)
-                case Rows(chain, tile):
+                case Rows(chain, tile, single):
                     first, valid = self.rows(chain, tile, env)
+                    if single:
+                        where.append(first)
+                        continue
                     where.append(slice(first, first + valid))
                     pad.append((self.sizes.axes[base(tile)] if self.padded else valid) - valid)
                 case Slot(chain, tile):
@@ -301,13 +308,13 @@ class _Run:
         tile = self.memory[n["tensor"].name][tuple(where)]
         padding = [x for p in reversed(pad) for x in (0, p)]
         tile = torch.nn.functional.pad(tile, padding) if any(padding) else tile
-        order = [t.axis if isinstance(t, Tile) else t.tile for t in n["index"] if isinstance(t, Tile | Rows)]
+        order = stored_axes(n["index"])
         return tile.permute([order.index(a) for a in n.axes])
 
     def _store(self, n: Node, value: Array, env: _Env) -> None:
         where, _ = self._address(n, env)
         target = self.memory[n["tensor"].name]
-        order = [t.axis if isinstance(t, Tile) else t.tile for t in n["index"] if isinstance(t, Tile | Rows)]
+        order = stored_axes(n["index"])
         value = value.permute([n.args[0].axes.index(a) for a in order])
         place = target[tuple(where)]
         value = value[tuple(slice(0, s) for s in place.shape)]

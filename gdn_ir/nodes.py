@@ -84,9 +84,13 @@ class At:
 
 @dataclass(frozen=True)
 class Rows:
-    """Tokens of this sequence: rows of the tile axis in the iteration that the scan axes of `chain` have reached."""
+    """Tokens of this sequence: rows of the tile axis in the iteration that the scan axes of `chain` have reached.
+
+    single: chunks of one token, so the tile axis is gone and the row is a scalar.
+    """
     chain: tuple[str, ...]
     tile: str
+    single: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,13 @@ class Tensor:
 
 
 def term_axes(index: tuple[Term, ...]) -> tuple[str, ...]:
-    return tuple(sorted(t.axis if isinstance(t, Tile) else t.tile for t in index if isinstance(t, Tile | Rows)))
+    return tuple(sorted(stored_axes(index)))
+
+
+def stored_axes(index: tuple[Term, ...]) -> tuple[str, ...]:
+    """The tile axes an index covers, in the order of the dimensions."""
+    return tuple(t.axis if isinstance(t, Tile) else t.tile for t in index
+                 if isinstance(t, Tile) or (isinstance(t, Rows) and not t.single))
 
 
 def term_scans(index: tuple[Term, ...]) -> frozenset[str]:

@@ -84,6 +84,12 @@ def sub_zero(n: Node) -> Node | None:
 
 
 @rule
+def sub_self(n: Node) -> Node | None:
+    """x - x -> 0"""
+    return _like(0.0, n) if _is(n, "sub") and n.args[0] is n.args[1] else None
+
+
+@rule
 def mul_one(n: Node) -> Node | None:
     """x * 1 -> x"""
     x = _other(n, "mul", 1.0)
