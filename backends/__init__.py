@@ -1,0 +1,9 @@
+"""The backends, by name."""
+from __future__ import annotations
+
+from gdn_ir.backends.base import Backend, Reason
+from gdn_ir.backends.triton import Triton
+
+BACKENDS: dict[str, Backend] = {b.name: b for b in (Triton(),)}
+
+__all__ = ["BACKENDS", "Backend", "Reason"]

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from gdn_ir.nodes import At, IRError, Node, Op, infer
+from gdn_ir.nodes import At, IRError, Node, Op, Rows, Slot, Tile, infer
 from gdn_ir.program import Program, ScanView, Scopes, toposort
 
 Finding = tuple[Node, str]
@@ -130,7 +130,8 @@ def sums_cover(program: Program) -> Iterator[Finding]:
     for n in program.nodes():
         if n.op is Op.STORE:
             exclusive = {t.grid for t in n["index"] if isinstance(t, At) and t.share is None}
-            if any(type(t).__name__ in ("Rows", "Slot") for t in n["index"]):
+            exclusive |= {t.axis + "#" for t in n["index"] if isinstance(t, Tile)}
+            if any(isinstance(t, Rows | Slot) for t in n["index"]):
                 exclusive.add("N")
             missing = set(program.grid) - exclusive - set(n["sum"])
             if missing and not n["tensor"].temp:

@@ -1,0 +1,95 @@
+"""Triton: Ampere and Hopper."""
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source
+from gdn_ir.backends.triton import emit as printer
+from gdn_ir.backends.triton.runtime import CLEAR_TAIL
+from gdn_ir.cache import load_source
+from gdn_ir.nodes import Op
+from gdn_ir.program import Scopes
+
+TARGETS = ("sm_80", "sm_90")
+
+
+class Triton:
+    name = "triton"
+
+    def supports(self, kernel: Kernel, arch: str) -> Reason | None:
+        if arch not in TARGETS and not interpreting():
+            return Reason(f"triton lowers to {' and '.join(TARGETS)}, not to {arch}")
+        for n in kernel.program.nodes():
+            if n.op is Op.STORE and n["sum"]:
+                return Reason(f"triton does not lower a store summed over {', '.join(n['sum'])} yet ({n['tensor'].name})")
+            if n.type.dtype == "f64":
+                return Reason("triton: matrix units have no float64 here; use the torch backend")
+            if len(n.axes) > 2 and n.op is not Op.SCAN:
+                return Reason(f"triton tiles have at most two axes, got {kernel.program.describe(n)}")
+            if n.op is Op.TRI_SOLVE and dict(n.attr).get("transpose"):
+                return Reason("triton does not lower the transposed solve yet")
+        if len({r.op for r in kernel.program.roots}) > 1 and any(Scopes(kernel.program.roots)[r] for r in kernel.program.roots):
+            return Reason("triton needs every root outside of scans")
+        return None
+
+    def tile(self, axis: str, extent: int) -> int:
+        return max(16, 1 << (extent - 1).bit_length()) if extent > 1 else 1
+
+    def products(self, io: str, arch: str) -> str:
+        return "tf32x3" if io == "f32" else io
+
+    def emit(self, kernel: Kernel, arch: str) -> Source:
+        return printer.emit(kernel)
+
+    def compile(self, kernel: Kernel, source: Source, arch: str) -> Launch:
+        function = getattr(load_source(self.name, source.kernel, source.hash, source.text), source.kernel)
+        tensors = [t.name for t in kernel.tensors()]
+        params, heads = kernel.program.params(), printer.heads(kernel)
+        grid_heads = [a for a in kernel.program.grid if a != "N" and not a.endswith("#")]
+        tiles = 1
+        for a in kernel.splits:
+            tiles *= -(-kernel.extents[a] // kernel.tile(a))
+        chunk = kernel.parallel and kernel.extents[kernel.parallel.tile]
+        options = {"num_warps": kernel.options.num_warps, "num_stages": kernel.options.num_stages}
+
+        def launch(memory: Mapping[str, torch.Tensor], values: Mapping[str, float], call: Call) -> None:
+            if not chunk:
+                blocks = call.sequences
+            elif kernel.varlen:
+                blocks = call.slots(chunk)
+            else:
+                blocks = call.sequences * -(-call.length // chunk)
+            blocks *= tiles
+            for a in grid_heads:
+                blocks *= call.heads[a]
+            if blocks:
+                cu = [call.cu_seqlens] if kernel.varlen else []
+                function[(blocks,)](*(memory[t] for t in tensors), *cu, *(values[p] for p in params), call.length,
+                                    call.sequences, *(call.heads[h] for h in heads), **options)
+        return launch
+
+    def clear_tail(self, x: torch.Tensor, call: Call) -> None:
+        """Zero the rows of a packed tensor past the last sequence, without reading cu_seqlens on the host."""
+        if x.numel():
+            row = x[0, 0].numel() if x.ndim > 2 else 1
+            _clear()[(min(256, x.shape[0]),)](x, call.cu_seqlens, x.shape[0], call.sequences, row, 1024, x.shape[1])
+
+    def version(self) -> str:
+        import triton
+        return f"triton {triton.__version__}"
+
+
+def interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@lru_cache(maxsize=1)
+def _clear() -> Any:
+    text = "import triton\nimport triton.language as tl\n" + CLEAR_TAIL
+    source = Source("clear_tail", text)
+    return load_source("triton", source.kernel, source.hash, text).clear_tail

@@ -1,0 +1,117 @@
+"""What a backend is, and the kernel it is given: one program with its extents, dtypes and options decided."""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from gdn_ir.nodes import Op, Tensor, base
+from gdn_ir.program import Program, ScanView
+from gdn_ir.schedules.schedule import KernelOptions
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a backend declines."""
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel: a program in machine numbers, guarded against padding.
+
+    extents: sizes of the axes fixed at compile time (C, K, V). tiles: extents of the tiles over them, larger where an axis is
+    padded, smaller where it is split over the grid. varlen: sequences are found through cu_seqlens, else all have length T.
+    """
+    name: str
+    program: Program
+    extents: Mapping[str, int]
+    tiles: Mapping[str, int]
+    options: KernelOptions
+    varlen: bool
+    origin: str = ""                           # schedule and instance, for the header of the emitted source
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def parallel(self) -> ScanView | None:
+        """The scan over chunks, if it carries nothing: its chunks go to the grid."""
+        scans = [r for r in self.program.roots if r.op is Op.SCAN]
+        return ScanView.of(scans[0]) if len(self.program.roots) == 1 and scans and not scans[0]["carries"] else None
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Tile axes that are split over the grid."""
+        return tuple(a[:-1] for a in self.program.grid if a.endswith("#"))
+
+    def tile(self, axis: str) -> int:
+        return self.tiles.get(base(axis), self.extents[base(axis)])
+
+    def padded(self, axis: str) -> bool:
+        """Whether a tile can reach past the end of an axis of fixed extent."""
+        return self.extents[base(axis)] % self.tile(axis) != 0
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(self.program.tensors().values())
+
+
+@dataclass(frozen=True)
+class Source:
+    """Emitted text. `hash` covers what runs (the header with its versions aside): the key of a measurement."""
+    kernel: str
+    text: str
+
+    @property
+    def hash(self) -> str:
+        body = "\n".join(line for line in self.text.splitlines() if not line.startswith("#"))
+        return hashlib.sha256(body.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Call:
+    """Runtime sizes of one call. tokens: rows of packed tensors; length: T of each sequence (dense) or all tokens (varlen)."""
+    sequences: int
+    tokens: int
+    length: int
+    heads: Mapping[str, int]
+    cu_seqlens: torch.Tensor | None = None
+
+    def slots(self, chunk: int) -> int:
+        """Places for chunks, one for each chunk of each sequence (a few stay empty)."""
+        return self.tokens // chunk + self.sequences
+
+    def shape(self, kernel: Kernel, tensor: Tensor, chunk: int) -> tuple[int, ...]:
+        """The extents of a tensor in this call."""
+        known = {"T": self.tokens, "N": self.sequences, "X": self.slots(chunk), **self.heads}
+        return tuple(known[d] if d in known else kernel.extents[base(d)] for d in tensor.dims)
+
+
+Launch = Callable[[Mapping[str, "torch.Tensor"], Mapping[str, float], Call], None]
+
+
+class Backend(Protocol):
+    """Turns kernels into callables. It knows tiles; it never asks what program it serves."""
+    name: str
+
+    def supports(self, kernel: Kernel, arch: str) -> Reason | None:
+        """None if this kernel can be emitted for the architecture, else why not."""
+
+    def tile(self, axis: str, extent: int) -> int:
+        """The extent of the tile that holds a whole axis (a power of two, where the target needs one)."""
+
+    def products(self, io: str, arch: str) -> str:
+        """The dtype that products' operands take when the schedule leaves it to the inputs' dtype."""
+
+    def emit(self, kernel: Kernel, arch: str) -> Source:
+        """The source, readable on its own."""
+
+    def compile(self, kernel: Kernel, source: Source, arch: str) -> Launch:
+        """A callable over (memory, params, sizes) that launches the kernel."""
+
+    def version(self) -> str:
+        """The toolchain's version, part of every cache key."""

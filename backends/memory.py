@@ -1,0 +1,80 @@
+"""Addresses and masks, shared by the printers: where a load or store lies, as text over names that a printer defines.
+
+The names: `t0` the first token of the chunk, `slot` its place among all chunks, `n` the sequence, `i_HV` a grid axis,
+`i_H` a grid axis shared by heads, `C`, `K`, `V` the coordinates along tile axes.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gdn_ir.backends.base import Kernel
+from gdn_ir.nodes import At, Node, Rows, Slot, Tensor, Tile, Turn, base
+
+
+@dataclass(frozen=True)
+class Address:
+    """start: element offset of the tile (scalar text). strides: for each tile axis, in the order of the value's axes, its
+    stride as text. bounds: the axes whose coordinates must be checked."""
+    start: str
+    strides: tuple[tuple[str, str], ...]
+    bounds: tuple[str, ...]
+
+
+def size(kernel: Kernel, dim: str) -> str | int:
+    """The size of a tensor's dimension: a number where it is fixed at compile time, a runtime name where not."""
+    return kernel.extents.get(base(dim), dim)
+
+
+def product(factors: list[str | int]) -> str:
+    """A product as text, its numbers multiplied out."""
+    number, names = 1, []
+    for f in factors:
+        if isinstance(f, int):
+            number *= f
+        else:
+            names.append(f)
+    return " * ".join(names + ([str(number)] if number != 1 or not names else []))
+
+
+def stride(kernel: Kernel, tensor: Tensor, position: int) -> list[str | int]:
+    return [size(kernel, d) for d in tensor.dims[position + 1:]]
+
+
+def address(kernel: Kernel, node: Node) -> Address:
+    """Where the tile of a LOAD or STORE lies in its tensor (contiguous, last dimension fastest)."""
+    tensor: Tensor = node["tensor"]
+    terms: list[str] = []
+    strides: dict[str, str] = {}
+    bounds: list[str] = []
+    for i, term in enumerate(node["index"]):
+        step = stride(kernel, tensor, i)
+        scalar: str | None = None
+        match term:
+            case Tile(axis):
+                strides[axis] = product(step)
+                if kernel.padded(axis) and not axis.endswith("'"):
+                    bounds.append(axis)
+            case At(grid, share):
+                scalar = "n" if grid == "N" else f"i_{share or grid}"
+            case Rows(_, axis, single):
+                scalar = "t0"
+                if not single:
+                    strides[axis] = product(step)
+                    bounds.append(axis)
+            case Slot():
+                scalar = "slot"
+            case Turn(scan):
+                scalar = f"i_{scan}"
+        if scalar is not None:
+            factor = product(step)
+            terms.append(scalar if factor == "1" else f"{scalar} * ({factor})" if " " in factor else f"{scalar} * {factor}")
+    axes = node.axes if node.axes else node.args[0].axes if node.args else ()
+    order = tuple(sorted(strides)) if not axes else axes
+    return Address(" + ".join(terms) or "0", tuple((a, strides[a]) for a in order), tuple(a for a in order if a in bounds))
+
+
+def index_suffix(axes: tuple[str, ...], to: tuple[str, ...]) -> str:
+    """How a value over `axes` is indexed to stand among values over `to`: "[:, None]"; nothing where they agree."""
+    if axes == to or not axes:
+        return ""
+    return "[" + ", ".join(":" if a in axes else "None" for a in to) + "]"

@@ -1,0 +1,164 @@
+"""Prints a kernel as Triton: header, helpers, signature, where this block works, then the statements."""
+from __future__ import annotations
+
+import re
+
+from gdn_ir.backends.base import Kernel, Source
+from gdn_ir.backends.linearize import Assign, Linear, Loop, Stmt, Write
+from gdn_ir.backends.triton.rules import RULES
+from gdn_ir.backends.triton.runtime import HELPERS, NEEDS
+from gdn_ir.nodes import At, Node, Op, Rows, Slot, base
+from gdn_ir.program import ScanView
+
+INDENT = "    "
+
+
+def heads(kernel: Kernel) -> tuple[str, ...]:
+    """The sizes of head dimensions that the kernel takes at run time: grid axes and the dimensions that share them."""
+    found = {a: None for a in kernel.program.grid if a != "N" and not a.endswith("#")}
+    for n in kernel.program.nodes():
+        if n.op in (Op.LOAD, Op.STORE):
+            found |= {t.share: None for t in n["index"] if isinstance(t, At) and t.share}
+    return tuple(found)
+
+
+def signature(kernel: Kernel) -> list[str]:
+    return [*(f"{t.name}_ptr" for t in kernel.tensors()), *(["cu_ptr"] if kernel.varlen else []), *kernel.program.params(),
+            "T", "N", *heads(kernel)]
+
+
+class Printer:
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        names = set(signature(kernel)) | {"tl", "triton", "n", "slot", "t0", "first", "length", "pid", "start"}
+        axes = {base(a) for n in kernel.program.nodes() for a in n.axes}
+        self.axes = sorted(axes)
+        names |= axes | {f"in_{a}" for a in axes} | {f"i_{h}" for h in heads(kernel)} | set(HELPERS)
+        self.linear = Linear(kernel, RULES, frozenset(names))
+        self.lines: list[str] = []
+        self.said: str = ""
+        terms = [t for n in kernel.program.nodes() if n.op in (Op.LOAD, Op.STORE) for t in n["index"]]
+        self.slots = any(isinstance(t, Slot) for t in terms)
+        self.token_tile = next((t.tile for t in terms if isinstance(t, Rows | Slot)), None)
+        self.single = any(isinstance(t, Rows) and t.single for t in terms)
+
+    def put(self, depth: int, text: str) -> None:
+        self.lines.append(INDENT * depth + text)
+
+    # -- the kernel
+
+    def source(self) -> Source:
+        k = self.kernel
+        self.put(0, "@triton.jit(do_not_specialize=[" + ", ".join(repr(s) for s in ("T", "N", *heads(k))) + "])")
+        self.put(0, f"def {k.name}({', '.join(signature(k))}):")
+        self.prologue()
+        self.block(self.linear.body, 1)
+        body = "\n".join(self.lines) + "\n"
+        used = [h for h in HELPERS if re.search(rf"\b{h}\(", body)]
+        used = [h for h in HELPERS if h in used or any(h in NEEDS.get(u, ()) for u in used)]
+        header = "".join(f"# {line}\n" for line in (f"{k.name}: emitted by gdn-ir", *k.origin.splitlines()))
+        helpers = "".join(HELPERS[h] + "\n" for h in reversed(used))
+        return Source(k.name, f"{header}import triton\nimport triton.language as tl\n\n{helpers}\n{body}")
+
+    def prologue(self) -> None:
+        """Which tile, head, sequence and chunk this block owns."""
+        k, grid = self.kernel, self.kernel.program.grid
+        chunk = k.extents.get(self.token_tile or "", 1)
+        self.put(1, "pid = tl.program_id(0)")
+        for a in reversed([g for g in grid if g != "N"]):
+            if a.endswith("#"):
+                axis, tile = a[:-1], k.tile(a[:-1])
+                count = -(-k.extents[axis] // tile)
+                self.put(1, f"start = (pid % {count}) * {tile}")
+                self.put(1, f"pid = pid // {count}")
+            else:
+                self.put(1, f"i_{a} = pid % {a}")
+                self.put(1, f"pid = pid // {a}")
+        for n in k.program.nodes():
+            if n.op in (Op.LOAD, Op.STORE):
+                for t in n["index"]:
+                    text = f"i_{t.share} = i_{t.grid} // ({t.grid} // {t.share})" if isinstance(t, At) and t.share else ""
+                    if text and INDENT + text not in self.lines:
+                        self.put(1, text)
+        if k.parallel and k.varlen:
+            self.put(1, f"n, first, length = locate(pid, cu_ptr, T, N, {chunk})")
+            self.put(1, f"i_X = (pid - first // {chunk} - n).to(tl.int32)")
+            self.put(1, f"if i_X < 0 or i_X * {chunk} >= length:")
+            self.put(2, "return")
+        elif k.parallel:
+            self.put(1, f"i_X = pid % tl.cdiv(T, {chunk})")
+            self.put(1, f"n = (pid // tl.cdiv(T, {chunk})).to(tl.int64)")
+            self.put(1, "first, length = n * T, T")
+        else:
+            self.put(1, "n = pid.to(tl.int64)")
+            self.put(1, "first, length = bounds(n, cu_ptr, T)" if k.varlen else "first, length = n * T, T")
+        for a in self.axes:
+            split = "start + " if a in k.splits else ""
+            self.put(1, f"{a} = {split}tl.arange(0, {k.tile(a)})")
+            if k.padded(a):
+                self.put(1, f"in_{a} = {a} < {k.extents[a]}")
+        if k.parallel:
+            self.chunk(k.parallel, 1)
+
+    def chunk(self, scan: ScanView, depth: int) -> None:
+        """At the start of a chunk: its first token, its slot, which of its rows exist."""
+        size = self.kernel.extents[scan.tile]
+        outer, *inner = scan.chain
+        at = f"i_{outer}"
+        for a in inner:
+            at = f"({at} * {self.kernel.extents[a]} + i_{a})"
+        self.put(depth, f"t0 = first + {at} * {size}")
+        if self.slots:
+            self.put(depth, f"slot = first // {size} + n + {at}")
+        if not self.single:
+            self.put(depth, f"rows = length - {at} * {size}")
+            self.put(depth, f"in_{scan.tile} = {scan.tile} < rows")
+
+    # -- statements
+
+    def block(self, body: list[Stmt], depth: int) -> None:
+        for s in body:
+            if isinstance(s, Loop):
+                self.loop(s, depth)
+            else:
+                self.say(s.node.args[0] if isinstance(s, Write) else s.node, depth)
+                self.put(depth, self.linear.expression(s.node) if isinstance(s, Write)
+                         else f"{s.name} = {self.linear.expression(s.node)}")
+
+    def say(self, node: Node, depth: int) -> None:
+        """The line of the user's program behind the next statements, when it changes."""
+        where = self.linear.lines(node)
+        text = f"# {where[0]}  {where[0].text}" if where else ""
+        if text and text != self.said:
+            self.put(depth, text[:150])
+            self.said = text
+
+    def loop(self, s: Loop, depth: int) -> None:
+        scan, text = s.scan, self.linear.text
+        for name, start in zip(s.carries, s.starts, strict=True):
+            self.put(depth, f"{name} = {text(start)}")
+        trips = self.trips(scan)
+        if scan.reverse:
+            self.put(depth, f"for turn in range(0, {trips}):")
+            self.put(depth + 1, f"i_{scan.axis} = {trips} - 1 - turn")
+        else:
+            self.put(depth, f"for i_{scan.axis} in range(0, {trips}):")
+        if scan.axis == scan.chain[-1]:
+            self.chunk(scan, depth + 1)
+        self.block(s.body, depth + 1)
+        if s.carries:
+            self.say(scan.nexts[0], depth + 1)
+            self.put(depth + 1, f"{', '.join(s.carries)} = {', '.join(text(x) for x in scan.nexts)}")
+
+    def trips(self, scan: ScanView) -> str:
+        outer, *inner = scan.chain
+        if scan.axis != outer:
+            return str(self.kernel.extents[scan.axis])
+        size = self.kernel.extents[scan.tile]
+        for a in inner:
+            size *= self.kernel.extents[a]
+        return f"tl.cdiv(length, {size})" if size > 1 else "length"
+
+
+def emit(kernel: Kernel) -> Source:
+    return Printer(kernel).source()

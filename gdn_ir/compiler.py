@@ -1,0 +1,191 @@
+"""From a program and a schedule to something that runs: plan, fit to extents, machine numbers, padding, split, backend."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+
+from gdn_ir.backends.base import Backend, Call, Kernel, Launch, Reason, Source
+from gdn_ir.legalize import collapse, small_products
+from gdn_ir.nodes import IRError, Tensor, base
+from gdn_ir.padding import pad
+from gdn_ir.precision import precision, storage
+from gdn_ir.program import Program, tile_axes, token_chains
+from gdn_ir.programs.gated_delta import Switches, build
+from gdn_ir.rewrite import simplify
+from gdn_ir.schedules import steps
+from gdn_ir.schedules.schedule import Schedule
+from gdn_ir.split import split
+
+TORCH = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "f64": torch.float64}
+NAMES = {v: k for k, v in TORCH.items()}
+
+
+class Unsupported(ValueError):
+    """A backend declines a kernel; the message is its reason."""
+
+
+@dataclass(frozen=True)
+class Instance:
+    """All that is fixed when a kernel of the gated delta rule is compiled. io: dtype of q, k, v, o; beta: of beta."""
+    switches: Switches
+    K: int
+    V: int
+    io: str
+    beta: str
+    varlen: bool
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"K": self.K, "V": self.V}
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        return {"io": self.io, "beta": self.beta}
+
+
+def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, sizes: Mapping[str, int], dtypes: Mapping[str, str],
+          varlen: bool, origin: str = "") -> tuple[Kernel, ...]:
+    """The kernels of a program under a schedule. sizes: extents of its tile axes but the tokens'; dtypes: of its tensors'
+    storage names ("io" first of all). Raises IllegalStep or IRError naming the node that a step or a pass refuses."""
+    io = dtypes["io"]
+    rest = "f64" if io == "f64" else "f32"
+    products = rest if rest == "f64" else schedule.dot if schedule.dot != "io" else backend.products(io, arch)
+    tokens = set(token_chains(program.nodes()))
+    extents = {**sizes, **{a: schedule.chunk for a in tokens}}
+    for a in tile_axes(program):
+        if a not in extents:
+            raise IRError(f"sizes: axis {a} of {program.name} has no extent; given: {', '.join(sorted(extents))}")
+    if schedule.chunk == 1:
+        for a in tokens:
+            program = collapse(program, a)
+    kernels = []
+    for p in steps.apply(program, schedule.steps):
+        options = schedule.options(p.name)
+        p = small_products(p, extents)
+        p = precision(storage(p, **dtypes), products, rest)
+        p = simplify(p)
+        tiles = {a: backend.tile(a, e) for a, e in extents.items()}
+        used = set(tile_axes(p))
+        if options.v_tile is not None and "V" in used and options.v_tile < tiles["V"]:
+            p = split(p, "V")
+            tiles["V"] = options.v_tile
+        padded = {a for a in used if a in tokens or extents[a] % tiles[a]}
+        p = pad(p, frozenset(padded))
+        kernels.append(Kernel(p.name, p, extents, tiles, options, varlen, origin))
+    return tuple(kernels)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Kernels of one program, compiled when first called."""
+    kernels: tuple[Kernel, ...]
+    backend: Backend
+    arch: str
+    state: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def sources(self) -> tuple[Source, ...]:
+        return tuple(self.backend.emit(k, self.arch) for k in self.kernels)
+
+    @cached_property
+    def launches(self) -> tuple[Launch, ...]:
+        return tuple(self.backend.compile(k, s, self.arch) for k, s in zip(self.kernels, self.sources, strict=True))
+
+    @cached_property
+    def temps(self) -> tuple[tuple[Kernel, Tensor, torch.dtype], ...]:
+        found = {t.name: (k, t, TORCH[t.dtype]) for k in self.kernels for t in k.tensors() if t.temp}
+        return tuple(found.values())
+
+    @cached_property
+    def rows_written(self) -> tuple[str, ...]:
+        """Outputs with a row for each token: rows that no sequence owns must be cleared."""
+        return tuple({t.name: None for k in self.kernels for t in k.tensors()
+                      if not t.temp and t.name in k.program.written() and t.dims[0] == "T"})
+
+    @cached_property
+    def chunk(self) -> int:
+        k = self.kernels[0]
+        return k.extents[next(iter(token_chains(k.program.nodes())), "")] if token_chains(k.program.nodes()) else 1
+
+    def __call__(self, memory: Mapping[str, torch.Tensor], params: Mapping[str, float], call: Call) -> None:
+        """Run the kernels in order. memory: contiguous tensors by name, outputs too; temporaries are allocated here."""
+        device = next(iter(memory.values())).device
+        every = dict(memory)
+        for kernel, t, dtype in self.temps:
+            every[t.name] = torch.empty(call.shape(kernel, t, self.chunk), dtype=dtype, device=device)
+        for launch in self.launches:
+            launch(every, params, call)
+        if call.cu_seqlens is not None:
+            for name in self.rows_written:
+                self.backend.clear_tail(every[name], call)
+
+    def apply(self, memory: Mapping[str, torch.Tensor], params: Mapping[str, float], call: Call) -> dict[str, torch.Tensor]:
+        """The functional form, where the backend has one: returns the outputs, and torch can differentiate it."""
+        values = dict(memory)
+        outputs: dict[str, torch.Tensor] = {}
+        for launch in self.launches:
+            result = launch(values, params, call)
+            assert isinstance(result, dict), f"{self.backend.name} has no functional form"
+            values |= result
+            outputs |= result
+        return {name: outputs[name] for k in self.kernels for t in k.tensors() for name in [t.name]
+                if not t.temp and name in k.program.written()}
+
+
+@lru_cache(maxsize=1024)
+def program_of(switches: Switches) -> Program:
+    return build(switches)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run an instance: what the registry chooses among. Compilation happens at the first call."""
+    backend: str
+    instance: Instance
+    schedule: Schedule
+    arch: str
+    compiled: Compiled = field(compare=False, repr=False)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return self.compiled.sources
+
+    def call_of(self, tensors: Mapping[str, torch.Tensor], sequences: int, cu_seqlens: torch.Tensor | None) -> Call:
+        tokens, h = tensors["q"].shape[:2]
+        length = tokens if cu_seqlens is not None else tokens // max(sequences, 1)
+        return Call(sequences, tokens, length, {"H": h, "HV": tensors["v"].shape[1]}, cu_seqlens)
+
+    def __call__(self, tensors: Mapping[str, torch.Tensor], scale: float, sequences: int,
+                 cu_seqlens: torch.Tensor | None = None) -> None:
+        """tensors: packed and contiguous: q, k [T, H, K]; v, o [T, HV, V]; g (float32), beta [T, HV]; initial_state,
+        final_state [N, HV, K, V] float32 ([N, HV, V, K] with state_v_first). Writes o and final_state."""
+        self.compiled(tensors, {"scale": scale}, self.call_of(tensors, sequences, cu_seqlens))
+
+    def apply(self, tensors: Mapping[str, torch.Tensor], scale: float, sequences: int,
+              cu_seqlens: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """The same without writing: returns {"o": ..., "final_state": ...}; differentiable (torch backend only)."""
+        return self.compiled.apply(tensors, {"scale": scale}, self.call_of(tensors, sequences, cu_seqlens))
+
+
+@lru_cache(maxsize=1024)
+def variant(instance: Instance, schedule: Schedule, backend: str, arch: str) -> Variant:
+    """Lower an instance under a schedule for a backend and an architecture ("sm_80", "sm_90", "cpu"). Raises Unsupported
+    with the backend's reason, or IllegalStep where the schedule does not fit the program."""
+    from gdn_ir.backends import BACKENDS
+    if backend not in BACKENDS:
+        raise Unsupported(f"backend: got {backend!r}; accepts {', '.join(BACKENDS)}")
+    b = BACKENDS[backend]
+    origin = f"{instance}\nschedule {schedule.to_json()}"
+    kernels = lower(program_of(instance.switches), schedule, b, arch, instance.sizes, instance.dtypes, instance.varlen, origin)
+    for k in kernels:
+        reason = b.supports(k, arch)
+        if reason is not None:
+            raise Unsupported(str(reason))
+    return Variant(backend, instance, schedule, arch, Compiled(kernels, b, arch))
+
+
+__all__ = ["NAMES", "TORCH", "Compiled", "Instance", "Reason", "Unsupported", "Variant", "base", "lower", "variant"]
