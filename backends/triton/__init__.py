@@ -93,3 +93,22 @@ def _clear() -> Any:
     text = "import triton\nimport triton.language as tl\n" + CLEAR_TAIL
     source = Source("clear_tail", text)
     return load_source("triton", source.kernel, source.hash, text).clear_tail
+
+
+def cross_compile(kernel: Kernel, source: Source, arch: str) -> dict[str, Any]:
+    """Compile for an architecture that need not be here: returns Triton's products (ptx, cubin, ...) by name."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    module = load_source("triton", source.kernel, source.hash, source.text)
+    pointers = {"f32": "*fp32", "tf32": "*fp32", "bf16": "*bf16", "f16": "*fp16"}
+    types: dict[str, str] = {f"{t.name}_ptr": pointers[t.dtype] for t in kernel.tensors()}
+    types |= {"cu_ptr": "*i32"} | {p: "fp32" for p in kernel.program.params()}
+    names = printer.signature(kernel)
+    signature = {n: types.get(n, "i32") for n in names}
+    # what a launch on aligned tensors would specialise on
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr")}
+    code = ASTSource(getattr(module, source.kernel), signature, constexprs={}, attrs=aligned)
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    options = {"num_warps": kernel.options.num_warps, "num_stages": kernel.options.num_stages}
+    return dict(triton.compile(code, target=target, options=options).asm)
