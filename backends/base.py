@@ -8,9 +8,11 @@ from typing import Any, Protocol
 
 import torch
 
-from gdn_ir.nodes import Op, Tensor, base
-from gdn_ir.program import Program, ScanView
+from gdn_ir.nodes import At, Op, Tensor, base
+from gdn_ir.program import Program, ScanView, token_chains
 from gdn_ir.schedules.schedule import KernelOptions
+
+TORCH = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "f64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class Kernel:
         """The scan over chunks, if it carries nothing: its chunks go to the grid."""
         scans = [r for r in self.program.roots if r.op is Op.SCAN]
         return ScanView.of(scans[0]) if len(self.program.roots) == 1 and scans and not scans[0]["carries"] else None
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a chunk; 1 where nothing is cut into chunks."""
+        return next((self.extents[a] for a in token_chains(self.program.nodes())), 1)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -85,18 +92,33 @@ class Call:
         """Places for chunks, one for each chunk of each sequence (a few stay empty)."""
         return self.tokens // chunk + self.sequences
 
-    def shape(self, kernel: Kernel, tensor: Tensor, chunk: int) -> tuple[int, ...]:
+    def shape(self, kernel: Kernel, tensor: Tensor) -> tuple[int, ...]:
         """The extents of a tensor in this call."""
-        known = {"T": self.tokens, "N": self.sequences, "X": self.slots(chunk), **self.heads}
+        known = {"T": self.tokens, "N": self.sequences, "X": self.slots(kernel.chunk), **self.heads}
         return tuple(known[d] if d in known else kernel.extents[base(d)] for d in tensor.dims)
 
 
-Launch = Callable[[Mapping[str, "torch.Tensor"], Mapping[str, float], Call], None]
+Launch = Callable[[Mapping[str, torch.Tensor], Mapping[str, float], Call], "dict[str, torch.Tensor] | None"]
+
+
+def heads(kernel: Kernel) -> tuple[str, ...]:
+    """The sizes of head dimensions that a kernel takes at run time: grid axes and the dimensions that share them."""
+    found = {a: None for a in kernel.program.grid if a != "N" and not a.endswith("#")}
+    for n in kernel.program.nodes():
+        if n.op in (Op.LOAD, Op.STORE):
+            found |= {t.share: None for t in n["index"] if isinstance(t, At) and t.share}
+    return tuple(found)
 
 
 class Backend(Protocol):
-    """Turns kernels into callables. It knows tiles; it never asks what program it serves."""
+    """Turns kernels into callables. It knows tiles; it never asks what program it serves.
+
+    functional: its callables return what they write, and torch can differentiate them; others write into the memory they
+    are given. splits_grid: an axis can be tiled over the grid (where the whole grid runs at once there is no point).
+    """
     name: str
+    functional: bool
+    splits_grid: bool
 
     def supports(self, kernel: Kernel, arch: str) -> Reason | None:
         """None if this kernel can be emitted for the architecture, else why not."""
@@ -112,6 +134,9 @@ class Backend(Protocol):
 
     def compile(self, kernel: Kernel, source: Source, arch: str) -> Launch:
         """A callable over (memory, params, sizes) that launches the kernel."""
+
+    def clear_tail(self, x: torch.Tensor, call: Call) -> None:
+        """Zero the rows of an output that no sequence owns (never called where `functional`)."""
 
     def version(self) -> str:
         """The toolchain's version, part of every cache key."""

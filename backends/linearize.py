@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from gdn_ir.backends.base import Kernel
-from gdn_ir.nodes import Node, Op
+from gdn_ir.nodes import Node, Op, twin
 from gdn_ir.program import Line, ScanView, Scopes, token_chains, uses
 
 
@@ -54,6 +54,7 @@ class Linear:
     def __init__(self, kernel: Kernel, table: Table, reserved: frozenset[str] = frozenset()) -> None:
         self.kernel, self.program, self.table = kernel, kernel.program, table
         program, parallel = kernel.program, kernel.parallel
+        self.rest = ""                                     # the printer's name for the dtype of plain arithmetic
         self.names: dict[Node, str] = {}
         self._taken = set(reserved)
         self._scopes = Scopes(program.roots)
@@ -127,7 +128,9 @@ class Linear:
 
     @staticmethod
     def _silent(node: Node) -> bool:
-        """Values that cost nothing to write again: arithmetic on coordinates, and casts that change no bit."""
+        """Values that cost nothing to write again: arithmetic on coordinates, casts that change no bit, other axis names."""
+        if node.op is Op.TWIN and len(node.axes) <= 2:
+            return not set(node.axes) >= {node["axis"], twin(node["axis"])}
         same = ("f32", "tf32", "tf32x3", "real")
         return (node.op is Op.CAST and node.type.dtype in same and node.args[0].type.dtype in same) or \
             (node.op is Op.ELEM and node["fn"] == "floordiv" and all(a.op in FREE for a in node.args))
@@ -171,6 +174,11 @@ class Linear:
 
     def lines(self, node: Node) -> tuple[Line, ...]:
         return self.program.lines_of(node)
+
+
+def listed(items: list[str]) -> str:
+    """The text of a tuple."""
+    return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
 
 
 def paren(text: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gdn_ir.backends.base import Backend, Call, Kernel, Launch, Reason, Source
+from gdn_ir.backends.base import TORCH, Backend, Call, Kernel, Launch, Reason, Source
 from gdn_ir.legalize import collapse, small_products
 from gdn_ir.nodes import IRError, Tensor, base
 from gdn_ir.padding import pad
@@ -20,7 +20,6 @@ from gdn_ir.schedules import steps
 from gdn_ir.schedules.schedule import Schedule
 from gdn_ir.split import split
 
-TORCH = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "f64": torch.float64}
 NAMES = {v: k for k, v in TORCH.items()}
 
 
@@ -70,7 +69,7 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
         p = simplify(p)
         tiles = {a: backend.tile(a, e) for a, e in extents.items()}
         used = set(tile_axes(p))
-        if options.v_tile is not None and "V" in used and options.v_tile < tiles["V"]:
+        if backend.splits_grid and options.v_tile is not None and "V" in used and options.v_tile < tiles["V"]:
             p = split(p, "V")
             tiles["V"] = options.v_tile
         padded = {a for a in used if a in tokens or extents[a] % tiles[a]}
@@ -106,17 +105,16 @@ class Compiled:
         return tuple({t.name: None for k in self.kernels for t in k.tensors()
                       if not t.temp and t.name in k.program.written() and t.dims[0] == "T"})
 
-    @cached_property
-    def chunk(self) -> int:
-        k = self.kernels[0]
-        return k.extents[next(iter(token_chains(k.program.nodes())), "")] if token_chains(k.program.nodes()) else 1
-
     def __call__(self, memory: Mapping[str, torch.Tensor], params: Mapping[str, float], call: Call) -> None:
         """Run the kernels in order. memory: contiguous tensors by name, outputs too; temporaries are allocated here."""
+        if self.backend.functional:
+            for name, x in self.apply(memory, params, call).items():
+                memory[name].copy_(x)
+            return
         device = next(iter(memory.values())).device
         every = dict(memory)
         for kernel, t, dtype in self.temps:
-            every[t.name] = torch.empty(call.shape(kernel, t, self.chunk), dtype=dtype, device=device)
+            every[t.name] = torch.empty(call.shape(kernel, t), dtype=dtype, device=device)
         for launch in self.launches:
             launch(every, params, call)
         if call.cu_seqlens is not None:
@@ -129,7 +127,8 @@ class Compiled:
         outputs: dict[str, torch.Tensor] = {}
         for launch in self.launches:
             result = launch(values, params, call)
-            assert isinstance(result, dict), f"{self.backend.name} has no functional form"
+            if result is None:
+                raise Unsupported(f"{self.backend.name} has no functional form: its kernels write into memory")
             values |= result
             outputs |= result
         return {name: outputs[name] for k in self.kernels for t in k.tensors() for name in [t.name]

@@ -198,7 +198,8 @@ def mul_by_mask(n: Node) -> Node | None:
 
 @rule
 def masks_meet(n: Node) -> Node | None:
-    """select(i > j, x * select(i >= j, y, 0), 0): the outer mask implies the inner -> select(i > j, x * y, 0)"""
+    """select(i > j, x * select(i >= j, y, 0), 0): the outer mask implies the inner -> select(i > j, x * y, 0). Not through exp:
+    its argument's mask keeps it finite, which a derivative of the select would need."""
     if n.op is not Op.SELECT or not _is(n.args[0], "gt"):
         return None
     inside = _unmask(n.args[1], elem("ge", *n.args[0].args))
@@ -209,7 +210,7 @@ def masks_meet(n: Node) -> Node | None:
 def _unmask(x: Node, implied: Node) -> Node:
     if x.op is Op.SELECT and x.args[0] is implied and x.type.axes == x.args[1].type.axes:
         return x.args[1]
-    if _is(x, "mul") or _is(x, "exp"):
+    if _is(x, "mul"):
         args = tuple(_unmask(a, implied) for a in x.args)
         return x if args == x.args else elem(x["fn"], *args)
     return x

@@ -1,0 +1,48 @@
+"""torch: any device, any dtype, differentiable. The whole grid runs at once, as batch dimensions before the tile's."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, heads
+from gdn_ir.backends.torch import emit as printer
+from gdn_ir.backends.torch.runtime import Memory
+from gdn_ir.cache import load_source
+
+
+class Torch:
+    name = "torch"
+    functional = True
+    splits_grid = False
+
+    def supports(self, kernel: Kernel, arch: str) -> Reason | None:
+        return None
+
+    def tile(self, axis: str, extent: int) -> int:
+        return extent
+
+    def products(self, io: str, arch: str) -> str:
+        return "f64" if io == "f64" else "f32"
+
+    def emit(self, kernel: Kernel, arch: str) -> Source:
+        return printer.emit(kernel)
+
+    def compile(self, kernel: Kernel, source: Source, arch: str) -> Launch:
+        function = getattr(load_source(self.name, source.kernel, source.hash, source.text), source.kernel)
+        tensors, written, read = kernel.tensors(), set(kernel.program.written()), set(kernel.program.read())
+        params, sizes = kernel.program.params(), heads(kernel)
+
+        def launch(memory: Mapping[str, torch.Tensor], values: Mapping[str, float], call: Call) -> dict[str, torch.Tensor]:
+            device = next(iter(memory.values())).device
+            places = {t.name: Memory(memory.get(t.name) if t.name in read else None, call.shape(kernel, t), t.dtype, device) for t in tensors}
+            function(*places.values(), *([call.cu_seqlens] if kernel.varlen else []), *(values[p] for p in params),
+                     call.length, call.sequences, *(call.heads[h] for h in sizes))
+            return {name: place.value() for name, place in places.items() if name in written}
+        return launch
+
+    def clear_tail(self, x: torch.Tensor, call: Call) -> None:
+        raise AssertionError("a functional backend returns zeros where nothing is written")
+
+    def version(self) -> str:
+        return f"torch {torch.__version__}"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source
+from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, heads
 from gdn_ir.backends.triton import emit as printer
 from gdn_ir.backends.triton.runtime import CLEAR_TAIL
 from gdn_ir.cache import load_source
@@ -20,6 +20,8 @@ TARGETS = ("sm_80", "sm_90")
 
 class Triton:
     name = "triton"
+    functional = False
+    splits_grid = True
 
     def supports(self, kernel: Kernel, arch: str) -> Reason | None:
         if arch not in TARGETS and not interpreting():
@@ -49,7 +51,7 @@ class Triton:
     def compile(self, kernel: Kernel, source: Source, arch: str) -> Launch:
         function = getattr(load_source(self.name, source.kernel, source.hash, source.text), source.kernel)
         tensors = [t.name for t in kernel.tensors()]
-        params, heads = kernel.program.params(), printer.heads(kernel)
+        params, sizes = kernel.program.params(), heads(kernel)
         grid_heads = [a for a in kernel.program.grid if a != "N" and not a.endswith("#")]
         tiles = 1
         for a in kernel.splits:
@@ -70,7 +72,7 @@ class Triton:
             if blocks:
                 cu = [call.cu_seqlens] if kernel.varlen else []
                 function[(blocks,)](*(memory[t] for t in tensors), *cu, *(values[p] for p in params), call.length,
-                                    call.sequences, *(call.heads[h] for h in heads), **options)
+                                    call.sequences, *(call.heads[h] for h in sizes), **options)
         return launch
 
     def clear_tail(self, x: torch.Tensor, call: Call) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import re
 
-from gdn_ir.backends.base import Kernel, Source
+from gdn_ir.backends.base import Kernel, Source, heads
 from gdn_ir.backends.linearize import Assign, Linear, Loop, Stmt, Write
 from gdn_ir.backends.triton.rules import RULES
 from gdn_ir.backends.triton.runtime import HELPERS, NEEDS
@@ -11,15 +11,6 @@ from gdn_ir.nodes import At, Node, Op, Rows, Slot, base
 from gdn_ir.program import ScanView
 
 INDENT = "    "
-
-
-def heads(kernel: Kernel) -> tuple[str, ...]:
-    """The sizes of head dimensions that the kernel takes at run time: grid axes and the dimensions that share them."""
-    found = {a: None for a in kernel.program.grid if a != "N" and not a.endswith("#")}
-    for n in kernel.program.nodes():
-        if n.op in (Op.LOAD, Op.STORE):
-            found |= {t.share: None for t in n["index"] if isinstance(t, At) and t.share}
-    return tuple(found)
 
 
 def signature(kernel: Kernel) -> list[str]:

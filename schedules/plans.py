@@ -1,0 +1,31 @@
+"""The plans that schedules are made of: the gated delta rule cut into kernels in several ways, each as a list of steps.
+
+    naive     one kernel; the solve row by row
+    fused     one kernel; the solve as an inverse, blocks merged by products
+    solve     the inverse for all chunks at once, then one scan
+    states    the inverse; a scan that only carries the state; the output for all chunks at once
+    wy        as states, with both halves of u (it is affine in the state) computed for all chunks at once
+"""
+from __future__ import annotations
+
+Steps = tuple[tuple[str | int, ...], ...]
+
+
+def plan(name: str, erase: bool = True, io: str = "bf16", chunk: int = 64, block: int = 16) -> Steps:
+    """The steps of a plan. Without erase there is nothing to solve: what is left of the plan is where the output is computed.
+    Float32 inputs merge the inverse's blocks in split tf32, others in tf32. Raises ValueError for a name it lacks."""
+    merges = {"f64": "f64", "f32": "tf32x3"}.get(io, "tf32")
+    invert: Steps = (("invert", "u", "A"), ("merge", "A", chunk, block, merges)) if erase else ()
+    hoist: Steps = (("hoist", "A", "io", "solve"),) if erase else ()
+    halves: Steps = (("distribute", "u", "u0", "w"), ("hoist", "u0", "io", "solve"), ("hoist", "w", "io", "solve")) if erase else ()
+    output: Steps = (("sink", "o", "u" if erase else "", "output"),)
+    table: dict[str, Steps] = {
+        "naive": (),
+        "fused": (*invert, ("move_scales",)),
+        "solve": (*invert, *hoist, ("move_scales",)),
+        "states": (*invert, *hoist, *output, ("move_scales",)),
+        "wy": (*invert, *halves, *output, ("move_scales",)),
+    }
+    if name not in table:
+        raise ValueError(f"plan: got {name!r}; accepts {', '.join(table)}")
+    return table[name]
