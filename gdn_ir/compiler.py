@@ -46,8 +46,8 @@ class Instance:
         return {"io": self.io, "beta": self.beta}
 
 
-def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, sizes: Mapping[str, int], dtypes: Mapping[str, str],
-          varlen: bool, origin: str = "") -> tuple[Kernel, ...]:
+def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, sizes: Mapping[str, int],
+          dtypes: Mapping[str, str], varlen: bool, origin: str = "") -> tuple[Kernel, ...]:
     """The kernels of a program under a schedule. sizes: extents of its tile axes but the tokens'; dtypes: of its tensors'
     storage names ("io" first of all). Raises IllegalStep or IRError naming the node that a step or a pass refuses."""
     io = dtypes["io"]

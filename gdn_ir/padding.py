@@ -78,7 +78,7 @@ def pad(program: Program, axes: frozenset[str]) -> Program:
                 return None
             if not fine[0] or not (zero[1] or fine[1]):
                 a = guard(a, over, 0.0)
-            if not fine[1] or holds(a).on(over) != 0.0 and not zero[1]:
+            if not fine[1] or (holds(a).on(over) != 0.0 and not zero[1]):
                 b = guard(b, over, 0.0)
             return make(Op.DOT, (a, b), over=over)
         return None

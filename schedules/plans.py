@@ -17,14 +17,14 @@ def plan(name: str, erase: bool = True, io: str = "bf16", chunk: int = 64, block
     merges = {"f64": "f64", "f32": "tf32x3"}.get(io, "tf32")
     invert: Steps = (("invert", "u", "A"), ("merge", "A", chunk, block, merges)) if erase else ()
     hoist: Steps = (("hoist", "A", "io", "solve"),) if erase else ()
-    halves: Steps = (("distribute", "u", "u0", "w"), ("hoist", "u0", "io", "solve"), ("hoist", "w", "io", "solve")) if erase else ()
+    halves: Steps = (("distribute", "u", "u0", "w"), ("hoist", "u0", "io", "solve"), ("hoist", "w", "io", "solve"))
     output: Steps = (("sink", "o", "u" if erase else "", "output"),)
     table: dict[str, Steps] = {
         "naive": (),
         "fused": (*invert, ("move_scales",)),
         "solve": (*invert, *hoist, ("move_scales",)),
         "states": (*invert, *hoist, *output, ("move_scales",)),
-        "wy": (*invert, *halves, *output, ("move_scales",)),
+        "wy": (*invert, *(halves if erase else ()), *output, ("move_scales",)),
     }
     if name not in table:
         raise ValueError(f"plan: got {name!r}; accepts {', '.join(table)}")

@@ -199,7 +199,7 @@ def move_scales(pipeline: Pipeline) -> Pipeline:
     return tuple(verify(p.rebuild(change)) for p in pipeline)
 
 
-# ---- partition into kernels ---------------------------------------------------------------------------------------------------
+# ---- partition into kernels -------------------------------------------------------------------------------------------------
 
 
 def _temp(scan: ScanView, name: str, axes: tuple[str, ...], dtype: str) -> tuple[Tensor, tuple[Term, ...]]:

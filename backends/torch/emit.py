@@ -23,7 +23,8 @@ class Printer:
         if kernel.parallel:
             self.batch.insert(self.batch.index("N") + 1, kernel.parallel.axis)
         self.names = set(signature(kernel)) | {f"i_{a}" for a in (*self.batch, *heads(kernel))} | set(self.axes) | \
-            {f"in_{a}" for a in self.axes} | {"torch", "n", "t", "rows", "slot", "first", "length", "longest", "batch", "cu", "run", "tokens"}
+            {f"in_{a}" for a in self.axes} | \
+            {"torch", "n", "t", "rows", "slot", "first", "length", "longest", "batch", "cu", "run", "tokens"}
         self.linear = Linear(kernel, RULES, frozenset(self.names))
         double = any(n.type.dtype == "f64" for n in kernel.program.nodes())
         self.linear.rest = DTYPES["f64" if double else "f32"]
@@ -81,8 +82,8 @@ class Printer:
         if any(t.single for t in self.rows):
             self.put(depth, f"t = (first + {at} * {size}).clamp(max=tokens - 1)")
         elif self.rows:
-            self.put(depth, f"t = (first[..., None] + {at}{'[..., None]' if self.kernel.parallel else ''} * {size} + {scan.tile})"
-                            ".clamp(max=tokens - 1)")
+            column = f"{at}[..., None]" if self.kernel.parallel else at
+            self.put(depth, f"t = (first[..., None] + {column} * {size} + {scan.tile}).clamp(max=tokens - 1)")
             self.put(depth, f"in_{scan.tile} = {scan.tile} < rows[..., None]")
         if self.slots:
             self.put(depth, f"slot = (first // {size} + n + {at}).clamp(max=tokens // {size} + N - 1)")

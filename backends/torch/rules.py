@@ -49,8 +49,8 @@ def elem(l: Linear, n: Node) -> str:
 
 def cast(l: Linear, n: Node) -> str:
     (x,) = n.args
-    if number(x) or DTYPES[x.type.dtype] == DTYPES[n["dtype"]] != "torch.float32" or x.type.dtype in ("f32", "tf32", "tf32x3") \
-            and DTYPES[n["dtype"]] == "torch.float32":
+    # a value of reals (a choice between numbers) has whatever dtype torch gives it
+    if number(x) or (x.type.dtype != "real" and DTYPES[x.type.dtype] == DTYPES[n["dtype"]]):
         return l.text(x)
     return f"{paren(l.text(x))}.to({DTYPES[n['dtype']]})"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import re
 
 from gdn_ir.backends.base import Kernel, Source, heads
-from gdn_ir.backends.linearize import Assign, Linear, Loop, Stmt, Write
+from gdn_ir.backends.linearize import Linear, Loop, Stmt, Write
 from gdn_ir.backends.triton.rules import RULES
 from gdn_ir.backends.triton.runtime import HELPERS, NEEDS
 from gdn_ir.nodes import At, Node, Op, Rows, Slot, base
