@@ -6,7 +6,7 @@ import itertools
 import json
 import multiprocessing
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +24,20 @@ from bench import cases, inputs
 CHECK = [300, 0, 64, 129]
 
 
-def candidates(plans: list[str], small: bool, erase: bool = True, io: str = "bf16") -> list[tuple[str, str, Schedule]]:
-    """(plan, kernel whose options vary, schedule)"""
+def candidates(plans: list[str], space: dict[str, list[int]], erase: bool = True, io: str = "bf16") -> list[tuple[str, str, Schedule]]:
+    """(plan, kernel whose options vary, schedule); the other kernels of the plan keep modest options meanwhile."""
     found = []
     for name in plans:
-        fused = name in ("naive", "fused", "solve")
+        one = name in ("naive", "fused", "solve")
         scan = "gated_delta_rule" if erase else "gated_linear_attention"
         tiled = KernelOptions(v_tile=64, num_warps=4, num_stages=1)
-        base = Schedule(name, steps=plan(name, erase, io)).with_options(**{scan: tiled}, **({} if fused else {"output": tiled}))
-        widths = (32, 64) if fused or small else (16, 32, 64, 128)
-        space: dict[str, Any] = {scan: itertools.product(widths, (4, 8) if fused else (2, 4, 8), (1, 2) if small else (1, 2, 3))}
-        if not fused:
-            space["output"] = itertools.product((64, 128) if small else (32, 64, 128), (4, 8), (1, 2) if small else (1, 2, 3))
+        rest = {scan: replace(tiled, v_tile=32, num_stages=2)} if io == "f32" else {scan: tiled}
+        base = Schedule(name, steps=plan(name, erase, io)).with_options(**rest, **({} if one else {"output": tiled}))
+        options = itertools.product(space["v_tile"], space["num_warps"], space["num_stages"])
+        vary = [(k, o) for o in options for k in ((scan,) if one else (scan, "output"))]
         if name not in ("naive", "fused") and erase:
-            space["solve"] = itertools.product((None,), (1, 2, 4, 8), (1,) if small else (1, 2))
-        for kernel, options in space.items():
-            for v_tile, warps, stages in options:
-                found.append((name, kernel, base.with_options(**{kernel: KernelOptions(v_tile, warps, stages)})))
+            vary += [("solve", (None, w, 1)) for w in (1, 2, 4)]
+        found += [(name, k, base.with_options(**{k: KernelOptions(*o)})) for k, o in vary]
     return found
 
 
@@ -106,14 +103,16 @@ def main() -> None:
     p.add_argument("--V", type=int, default=128)
     p.add_argument("--dtype", default="bf16")
     p.add_argument("--no-erase", action="store_true")
-    p.add_argument("--small", action="store_true", help="a smaller space")
+    for option, values in (("v_tile", "16,32,64,128"), ("num_warps", "4,8"), ("num_stages", "1,2,3")):
+        p.add_argument(f"--{option}", default=values)
     p.add_argument("--shapes", default="", help="indices into FORWARD_CORE, comma-separated (all)")
     a = p.parse_args()
     start = time.time()
     switches = Switches(erase=not a.no_erase, final_state=True)
     instance = Instance(switches, a.K, a.V, a.dtype, a.dtype, True)
     arch = f"sm_{torch.cuda.get_device_capability()[0]}0"
-    space = candidates(a.plans.split(","), a.small, not a.no_erase, a.dtype)
+    space = candidates(a.plans.split(","), {o: [int(x) for x in getattr(a, o).split(",")] for o in ("v_tile", "num_warps", "num_stages")},
+                       not a.no_erase, a.dtype)
     context = multiprocessing.get_context("spawn")
     with context.Pool(14) as pool:
         checks = pool.map(check, [(instance, s, arch) for _, _, s in space], chunksize=1)
