@@ -29,7 +29,7 @@ def candidates(plans: list[str], space: dict[str, list[int]], erase: bool = True
     found = []
     for name in plans:
         one = name in ("naive", "fused", "solve")
-        scan = "gated_delta_rule" if erase else "gated_linear_attention"
+        scan = "scan"
         tiled = KernelOptions(v_tile=64, num_warps=4, num_stages=1)
         rest = {scan: replace(tiled, v_tile=32, num_stages=2)} if io == "f32" else {scan: tiled}
         base = Schedule(name, steps=plan(name, erase, io)).with_options(**rest, **({} if one else {"output": tiled}))

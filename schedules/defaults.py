@@ -1,4 +1,8 @@
-"""The schedule for a call that nobody tuned: chosen from the architecture and the shape, and able to say why."""
+"""The schedule for a call that nobody tuned: chosen from the architecture and the shape, and able to say why.
+
+The options are those that won the sweep on an H100 (docs/performance-log.md); for sm_80 they are the same plan within
+an A100's shared memory, compiled and checked but not timed.
+"""
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
@@ -9,11 +13,44 @@ from gdn_ir.schedules.schedule import KernelOptions, Schedule
 if TYPE_CHECKING:
     from gdn_ir.compiler import Instance
 
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132}
+
 
 def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: int) -> tuple[Schedule, str]:
     """The schedule, and the reason for it. arch: "sm_80", "sm_90" or "cpu"; sequences, heads (HV), tokens: of the call."""
     erase, io = instance.switches.erase, instance.io
     if arch == "cpu":
         return Schedule("fused", steps=plan("fused", erase, io)), "cpu: one pass over the chunks, the whole grid at once"
-    kernels = (("*", KernelOptions(v_tile=64, num_warps=4, num_stages=2)),)
-    return Schedule("states", steps=plan("states", erase, io), kernels=kernels), f"{arch}: default"
+    if arch not in MULTIPROCESSORS:
+        raise ValueError(f"arch: got {arch!r}; accepts cpu, {', '.join(MULTIPROCESSORS)}")
+    width = scan_width(arch, instance, sequences * heads)
+    schedule = Schedule(f"states-{width}", steps=plan("states", erase, io)).with_options(**options(arch, instance, width))
+    return schedule, (f"{arch}: chunks in parallel but for the state; {sequences * heads} serial scans, each cut into "
+                      f"{-(-instance.V // width)} tiles of {width} columns to fill {MULTIPROCESSORS[arch]} multiprocessors")
+
+
+def scan_width(arch: str, instance: Instance, scans: int) -> int:
+    """Columns of V that one block of the scan owns: the widest of 64, 32, 16 that still makes two blocks, nearly, for each
+    multiprocessor; 16 where none does. Wide tiles read k and A once; narrow ones shorten the serial chain."""
+    if instance.io == "f32":
+        return 32
+    if instance.K > 128:                                   # half of the registers hold the state already
+        return 64
+    enough = 1.8 * MULTIPROCESSORS[arch]
+    return next((w for w in (64, 32) if scans * -(-instance.V // w) >= enough), 16)
+
+
+def options(arch: str, instance: Instance, width: int) -> dict[str, KernelOptions]:
+    """Options of each kernel of the plan "states"."""
+    wide, whole = instance.K > 128, instance.io == "f32"
+    if arch == "sm_80":
+        stages = 1 if wide or whole else 2
+        return {"solve": KernelOptions(num_warps=4 if whole else 1, num_stages=1),
+                "scan": KernelOptions(32 if wide else width, 4, stages),
+                "output": KernelOptions(32 if whole or wide else 64, 4, 1)}
+    if whole:
+        return {"solve": KernelOptions(num_warps=4, num_stages=1), "scan": KernelOptions(32, 4, 1 if wide else 2),
+                "output": KernelOptions(32, 4, 1)}
+    return {"solve": KernelOptions(num_warps=4 if wide else 1, num_stages=1),
+            "scan": KernelOptions(64, 8, 2) if wide else KernelOptions(width, 4, 3),
+            "output": KernelOptions(64, 4, 1 if wide else 2)}

@@ -5,6 +5,8 @@
     solve     the inverse for all chunks at once, then one scan
     states    the inverse; a scan that only carries the state; the output for all chunks at once
     wy        as states, with both halves of u (it is affine in the state) computed for all chunks at once
+
+The kernels are called solve, scan and output.
 """
 from __future__ import annotations
 
@@ -19,12 +21,13 @@ def plan(name: str, erase: bool = True, io: str = "bf16", chunk: int = 64, block
     hoist: Steps = (("hoist", "A", "io", "solve"),) if erase else ()
     halves: Steps = (("distribute", "u", "u0", "w"), ("hoist", "u0", "io", "solve"), ("hoist", "w", "io", "solve"))
     output: Steps = (("sink", "o", "u" if erase else "", "output"),)
+    scan: Steps = (("name_kernel", "S", "scan"),)
     table: dict[str, Steps] = {
         "naive": (),
-        "fused": (*invert, ("move_scales",)),
-        "solve": (*invert, *hoist, ("move_scales",)),
-        "states": (*invert, *hoist, *output, ("move_scales",)),
-        "wy": (*invert, *(halves if erase else ()), *output, ("move_scales",)),
+        "fused": (*scan, *invert, ("move_scales",)),
+        "solve": (*scan, *invert, *hoist, ("move_scales",)),
+        "states": (*scan, *invert, *hoist, *output, ("move_scales",)),
+        "wy": (*scan, *invert, *(halves if erase else ()), *output, ("move_scales",)),
     }
     if name not in table:
         raise ValueError(f"plan: got {name!r}; accepts {', '.join(table)}")

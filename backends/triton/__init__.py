@@ -10,10 +10,10 @@ import torch
 
 from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, heads
 from gdn_ir.backends.triton import emit as printer
+from gdn_ir.backends.triton.denylist import denied
 from gdn_ir.backends.triton.runtime import CLEAR_TAIL
 from gdn_ir.cache import load_source
 from gdn_ir.nodes import Op
-from gdn_ir.program import Scopes
 
 TARGETS = ("sm_80", "sm_90")
 
@@ -35,12 +35,11 @@ class Triton:
                 return Reason(f"triton tiles have at most two axes, got {kernel.program.describe(n)}")
             if n.op is Op.TRI_SOLVE and dict(n.attr).get("transpose"):
                 return Reason("triton does not lower the transposed solve yet")
-        if len({r.op for r in kernel.program.roots}) > 1 and any(Scopes(kernel.program.roots)[r] for r in kernel.program.roots):
-            return Reason("triton needs every root outside of scans")
-        return None
+        return None if interpreting() else denied(kernel, arch)
 
     def tile(self, axis: str, extent: int) -> int:
-        return max(16, 1 << (extent - 1).bit_length()) if extent > 1 else 1
+        # not under 64: products with fewer columns are where Hopper's miscompiles are (denylist.py)
+        return max(64, 1 << (extent - 1).bit_length()) if extent > 1 else 1
 
     def products(self, io: str, arch: str) -> str:
         return "tf32x3" if io == "f32" else io
