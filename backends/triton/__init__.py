@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -49,29 +49,13 @@ class Triton:
 
     def compile(self, kernel: Kernel, source: Source, arch: str) -> Launch:
         function = getattr(load_source(self.name, source.kernel, source.hash, source.text), source.kernel)
-        tensors = [t.name for t in kernel.tensors()]
-        params, sizes = kernel.program.params(), heads(kernel)
-        grid_heads = [a for a in kernel.program.grid if a != "N" and not a.endswith("#")]
-        tiles = 1
-        for a in kernel.splits:
-            tiles *= -(-kernel.extents[a] // kernel.tile(a))
-        chunk = kernel.parallel and kernel.extents[kernel.parallel.tile]
+        arguments = binder(kernel)
         options = {"num_warps": kernel.options.num_warps, "num_stages": kernel.options.num_stages}
 
         def launch(memory: Mapping[str, torch.Tensor], values: Mapping[str, float], call: Call) -> None:
-            if not chunk:
-                blocks = call.sequences
-            elif kernel.varlen:
-                blocks = call.slots(chunk)
-            else:
-                blocks = call.sequences * -(-call.length // chunk)
-            blocks *= tiles
-            for a in grid_heads:
-                blocks *= call.heads[a]
+            blocks = count(kernel, call)
             if blocks:
-                cu = [call.cu_seqlens] if kernel.varlen else []
-                function[(blocks,)](*(memory[t] for t in tensors), *cu, *(values[p] for p in params), call.length,
-                                    call.sequences, *(call.heads[h] for h in sizes), **options)
+                function[(blocks,)](*arguments(memory, values, call), **options)
         return launch
 
     def clear_tail(self, x: torch.Tensor, call: Call) -> None:
@@ -85,6 +69,32 @@ class Triton:
         return f"triton {triton.__version__}"
 
 
+def count(kernel: Kernel, call: Call) -> int:
+    """How many blocks a call takes: tiles of split axes, heads, then chunks (where they run at once) or sequences."""
+    if not kernel.parallel:
+        blocks = call.sequences
+    elif kernel.varlen:
+        blocks = call.slots(kernel.chunk)
+    else:
+        blocks = call.sequences * -(-call.length // kernel.chunk)
+    for a in kernel.program.grid:
+        if a.endswith("#"):
+            blocks *= -(-kernel.extents[a[:-1]] // kernel.tile(a[:-1]))
+        elif a != "N":
+            blocks *= call.heads[a]
+    return blocks
+
+
+def binder(kernel: Kernel) -> Callable[[Mapping[str, torch.Tensor], Mapping[str, float], Call], list[Any]]:
+    """What picks a kernel's arguments out of a call, in the order of its signature."""
+    tensors, params, sizes, varlen = [t.name for t in kernel.tensors()], kernel.program.params(), heads(kernel), kernel.varlen
+
+    def arguments(memory: Mapping[str, torch.Tensor], values: Mapping[str, float], call: Call) -> list[Any]:
+        return [*(memory[t] for t in tensors), *([call.cu_seqlens] if varlen else []), *(values[p] for p in params),
+                call.length, call.sequences, *(call.heads[h] for h in sizes)]
+    return arguments
+
+
 def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -96,8 +106,9 @@ def _clear() -> Any:
     return load_source("triton", source.kernel, source.hash, text).clear_tail
 
 
-def cross_compile(kernel: Kernel, source: Source, arch: str) -> dict[str, Any]:
-    """Compile for an architecture that need not be here: returns Triton's products (ptx, cubin, ...) by name."""
+def cross_compile(kernel: Kernel, source: Source, arch: str) -> Any:
+    """Compile for an architecture that need not be here: returns Triton's compiled kernel (`.asm`: ptx, cubin, ... by name;
+    `.metadata`: name, shared memory, warps)."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -112,4 +123,4 @@ def cross_compile(kernel: Kernel, source: Source, arch: str) -> dict[str, Any]:
     code = ASTSource(getattr(module, source.kernel), signature, constexprs={}, attrs=aligned)
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     options = {"num_warps": kernel.options.num_warps, "num_stages": kernel.options.num_stages}
-    return dict(triton.compile(code, target=target, options=options).asm)
+    return triton.compile(code, target=target, options=options)

@@ -1,0 +1,114 @@
+"""Runs every shipped default on the GPU at hand against the float64 recurrence, outputs poisoned, and records what was seen:
+errors and the hashes of the sources that made them. `tests/test_measured.py` holds shipped defaults against these records."""
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import inputs
+from gdn_ir.backends import BACKENDS
+from gdn_ir.backends.base import TORCH
+from gdn_ir.backends.coverage import DTYPES, Cell, Layout, table
+from gdn_ir.backends.triton.ptx import TritonPtx
+from gdn_ir.compiler import Instance, variant
+from gdn_ir.programs.gated_delta import Switches
+from gdn_ir.reference import recurrence
+from gdn_ir.schedules.defaults import default
+from gdn_ir.schedules.schedule import Schedule
+
+FULL = Switches(initial_state=True, final_state=True)
+PACKED = Layout((300, 0, 64, 129), varlen=True, H=2, HV=4, K=128, V=128)
+PEERS = Layout((768,), varlen=True, H=2, HV=4, K=128, V=128)         # the shape of the peers' accuracy measurements
+
+
+def shipped() -> Iterator[tuple[Cell, int]]:
+    """What is checked: cells, and how many scans (sequences x heads) to choose the default schedule for."""
+    for cell in table():
+        yield cell, 8
+    for io in DTYPES:
+        for size in (64, 128, 256):
+            for scans in (8, 64, 512):
+                yield Cell(f"{size} x {size}, {io}, for {scans} scans", FULL, io, replace(PACKED, K=size, V=size)), scans
+    for K, V in ((16, 16), (16, 256), (32, 32), (48, 96), (80, 112), (96, 160), (128, 64), (144, 32), (192, 128), (256, 16), (160, 240), (64, 256)):
+        for io in DTYPES:
+            yield Cell(f"{K} x {V}, {io}", FULL, io, replace(PACKED, K=K, V=V)), 8
+
+
+def oracle(cell: Cell, x: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    s = cell.switches
+    state = x["initial_state"] if s.initial_state else None
+    return tuple(t.cuda() for t in recurrence(*(x[n][None].cpu() if x[n] is not None else None for n in ("q", "k", "v")),
+                 x["g"][None].cpu() if s.decay == "scalar" else None, x["beta"][None].cpu(), None,
+                 state.cpu() if state is not None else None, x["cu_seqlens"].cpu(), erase=s.erase, l2norm=s.l2norm,
+                 beta_sigmoid=s.beta_sigmoid, neg_eigval=s.neg_eigval))
+
+
+def run(cell: Cell, schedule: Schedule, backend: str, arch: str, x: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The poisoned outputs after the call, and the hashes of the sources that ran."""
+    s, lay = cell.switches, cell.layout
+    chosen = variant(cell.instance, schedule, backend, arch)
+    tensors = {n: x[n] for n in ("q", "k", "v", "beta")} | ({"g": x["g"]} if s.decay == "scalar" else {})
+    if s.initial_state:
+        tensors["initial_state"] = x["initial_state"].mT.contiguous() if s.state_v_first else x["initial_state"]
+    outputs = {"o": torch.full_like(x["v"], float("nan"))}
+    if s.final_state:
+        state = (len(lay.lengths), lay.HV, *((lay.V, lay.K) if s.state_v_first else (lay.K, lay.V)))
+        outputs["final_state"] = torch.full(state, float("nan"), device="cuda")
+    chosen(tensors | outputs, lay.K ** -0.5, len(lay.lengths), x["cu_seqlens"] if lay.varlen else None)
+    torch.cuda.synchronize()
+    return outputs, {src.kernel: src.hash for src in chosen.sources}
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b).norm() / b.norm())
+
+
+def check(cell: Cell, schedule: Schedule, backend: str, arch: str, kind: str = "model") -> dict[str, Any]:
+    lay = cell.layout
+    x = inputs.make(list(lay.lengths), lay.H, lay.HV, lay.K, lay.V, TORCH[cell.io], kind=kind)
+    if cell.switches.beta_sigmoid:
+        x["beta"] = torch.randn_like(x["beta"])
+    try:
+        outputs, hashes = run(cell, schedule, backend, arch, x)
+    except Exception as e:
+        return {"cell": cell.name, "backend": backend, "arch": arch, "inputs": kind, "failed": f"{type(e).__name__}: {e}"[:400]}
+    o, S = oracle(cell, x)
+    errors = {"o": relative(outputs["o"], o[0])}
+    if "final_state" in outputs:
+        errors["final_state"] = relative(outputs["final_state"].mT if cell.switches.state_v_first else outputs["final_state"], S)
+    return {"cell": cell.name, "backend": backend, "arch": arch, "inputs": kind, "schedule": schedule.name, "errors": errors,
+            "sources": hashes}
+
+
+def main() -> None:
+    p = argparse.ArgumentParser()
+    p.add_argument("--out", required=True)
+    p.add_argument("--commit", required=True)
+    p.add_argument("--arch", default="sm_90", help="sm_80 runs from PTX")
+    p.add_argument("--part", default="0/1", help="i/n: the i-th of n parts, to run in n processes")
+    a = p.parse_args()
+    backend = "triton" if a.arch == "sm_90" else "triton-ptx"
+    BACKENDS[backend] = BACKENDS["triton"] if a.arch == "sm_90" else TritonPtx()
+    part, parts = (int(i) for i in a.part.split("/"))
+    rows: list[dict[str, Any]] = []
+    jobs = [(cell, default(a.arch, cell.instance, 1, scans, sum(cell.layout.lengths))[0], "model") for cell, scans in shipped()]
+    for io in DTYPES:
+        cell = Cell(f"accuracy, {io}", replace(FULL, initial_state=False), io, PEERS)
+        jobs += [(cell, default(a.arch, cell.instance, 1, 4, 768)[0], kind) for kind in inputs.KINDS]
+    for io in DTYPES:
+        jobs += [(Cell(f"naive, {io}", FULL, io, replace(PACKED, K=k, V=k)), Schedule("naive"), "model") for k in (64, 128)]
+    for i, (cell, schedule, kind) in enumerate(jobs):
+        if i % parts == part:
+            rows.append(check(cell, schedule, backend, a.arch, kind))
+            Path(a.out).write_text(json.dumps({"commit": a.commit, "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
+                                               "triton": BACKENDS["triton"].version(), "rows": rows}, indent=0))
+
+
+if __name__ == "__main__":
+    main()
