@@ -69,13 +69,13 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Source:
-    """Emitted text. `hash` covers what runs (the header with its versions aside): the key of a measurement."""
+    """Emitted text. `hash` covers what runs, not its comments: the key of a measurement."""
     kernel: str
     text: str
 
     @property
     def hash(self) -> str:
-        body = "\n".join(line for line in self.text.splitlines() if not line.startswith("#"))
+        body = "\n".join(line for line in self.text.splitlines() if not line.lstrip().startswith("#"))
         return hashlib.sha256(body.encode()).hexdigest()[:16]
 
 

@@ -6,8 +6,8 @@ import torch
 KINDS = ("model", "no_decay", "strong_decay", "correlated")
 
 
-def make(lengths: list[int], H: int, HV: int, K: int = 128, V: int = 128, dtype: torch.dtype = torch.bfloat16, device: str = "cuda",
-         kind: str = "model", seed: int = 0) -> dict[str, torch.Tensor]:
+def make(lengths: list[int], H: int, HV: int, K: int = 128, V: int = 128, dtype: torch.dtype = torch.bfloat16,
+         device: str = "cuda", kind: str = "model", seed: int = 0) -> dict[str, torch.Tensor]:
     """q, k [T, H, K] (unit length); v [T, HV, V]; g (log decay, float32), beta [T, HV]; initial_state [N, HV, K, V]; cu_seqlens
     [N + 1] int32. kind: "model" (decays as Gated DeltaNet initialises them), "no_decay" (g = 0), "strong_decay" (g near -5),
     "correlated" (keys of cosine about 0.99, beta 0.5 to 1)."""
@@ -23,9 +23,12 @@ def make(lengths: list[int], H: int, HV: int, K: int = 128, V: int = 128, dtype:
     q, k, v = normal(T, H, K), normal(T, H, K), normal(T, HV, V)
     if kind == "correlated":
         k = normal(1, H, K) + 0.1 * k
-    rate, bias = 16 * uniform(HV), torch.log(torch.expm1(torch.exp(uniform(HV) * 4.6 - 6.9)))       # dt from 1e-3 to 0.1
-    g = {"model": lambda: -rate * torch.nn.functional.softplus(normal(T, HV) + bias), "no_decay": lambda: torch.zeros(T, HV, device=device),
-         "strong_decay": lambda: -4 - 2 * uniform(T, HV), "correlated": lambda: -0.02 * uniform(T, HV)}[kind]()
+    rate = 16 * uniform(HV)
+    bias = torch.log(torch.expm1(torch.exp(uniform(HV) * 4.6 - 6.9)))                # steps from 1e-3 to 0.1, as softplus sees them
+    g = {"model": lambda: -rate * torch.nn.functional.softplus(normal(T, HV) + bias),
+         "no_decay": lambda: torch.zeros(T, HV, device=device),
+         "strong_decay": lambda: -4 - 2 * uniform(T, HV),
+         "correlated": lambda: -0.02 * uniform(T, HV)}[kind]()
     beta = 0.5 + 0.5 * uniform(T, HV) if kind == "correlated" else torch.sigmoid(normal(T, HV))
     unit = torch.nn.functional.normalize
     ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)

@@ -24,7 +24,8 @@ from bench import cases, inputs
 CHECK = [300, 0, 64, 129]
 
 
-def candidates(plans: list[str], space: dict[str, list[int]], erase: bool = True, io: str = "bf16") -> list[tuple[str, str, Schedule]]:
+def candidates(plans: list[str], space: dict[str, list[int]], erase: bool = True, io: str = "bf16",
+               **changes: Any) -> list[tuple[str, str, Schedule]]:
     """(plan, kernel whose options vary, schedule); the other kernels of the plan keep modest options meanwhile."""
     found = []
     for name in plans:
@@ -32,7 +33,7 @@ def candidates(plans: list[str], space: dict[str, list[int]], erase: bool = True
         scan = "scan"
         tiled = KernelOptions(v_tile=64, num_warps=4, num_stages=1)
         rest = {scan: replace(tiled, v_tile=32, num_stages=2)} if io == "f32" else {scan: tiled}
-        base = Schedule(name, steps=plan(name, erase, io)).with_options(**rest, **({} if one else {"output": tiled}))
+        base = Schedule(name, steps=plan(name, erase, io, **changes)).with_options(**rest, **({} if one else {"output": tiled}))
         options = itertools.product(space["v_tile"], space["num_warps"], space["num_stages"])
         vary = [(k, o) for o in options for k in ((scan,) if one else (scan, "output"))]
         if name not in ("naive", "fused") and erase:
@@ -65,8 +66,8 @@ def check(job: tuple[Instance, Schedule, str]) -> dict[str, Any]:
         chosen(tensors, instance.K ** -0.5, len(CHECK), x["cu_seqlens"])
         torch.cuda.synchronize()
         o, S = ORACLE[0] if ORACLE else oracle(x, instance)
-        return {"o": relative(tensors["o"], o), "final_state": relative(tensors["final_state"], S), "seconds": time.time() - start,
-                "sources": {s.kernel: s.hash for s in chosen.sources}}
+        errors = {"o": relative(tensors["o"], o), "final_state": relative(tensors["final_state"], S)}
+        return {**errors, "seconds": time.time() - start, "sources": {s.kernel: s.hash for s in chosen.sources}}
     except Exception as e:
         return {"failed": f"{type(e).__name__}: {e}"[:300], "seconds": time.time() - start}
 
@@ -102,6 +103,9 @@ def main() -> None:
     p.add_argument("--K", type=int, default=128)
     p.add_argument("--V", type=int, default=128)
     p.add_argument("--dtype", default="bf16")
+    p.add_argument("--sums", action="store_true", help="the log decay's running sums are hoisted")
+    p.add_argument("--block", type=int, default=16, help="rows that the inverse substitutes before it merges")
+    p.add_argument("--kernels", default="", help="only these")
     p.add_argument("--no-erase", action="store_true")
     for option, values in (("v_tile", "16,32,64,128"), ("num_warps", "4,8"), ("num_stages", "1,2,3")):
         p.add_argument(f"--{option}", default=values)
@@ -111,8 +115,10 @@ def main() -> None:
     switches = Switches(erase=not a.no_erase, final_state=True)
     instance = Instance(switches, a.K, a.V, a.dtype, a.dtype, True)
     arch = f"sm_{torch.cuda.get_device_capability()[0]}0"
-    space = candidates(a.plans.split(","), {o: [int(x) for x in getattr(a, o).split(",")] for o in ("v_tile", "num_warps", "num_stages")},
-                       not a.no_erase, a.dtype)
+    varied = {o: [int(x) for x in getattr(a, o).split(",")] for o in ("v_tile", "num_warps", "num_stages")}
+    space = candidates(a.plans.split(","), varied,
+                       not a.no_erase, a.dtype, sums=a.sums, block=a.block)
+    space = [c for c in space if not a.kernels or c[1] in a.kernels.split(",")]
     context = multiprocessing.get_context("spawn")
     with context.Pool(14) as pool:
         checks = pool.map(check, [(instance, s, arch) for _, _, s in space], chunksize=1)

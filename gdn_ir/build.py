@@ -185,6 +185,18 @@ class Tracer:
         self.effects[-1].append(node)
         return tuple(make(Op.FINAL, (node,), i=i) for i in range(len(inits)))
 
+    def scan_chunks(self, body: Callable[..., Node | tuple[Node, ...] | None], reverse: bool = False, **inits: Node) \
+            -> tuple[Node, ...]:
+        """Scan over all chunks of a sequence: one scan for each axis of the chain, nested; outer carries are named
+        after their axis."""
+        def nest(depth: int, carried: tuple[Node, ...]) -> tuple[Node, ...]:
+            axis = self.chain[depth]
+            if depth == len(self.chain) - 1:
+                return self.scan(body, reverse, axis, **dict(zip(inits, carried, strict=True)))
+            names = (f"{name}_{axis}" for name in inits)
+            return self.scan(lambda *outer: nest(depth + 1, outer), reverse, axis, **dict(zip(names, carried, strict=True)))
+        return nest(0, tuple(inits.values()))
+
     @contextmanager
     def recording(self) -> Iterator[Tracer]:
         """While open, nodes that are built are noted with the line of the code that built them."""

@@ -13,13 +13,15 @@ from __future__ import annotations
 Steps = tuple[tuple[str | int, ...], ...]
 
 
-def plan(name: str, erase: bool = True, io: str = "bf16", chunk: int = 64, block: int = 16) -> Steps:
+def plan(name: str, erase: bool = True, io: str = "bf16", chunk: int = 64, block: int = 16, sums: bool = False) -> Steps:
     """The steps of a plan. Without erase there is nothing to solve: what is left of the plan is where the output is computed.
-    Float32 inputs merge the inverse's blocks in split tf32, others in tf32. Raises ValueError for a name it lacks."""
+    Float32 inputs merge the inverse's blocks in split tf32, others in tf32. sums: the running sums of the log decay are
+    computed beside the inverse, not in the serial scan. Raises ValueError for a name it lacks."""
     merges = {"f64": "f64", "f32": "tf32x3"}.get(io, "tf32")
     invert: Steps = (("invert", "u", "A"), ("merge", "A", chunk, block, merges)) if erase else ()
-    hoist: Steps = (("hoist", "A", "io", "solve"),) if erase else ()
-    halves: Steps = (("distribute", "u", "u0", "w"), ("hoist", "u0", "io", "solve"), ("hoist", "w", "io", "solve"))
+    shared: Steps = (("hoist", "G", "f32", "solve"), ("hoist", "total", "f32", "solve")) if erase and sums else ()
+    hoist: Steps = (("hoist", "A", "io", "solve"), *shared) if erase else ()
+    halves: Steps = (("distribute", "u", "u0", "w"), ("hoist", "u0", "io", "solve"), ("hoist", "w", "io", "solve"), *shared)
     output: Steps = (("sink", "o", "u" if erase else "", "output"),)
     scan: Steps = (("name_kernel", "S", "scan"),)
     table: dict[str, Steps] = {

@@ -16,6 +16,7 @@ from gdn_ir.program import Program
 def gated_delta_rule(p: Rule, q: Node, k: Node, v: Node, g: Operand, beta: Node, S: Node) -> tuple[Node, Node]:
     """One chunk: its output [C, V] and the state [K, V] after it, from the state S before it."""
     G = cumsum(g, "C")
+    total = last(G)
     D = decay_mask(G)                                      # exp(G_i - G_j) for i >= j, 0 above
     if p.erase:
         kk = dot(k, k.twin("C"), over="K")
@@ -25,7 +26,7 @@ def gated_delta_rule(p: Rule, q: Node, k: Node, v: Node, g: Operand, beta: Node,
         u = beta * v
     qk = dot(q, k.twin("C"), over="K")
     o = p.scale * (exp(G) * dot(q, S, over="K") + dot(D * qk, u.twin("C"), over="C'"))
-    S = exp(last(G)) * S + dot(k * exp(last(G) - G), u, over="C")
+    S = exp(total) * S + dot(k * exp(total - G), u, over="C")
     return o, S
 
 
@@ -86,15 +87,7 @@ def build(s: Switches = Switches(), chain: tuple[str, ...] = ("X",)) -> Program:
 
     with t.recording():
         S0 = t.load(Tensor("initial_state", state, "f32")) if s.initial_state else zeros("K", "V")
-        (S_end,) = _scan(t, chunk, chain, S0)
+        (S_end,) = t.scan_chunks(chunk, S=S0)
         if s.final_state:
             t.store(Tensor("final_state", state, "f32"), S_end)
     return t.program()
-
-
-def _scan(t: Tracer, chunk: object, chain: tuple[str, ...], S0: Node) -> tuple[Node, ...]:
-    def nest(depth: int, S: Node) -> tuple[Node, ...]:
-        if depth == len(chain) - 1:
-            return t.scan(chunk, **{"S" if len(chain) == 1 else f"S_{chain[depth]}": S})     # type: ignore[arg-type]
-        return t.scan(lambda outer: nest(depth + 1, outer), **{f"S_{chain[depth]}": S})
-    return nest(0, S0)
