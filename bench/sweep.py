@@ -25,7 +25,7 @@ CHECK = [300, 0, 64, 129]
 
 
 def candidates(plans: list[str], space: dict[str, list[int]], erase: bool = True, io: str = "bf16",
-               **changes: Any) -> list[tuple[str, str, Schedule]]:
+               chunk: int = 64, **changes: Any) -> list[tuple[str, str, Schedule]]:
     """(plan, kernel whose options vary, schedule); the other kernels of the plan keep modest options meanwhile."""
     found = []
     for name in plans:
@@ -33,11 +33,11 @@ def candidates(plans: list[str], space: dict[str, list[int]], erase: bool = True
         scan = "scan"
         tiled = KernelOptions(v_tile=64, num_warps=4, num_stages=1)
         rest = {scan: replace(tiled, v_tile=32, num_stages=2)} if io == "f32" else {scan: tiled}
-        base = Schedule(name, steps=plan(name, erase, io, **changes)).with_options(**rest, **({} if one else {"output": tiled}))
+        base = Schedule(name, chunk, plan(name, erase, io, chunk, **changes)).with_options(**rest, **({} if one else {"output": tiled}))
         options = itertools.product(space["v_tile"], space["num_warps"], space["num_stages"])
         vary = [(k, o) for o in options for k in ((scan,) if one else (scan, "output"))]
         if name not in ("naive", "fused") and erase:
-            vary += [("solve", (None, w, 1)) for w in (1, 2, 4)]
+            vary += [("solve", (None, w, 1)) for w in (1, 2, 4, 8)]
         found += [(name, k, base.with_options(**{k: KernelOptions(*o)})) for k, o in vary]
     return found
 
@@ -104,6 +104,7 @@ def main() -> None:
     p.add_argument("--V", type=int, default=128)
     p.add_argument("--dtype", default="bf16")
     p.add_argument("--sums", action="store_true", help="the log decay's running sums are hoisted")
+    p.add_argument("--chunk", type=int, default=64)
     p.add_argument("--block", type=int, default=16, help="rows that the inverse substitutes before it merges")
     p.add_argument("--kernels", default="", help="only these")
     p.add_argument("--no-erase", action="store_true")
@@ -117,7 +118,7 @@ def main() -> None:
     arch = f"sm_{torch.cuda.get_device_capability()[0]}0"
     varied = {o: [int(x) for x in getattr(a, o).split(",")] for o in ("v_tile", "num_warps", "num_stages")}
     space = candidates(a.plans.split(","), varied,
-                       not a.no_erase, a.dtype, sums=a.sums, block=a.block)
+                       not a.no_erase, a.dtype, chunk=a.chunk, sums=a.sums, block=a.block)
     space = [c for c in space if not a.kernels or c[1] in a.kernels.split(",")]
     context = multiprocessing.get_context("spawn")
     with context.Pool(14) as pool:
