@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from gdn_ir.nodes import At, Op, Tensor, base
+from gdn_ir.nodes import At, Node, Op, Tensor, base
 from gdn_ir.program import Program, ScanView, token_chains
 from gdn_ir.schedules.schedule import KernelOptions
 
@@ -50,6 +50,16 @@ class Kernel:
     def chunk(self) -> int:
         """Tokens of a chunk; 1 where nothing is cut into chunks."""
         return next((self.extents[a] for a in token_chains(self.program.nodes())), 1)
+
+    @property
+    def row_outputs(self) -> tuple[Node, ...]:
+        """Stores of outputs that have a row for each token."""
+        return tuple(n for n in self.program.nodes() if n.op is Op.STORE and not n["tensor"].temp and n["tensor"].dims[0] == "T")
+
+    @property
+    def owns_tail(self) -> bool:
+        """Whether this kernel itself writes zeros to the rows past the last sequence: one that runs all chunks at once."""
+        return self.varlen and self.parallel is not None and bool(self.row_outputs)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -136,7 +146,8 @@ class Backend(Protocol):
         """A callable over (memory, params, sizes) that launches the kernel."""
 
     def clear_tail(self, x: torch.Tensor, call: Call) -> None:
-        """Zero the rows of an output that no sequence owns (never called where `functional`)."""
+        """Zero the rows of an output that no sequence owns (not called where `functional`, nor for a kernel that
+        `owns_tail`)."""
 
     def version(self) -> str:
         """The toolchain's version, part of every cache key."""

@@ -57,7 +57,8 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def accuracy(lengths: list[int], H: int, HV: int, kind: str) -> dict[str, Any]:
     """Errors of both against the float64 recurrence."""
     x = inputs.make(lengths, H, HV, kind=kind)
-    o, S = (t.cuda() for t in recurrence(*(x[n][None].cpu() for n in ("q", "k", "v", "g", "beta")), cu_seqlens=x["cu_seqlens"].cpu()))
+    packed = (x[n][None].cpu() for n in ("q", "k", "v", "g", "beta"))
+    o, S = (t.cuda() for t in recurrence(*packed, cu_seqlens=x["cu_seqlens"].cpu()))
     found = {}
     for name, call in (("gdn-ir", ours(x)[0]), ("fla", fla(x))):
         out = call()
@@ -71,7 +72,8 @@ def speed(lengths: list[int], H: int, HV: int) -> dict[str, Any]:
     xs = [inputs.make(lengths, H, HV, seed=i) for i in range(copies_beyond_l2(bytes_))]
     mine, theirs, chosen = [ours(x)[0] for x in xs], [fla(x) for x in xs], ours(xs[0])[1]
     exact = ours({n: t.float() if n in ("q", "k", "v", "beta") else t for n, t in xs[0].items()})[0]()
-    errors = {name: {n: relative(call()[n], exact[n].double()) for n in exact} for name, call in (("gdn-ir", mine[0]), ("fla", theirs[0]))}
+    both = (("gdn-ir", mine[0]), ("fla", theirs[0]))
+    errors = {name: {n: relative(call()[n], exact[n].double()) for n in exact} for name, call in both}
     del exact
     ms: dict[str, list[float]] = {"gdn-ir": [], "fla": []}
     for _ in range(3):
@@ -87,13 +89,14 @@ def main() -> None:
     p = argparse.ArgumentParser()
     p.add_argument("--out", required=True)
     p.add_argument("--commit", required=True)
+    p.add_argument("--only", default="accuracy,speed")
     a = p.parse_args()
     result: dict[str, Any] = {"commit": a.commit, "gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-    result["accuracy"] = [accuracy([768], 2, 4, kind) for kind in inputs.KINDS]
+    result["accuracy"] = [accuracy([768], 2, 4, kind) for kind in inputs.KINDS if "accuracy" in a.only]
     for row in result["accuracy"]:
         print(row["inputs"], row["errors"], flush=True)
     result["speed"] = []
-    for case in cases.FORWARD_CORE:
+    for case in cases.FORWARD_CORE if "speed" in a.only else ():
         result["speed"].append(speed(*case))
         Path(a.out).write_text(json.dumps(result, indent=0) + "\n")
 

@@ -24,7 +24,7 @@ def make(lengths: list[int], H: int, HV: int, K: int = 128, V: int = 128, dtype:
     if kind == "correlated":
         k = normal(1, H, K) + 0.1 * k
     rate = 16 * uniform(HV)
-    bias = torch.log(torch.expm1(torch.exp(uniform(HV) * 4.6 - 6.9)))                # steps from 1e-3 to 0.1, as softplus sees them
+    bias = torch.log(torch.expm1(torch.exp(uniform(HV) * 4.6 - 6.9)))                # steps from 1e-3 to 0.1 after softplus
     g = {"model": lambda: -rate * torch.nn.functional.softplus(normal(T, HV) + bias),
          "no_decay": lambda: torch.zeros(T, HV, device=device),
          "strong_decay": lambda: -4 - 2 * uniform(T, HV),

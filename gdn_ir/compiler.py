@@ -100,10 +100,9 @@ class Compiled:
         return tuple(found.values())
 
     @cached_property
-    def rows_written(self) -> tuple[str, ...]:
-        """Outputs with a row for each token: rows that no sequence owns must be cleared."""
-        return tuple({t.name: None for k in self.kernels for t in k.tensors()
-                      if not t.temp and t.name in k.program.written() and t.dims[0] == "T"})
+    def tails(self) -> tuple[str, ...]:
+        """Outputs whose rows past the last sequence no kernel clears."""
+        return tuple({n["tensor"].name: None for k in self.kernels if not k.owns_tail for n in k.row_outputs})
 
     def __call__(self, memory: Mapping[str, torch.Tensor], params: Mapping[str, float], call: Call) -> None:
         """Run the kernels in order. memory: contiguous tensors by name, outputs too; temporaries are allocated here."""
@@ -118,7 +117,7 @@ class Compiled:
         for launch in self.launches:
             launch(every, params, call)
         if call.cu_seqlens is not None:
-            for name in self.rows_written:
+            for name in self.tails:
                 self.backend.clear_tail(every[name], call)
 
     def apply(self, memory: Mapping[str, torch.Tensor], params: Mapping[str, float], call: Call) -> dict[str, torch.Tensor]:

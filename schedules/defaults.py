@@ -24,20 +24,19 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
     if arch not in MULTIPROCESSORS:
         raise ValueError(f"arch: got {arch!r}; accepts cpu, {', '.join(MULTIPROCESSORS)}")
     width = scan_width(arch, instance, sequences * heads)
-    schedule = Schedule(f"states-{width}", steps=plan("states", erase, io)).with_options(**options(arch, instance, width))
+    steps = plan("states", erase, io, sums=instance.switches.decay != "none")
+    schedule = Schedule(f"states-{width}", steps=steps).with_options(**options(arch, instance, width))
     return schedule, (f"{arch}: chunks in parallel but for the state; {sequences * heads} serial scans, each cut into "
                       f"{-(-instance.V // width)} tiles of {width} columns to fill {MULTIPROCESSORS[arch]} multiprocessors")
 
 
 def scan_width(arch: str, instance: Instance, scans: int) -> int:
-    """Columns of V that one block of the scan owns: the widest of 64, 32, 16 that still makes two blocks, nearly, for each
-    multiprocessor; 16 where none does. Wide tiles read k and A once; narrow ones shorten the serial chain."""
-    if instance.io == "f32":
-        return 32
-    if instance.K > 128:                                   # half of the registers hold the state already
+    """Columns of V that one block of the scan owns: 32 where that makes two blocks, nearly, for each multiprocessor, else 16.
+    Wide tiles read k and A once; narrow ones shorten the serial chain."""
+    if instance.K > 128 and instance.io != "f32":          # eight warps hold the state of 64 columns
         return 64
     enough = 1.8 * MULTIPROCESSORS[arch]
-    return next((w for w in (64, 32) if scans * -(-instance.V // w) >= enough), 16)
+    return 32 if instance.io == "f32" or scans * -(-instance.V // 32) >= enough else 16
 
 
 def options(arch: str, instance: Instance, width: int) -> dict[str, KernelOptions]:
@@ -52,5 +51,5 @@ def options(arch: str, instance: Instance, width: int) -> dict[str, KernelOption
         return {"solve": KernelOptions(num_warps=4, num_stages=1), "scan": KernelOptions(32, 4, 1 if wide else 2),
                 "output": KernelOptions(32, 4, 1)}
     return {"solve": KernelOptions(num_warps=4 if wide else 1, num_stages=1),
-            "scan": KernelOptions(64, 8, 2) if wide else KernelOptions(width, 4, 3),
+            "scan": KernelOptions(64, 8, 2) if wide else KernelOptions(width, 4, 4 if width == 16 else 3),
             "output": KernelOptions(64, 4, 1 if wide else 2)}

@@ -74,7 +74,7 @@ def count(kernel: Kernel, call: Call) -> int:
     if not kernel.parallel:
         blocks = call.sequences
     elif kernel.varlen:
-        blocks = call.slots(kernel.chunk)
+        blocks = call.slots(kernel.chunk) + kernel.owns_tail         # the tail may need one more
     else:
         blocks = call.sequences * -(-call.length // kernel.chunk)
     for a in kernel.program.grid:

@@ -5,7 +5,7 @@ import re
 
 from gdn_ir.backends.base import Kernel, Source, heads
 from gdn_ir.backends.linearize import Linear, Loop, Stmt, Write
-from gdn_ir.backends.triton.rules import RULES
+from gdn_ir.backends.triton.rules import RULES, pointer
 from gdn_ir.backends.triton.runtime import HELPERS, NEEDS
 from gdn_ir.nodes import At, Node, Op, Rows, Slot, base
 from gdn_ir.program import ScanView
@@ -72,7 +72,8 @@ class Printer:
                     if text and INDENT + text not in self.lines:
                         self.put(1, text)
         if k.parallel and k.varlen:
-            self.put(1, f"n, first, length = locate(pid, cu_ptr, T, N, {chunk})")
+            find = "locate_or_tail" if k.owns_tail else "locate"
+            self.put(1, f"n, first, length = {find}(pid, cu_ptr, T, N, {chunk})")
             self.put(1, f"i_X = (pid - first // {chunk} - n).to(tl.int32)")
             self.put(1, f"if i_X < 0 or i_X * {chunk} >= length:")
             self.put(2, "return")
@@ -90,6 +91,12 @@ class Printer:
                 self.put(1, f"in_{a} = {a} < {k.extents[a]}")
         if k.parallel:
             self.chunk(k.parallel, 1)
+        if k.owns_tail:
+            self.put(1, "if n == N:  # rows that no sequence owns")
+            for store in k.row_outputs:
+                text, mask = pointer(self.linear, store, store.args[0].axes)
+                self.put(2, f"tl.store({text}, 0.0, mask={mask})")
+            self.put(2, "return")
 
     def chunk(self, scan: ScanView, depth: int) -> None:
         """At the start of a chunk: its first token, its slot, which of its rows exist."""

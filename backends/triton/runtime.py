@@ -15,6 +15,17 @@ def locate(slot, cu_ptr, T, N, CHUNK: tl.constexpr):
     first, length = bounds(low, cu_ptr, T)
     return low, first, length
 ''',
+    "locate_or_tail": '''
+@triton.jit
+def locate_or_tail(slot, cu_ptr, T, N, CHUNK: tl.constexpr):
+    """As locate, with one more sequence, number N, of the rows that no sequence owns: those from cu[N] on."""
+    tail = tl.minimum(tl.maximum(tl.load(cu_ptr + N).to(tl.int64), 0), T)
+    if slot >= tail // CHUNK + N:
+        n, first, length = N, tail, (T - tail).to(tl.int32)
+    else:
+        n, first, length = locate(slot, cu_ptr, T, N, CHUNK)
+    return n, first, length
+''',
     "bounds": '''
 @triton.jit
 def bounds(n, cu_ptr, T):
@@ -60,7 +71,7 @@ def inverse_of_blocks(m, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     return tl.reshape(tl.permute(spread, [0, 2, 1, 3]), [SIZE, SIZE])
 ''',
 }
-NEEDS = {"locate": ("bounds",)}
+NEEDS = {"locate": ("bounds",), "locate_or_tail": ("locate", "bounds")}
 
 CLEAR_TAIL = '''
 @triton.jit
