@@ -54,7 +54,8 @@ class Kernel:
     @property
     def row_outputs(self) -> tuple[Node, ...]:
         """Stores of outputs that have a row for each token."""
-        return tuple(n for n in self.program.nodes() if n.op is Op.STORE and not n["tensor"].temp and n["tensor"].dims[0] == "T")
+        stores = (n for n in self.program.nodes() if n.op is Op.STORE)
+        return tuple(n for n in stores if not n["tensor"].temp and n["tensor"].dims[:1] == ("T",))
 
     @property
     def owns_tail(self) -> bool:

@@ -33,7 +33,8 @@ def candidates(plans: list[str], space: dict[str, list[int]], erase: bool = True
         scan = "scan"
         tiled = KernelOptions(v_tile=64, num_warps=4, num_stages=1)
         rest = {scan: replace(tiled, v_tile=32, num_stages=2)} if io == "f32" else {scan: tiled}
-        base = Schedule(name, chunk, plan(name, erase, io, chunk, **changes)).with_options(**rest, **({} if one else {"output": tiled}))
+        base = Schedule(name, chunk, plan(name, erase, io, chunk, **changes)).with_options(**rest)
+        base = base if one else base.with_options(output=tiled)
         options = itertools.product(space["v_tile"], space["num_warps"], space["num_stages"])
         vary = [(k, o) for o in options for k in ((scan,) if one else (scan, "output"))]
         if name not in ("naive", "fused") and erase:

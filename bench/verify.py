@@ -16,7 +16,7 @@ from gdn_ir.backends import BACKENDS
 from gdn_ir.backends.base import TORCH
 from gdn_ir.backends.coverage import DTYPES, Cell, Layout, table
 from gdn_ir.backends.triton.ptx import TritonPtx
-from gdn_ir.compiler import Instance, variant
+from gdn_ir.compiler import variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.reference import recurrence
 from gdn_ir.schedules.defaults import default
@@ -47,9 +47,10 @@ def shipped(arch: str = "sm_90") -> Iterator[tuple[Cell, int]]:
 
 def oracle(cell: Cell, x: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     s, cpu = cell.switches, {n: t.cpu() for n, t in x.items()}
-    o, S = recurrence(*(cpu[n][None] for n in ("q", "k", "v")), cpu["g"][None] if s.decay == "scalar" else None, cpu["beta"][None],
-                      None, cpu["initial_state"] if s.initial_state else None, cpu["cu_seqlens"], erase=s.erase, l2norm=s.l2norm,
-                      beta_sigmoid=s.beta_sigmoid, neg_eigval=s.neg_eigval)
+    q, k, v, g, beta = (cpu[n][None] for n in ("q", "k", "v", "g", "beta"))
+    state = cpu["initial_state"] if s.initial_state else None
+    o, S = recurrence(q, k, v, g if s.decay == "scalar" else None, beta, None, state, cpu["cu_seqlens"], erase=s.erase,
+                      l2norm=s.l2norm, beta_sigmoid=s.beta_sigmoid, neg_eigval=s.neg_eigval)
     return o[0].cuda(), S.cuda()
 
 
@@ -76,7 +77,8 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def check(cell: Cell, schedule: Schedule, backend: str, arch: str, kind: str = "model") -> dict[str, Any]:
     lay = cell.layout
-    x = inputs.make([*lay.lengths, TAIL] if lay.varlen else list(lay.lengths), lay.H, lay.HV, lay.K, lay.V, TORCH[cell.io], kind=kind)
+    lengths = [*lay.lengths, TAIL] if lay.varlen else list(lay.lengths)
+    x = inputs.make(lengths, lay.H, lay.HV, lay.K, lay.V, TORCH[cell.io], kind=kind)
     if lay.varlen:
         x["cu_seqlens"], x["initial_state"] = x["cu_seqlens"][:-1], x["initial_state"][:-1]
     if cell.switches.beta_sigmoid:
@@ -84,11 +86,13 @@ def check(cell: Cell, schedule: Schedule, backend: str, arch: str, kind: str = "
     try:
         outputs, hashes = run(cell, schedule, backend, arch, x)
     except Exception as e:
-        return {"cell": cell.name, "backend": backend, "arch": arch, "inputs": kind, "failed": f"{type(e).__name__}: {e}"[:400]}
+        why = f"{type(e).__name__}: {e}"[:400]
+        return {"cell": cell.name, "backend": backend, "arch": arch, "inputs": kind, "failed": why}
     o, S = oracle(cell, x)
     errors = {"o": relative(outputs["o"], o[0])}
     if "final_state" in outputs:
-        errors["final_state"] = relative(outputs["final_state"].mT if cell.switches.state_v_first else outputs["final_state"], S)
+        state = outputs["final_state"]
+        errors["final_state"] = relative(state.mT if cell.switches.state_v_first else state, S)
     return {"cell": cell.name, "backend": backend, "arch": arch, "inputs": kind, "schedule": schedule.name, "errors": errors,
             "sources": hashes}
 

@@ -20,7 +20,7 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
     """The schedule, and the reason for it. arch: "sm_80", "sm_90" or "cpu"; sequences, heads (HV), tokens: of the call."""
     erase, io = instance.switches.erase, instance.io
     if arch == "cpu":
-        return Schedule("fused", steps=plan("fused", erase, io)), "cpu: one pass over the chunks, the whole grid at once"
+        return Schedule("fused", steps=plan("fused", erase, io)), "any device: one pass over the chunks, the whole grid at once"
     if arch not in MULTIPROCESSORS:
         raise ValueError(f"arch: got {arch!r}; accepts cpu, {', '.join(MULTIPROCESSORS)}")
     width = scan_width(arch, instance, sequences * heads)

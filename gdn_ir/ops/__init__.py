@@ -1,0 +1,4 @@
+"""Torch ops."""
+from gdn_ir.ops.chunk import chunk_gated_delta_rule
+
+__all__ = ["chunk_gated_delta_rule"]

@@ -1,0 +1,115 @@
+"""What the op accepts: every argument checked before anything is launched, each error naming it, what came and what fits."""
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+Tensor = torch.Tensor
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+LARGEST = 256
+# flags of flash-linear-attention that are not served yet, and the value that asks for nothing
+LATER = {"use_gate_in_kernel": False, "A_log": None, "dt_bias": None, "transpose_state_layout": False, "safe_gate": False,
+         "lower_bound": None, "cp_context": None, "chunk_indices": None, "head_first": False,
+         "return_intermediate_states": False}
+
+
+def describe(x: object) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}" if isinstance(x, Tensor) else repr(x)
+
+
+def bad(name: str, got: object, accepts: str, error: type[Exception] = ValueError) -> Exception:
+    return error(f"{name}: got {describe(got)}; accepts {accepts}")
+
+
+def keywords(given: dict[str, Any], known: tuple[str, ...]) -> None:
+    """Refuse flags: those not served yet with NotImplementedError, unknown ones with TypeError."""
+    for name, value in given.items():
+        if name not in LATER:
+            raise TypeError(f"chunk_gated_delta_rule: unknown keyword {name!r}, got {describe(value)}; "
+                            f"accepts {', '.join(known)}")
+        if value is not LATER[name] and value != LATER[name]:
+            raise NotImplementedError(f"{name}: got {describe(value)}; only {LATER[name]!r} is served so far")
+
+
+def tensor(name: str, x: object, shape: tuple[str, ...], sizes: dict[str, int], dtypes: tuple[torch.dtype, ...],
+           device: torch.device | None) -> None:
+    """Check one tensor; `shape` names its dimensions, `sizes` fixes those seen before and learns new ones."""
+    layout = f"[{', '.join(shape)}]"
+    names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+    if not isinstance(x, Tensor):
+        raise bad(name, x, f"a tensor {layout} of {names}", TypeError)
+    if x.ndim != len(shape):
+        raise bad(name, x, f"{len(shape)} dimensions, {layout}")
+    if x.dtype not in dtypes:
+        raise bad(name, x, f"dtype {names}", TypeError)
+    if device is not None and x.device != device:
+        raise bad(name, x, f"the device of q, {device}")
+    for d, size in zip(shape, x.shape, strict=True):
+        if sizes.setdefault(d, size) != size:
+            want = ", ".join(f"{d} = {sizes[d]}" if d in sizes else d for d in shape)
+            raise bad(name, x, f"{layout} with {want}")
+
+
+def inputs(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initial_state: Tensor | None,
+           cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, state_v_first: bool) -> dict[str, int]:
+    """Check all tensors; returns B, T, H, HV, K, V and N. Raises TypeError (kind, dtype) or ValueError (all else)."""
+    sizes: dict[str, int] = {}
+    tensor("q", q, ("B", "T", "H", "K"), sizes, FLOATS, None)
+    tensor("k", k, ("B", "T", "H", "K"), sizes, (q.dtype,), q.device)
+    tensor("v", v, ("B", "T", "HV", "V"), sizes, (q.dtype,), q.device)
+    if g is not None:
+        tensor("g", g, ("B", "T", "HV"), sizes, FLOATS, q.device)
+    tensor("beta", beta, ("B", "T", "HV"), sizes, FLOATS, q.device)
+    for name, x, size in (("q", q, "K"), ("v", v, "V")):
+        if not 0 < sizes[size] <= LARGEST or sizes[size] % 16:
+            raise bad(name, x, f"{size} a multiple of 16 from 16 to {LARGEST}")
+    if sizes["H"] == 0 or sizes["HV"] % sizes["H"] or sizes["HV"] == 0:
+        raise bad("v", v, f"HV a multiple of H = {sizes['H']} (q has {sizes['H']} heads, v {sizes['HV']})")
+    if cu_seqlens is None and cu_seqlens_cpu is not None:
+        raise bad("cu_seqlens_cpu", cu_seqlens_cpu, "None where cu_seqlens is None")
+    if cu_seqlens is None:
+        sizes["N"] = sizes["B"]
+    else:
+        if sizes["B"] != 1:
+            raise bad("q", q, "B = 1 with cu_seqlens: sequences are packed along T")
+        lengths(cu_seqlens, cu_seqlens_cpu, sizes["T"], q.device)
+        sizes["N"] = cu_seqlens.shape[0] - 1
+    if initial_state is not None:
+        tensor("initial_state", initial_state, ("N", "HV", *(("V", "K") if state_v_first else ("K", "V"))), sizes,
+               (torch.float32,), q.device)
+    return sizes
+
+
+def lengths(cu: Tensor, cpu: Tensor | None, T: int, device: torch.device) -> None:
+    """Check sequence boundaries: kind and shape always, values where they are on the host (or under GDN_IR_CHECK=1)."""
+    for name, x, where in (("cu_seqlens", cu, device), ("cu_seqlens_cpu", cpu, torch.device("cpu"))):
+        if x is None:
+            continue
+        tensor(name, x, ("N + 1",), {}, (torch.int32, torch.int64), where)
+        if x.shape[0] < 1:
+            raise bad(name, x, "at least one entry, [N + 1]")
+        if cpu is not None and x.shape != cpu.shape:
+            raise bad("cu_seqlens_cpu", cpu, f"the values of cu_seqlens, {list(cu.shape)}")
+        if not _readable(x):
+            continue
+        ends = x.tolist()
+        if ends[0] != 0:
+            raise ValueError(f"{name}: got {_short(ends)}, which starts at {ends[0]}; accepts boundaries that start at 0")
+        for i, (a, b) in enumerate(zip(ends, ends[1:])):
+            if b < a:
+                raise ValueError(f"{name}: got {_short(ends)}, which decreases at entry {i + 1}; "
+                                 "accepts boundaries that never decrease")
+        if ends[-1] > T:
+            raise ValueError(f"{name}: got {_short(ends)}, which ends past T; accepts a last boundary of at most T = {T}")
+
+
+def _readable(x: Tensor) -> bool:
+    if torch.compiler.is_compiling() or isinstance(x, torch._subclasses.FakeTensor):
+        return False
+    return x.device.type == "cpu" or os.environ.get("GDN_IR_CHECK") == "1"
+
+
+def _short(values: list[int]) -> str:
+    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:6]))}, ..., {values[-1]}]"

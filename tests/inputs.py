@@ -1,0 +1,36 @@
+"""Inputs of the op, and its results by the float64 recurrence."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gdn_ir.reference import recurrence
+
+
+def make(B: int = 1, T: int = 100, H: int = 2, HV: int = 2, K: int = 32, V: int = 32, dtype: torch.dtype = torch.float32,
+         device: str = "cpu", seed: int = 0) -> dict[str, torch.Tensor]:
+    """q, k, v, g, beta as the op takes them: q and k of unit length, decays as a model's."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=torch.float64)
+    q, k = (torch.nn.functional.normalize(normal(B, T, H, K), dim=-1) for _ in range(2))
+    g = -torch.nn.functional.softplus(normal(B, T, HV) - 2)
+    return {"q": q.to(dtype), "k": k.to(dtype), "v": normal(B, T, HV, V).to(dtype),
+            "g": g if dtype is torch.float64 else g.float(), "beta": torch.sigmoid(normal(B, T, HV)).to(dtype)}
+
+
+def expected(x: dict[str, Any], initial_state: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None,
+             **switches: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """o and the final state of inputs on any device, in float64 on that device."""
+    cpu = {n: None if t is None else t.detach().cpu() for n, t in x.items()}
+    o, S = recurrence(cpu["q"], cpu["k"], cpu["v"], cpu["g"], cpu["beta"], None,
+                      None if initial_state is None else initial_state.cpu(), None if cu_seqlens is None else cu_seqlens.cpu(),
+                      **switches)
+    return o.to(x["q"].device), S.to(x["q"].device)
+
+
+def error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Relative L2 distance from b; NaN where a holds one."""
+    return float((a.double() - b).norm() / b.norm().clamp(min=1e-30))

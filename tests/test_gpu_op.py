@@ -1,0 +1,102 @@
+"""The op on a GPU, against float64, with outputs poisoned before they are written."""
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import gdn_ir
+from gdn_ir.ops import chunk, chunk_gated_delta_rule
+from tests.inputs import error, expected, make
+
+pytestmark = pytest.mark.gpu
+BOUNDS = {torch.bfloat16: 4.5e-3, torch.float16: 4.5e-3, torch.float32: 1e-4}
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = chunk._empty
+
+    def nan(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        o, S = empty(*args)
+        return o.fill_(float("nan")), S.fill_(float("nan"))
+    monkeypatch.setattr(chunk, "_empty", nan)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("shape", [{}, {"B": 2, "T": 130, "K": 64, "V": 128}, {"H": 1, "HV": 3, "K": 128, "V": 128},
+                                   {"K": 48, "V": 80}, {"T": 1}, {"K": 256, "V": 16}])
+def test_dense(shape: dict[str, int], dtype: torch.dtype) -> None:
+    x = make(**shape, dtype=dtype, device="cuda")
+    with torch.no_grad():
+        o, S = chunk_gated_delta_rule(**x, output_final_state=True)
+    want_o, want_S = expected(x)
+    assert error(o, want_o) <= BOUNDS[dtype] and S is not None and error(S, want_S) <= BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("v_first", [False, True])
+def test_packed(dtype: torch.dtype, v_first: bool) -> None:
+    lengths = [0, 64, 1, 0, 150, 63]
+    x = make(1, sum(lengths) + 70, 2, 4, 64, 96, dtype, "cuda")
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], device="cuda")
+    S0 = torch.randn(6, 4, 64, 96, device="cuda")
+    strided = {n: t.transpose(1, 2).contiguous().transpose(1, 2) for n, t in x.items()}
+    with torch.no_grad():
+        o, S = chunk_gated_delta_rule(**strided, initial_state=S0.mT.contiguous() if v_first else S0, output_final_state=True,
+                                      cu_seqlens=cu, state_v_first=v_first)
+    want_o, want_S = expected(x, S0, cu)
+    assert S is not None and not o[:, sum(lengths):].any()
+    assert error(o, want_o) <= BOUNDS[dtype] and error(S.mT if v_first else S, want_S) <= BOUNDS[dtype]
+
+
+def test_no_tokens() -> None:
+    S0 = torch.randn(2, 2, 32, 32, device="cuda")
+    o, S = chunk_gated_delta_rule(**make(B=2, T=0, device="cuda"), initial_state=S0, output_final_state=True)
+    assert o.shape[1] == 0 and S is not None and torch.equal(S, S0)
+
+
+def test_never_waits_for_the_gpu() -> None:
+    x = make(K=64, V=64, dtype=torch.bfloat16, device="cuda")
+    cu = torch.tensor([0, 30, 100], device="cuda")
+    with torch.no_grad():
+        want = chunk_gated_delta_rule(**x, cu_seqlens=cu)[0]
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            got = chunk_gated_delta_rule(**x, cu_seqlens=cu)[0]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(got, want)
+
+
+def test_cuda_graph() -> None:
+    x = make(K=64, V=64, dtype=torch.bfloat16, device="cuda")
+    with torch.no_grad():
+        want = chunk_gated_delta_rule(**x)[0]
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = chunk_gated_delta_rule(**x)[0]
+        got.fill_(float("nan"))
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(got, want)
+
+
+def test_gradients_are_refused_but_for_torch() -> None:
+    x = make(device="cuda")
+    x["q"].requires_grad_()
+    with pytest.raises(NotImplementedError, match="the backward is not lowered to cuda yet"):
+        chunk_gated_delta_rule(**x)
+    with gdn_ir.use("torch"):
+        chunk_gated_delta_rule(**x)[0].sum().backward()
+    assert x["q"].grad is not None and x["q"].grad.isfinite().all()
+
+
+def test_two_calls_agree_to_the_bit() -> None:
+    x = make(T=500, K=128, V=128, dtype=torch.bfloat16, device="cuda")
+    with torch.no_grad():
+        a, b = (chunk_gated_delta_rule(**x, output_final_state=True) for _ in range(2))
+    assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))

@@ -1,0 +1,152 @@
+"""The op against the token recurrence in float64, on CPU."""
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gdn_ir
+from gdn_ir.ops import chunk_gated_delta_rule
+from tests.inputs import error, expected, make
+
+BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 4.5e-3, torch.bfloat16: 4.5e-3}   # states are float32
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("shape", [{}, {"B": 2, "T": 130}, {"H": 1, "HV": 3}, {"K": 48, "V": 80}, {"T": 1}, {"K": 16, "V": 256}])
+def test_dense(shape: dict[str, int], dtype: torch.dtype) -> None:
+    x = make(**shape, dtype=dtype)
+    o, S = chunk_gated_delta_rule(**x, output_final_state=True)
+    want_o, want_S = expected(x)
+    assert o.dtype == dtype and o.shape == x["v"].shape and S is not None and S.dtype == torch.float32
+    assert error(o, want_o) < BOUNDS[dtype]
+    assert error(S, want_S) < BOUNDS[dtype]
+
+
+@settings(max_examples=30)
+@given(lengths=st.lists(st.integers(0, 150), min_size=1, max_size=5), tail=st.integers(0, 70), group=st.integers(1, 3),
+       K=st.sampled_from([16, 48, 64]), V=st.sampled_from([16, 32, 96]), wide=st.booleans(), initial=st.booleans(),
+       v_first=st.booleans(), no_decay=st.booleans())
+def test_packed(lengths: list[int], tail: int, group: int, K: int, V: int, wide: bool, initial: bool, v_first: bool,
+                no_decay: bool) -> None:
+    """Packed sequences of any length, zero included; rows past the last one are zeros and touch no state."""
+    T = sum(lengths) + tail
+    x = make(1, T, 1, group, K, V)
+    if no_decay:
+        x["g"] = None                                      # type: ignore[assignment]
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int64 if wide else torch.int32)
+    S0 = torch.randn(len(lengths), group, K, V) if initial else None
+    given_state = S0.mT.contiguous() if S0 is not None and v_first else S0
+    o, S = chunk_gated_delta_rule(**x, initial_state=given_state, output_final_state=True, cu_seqlens=cu, state_v_first=v_first)
+    assert S is not None and S.shape == ((len(lengths), group, V, K) if v_first else (len(lengths), group, K, V))
+    assert not o[:, sum(lengths):].any()
+    want_o, want_S = expected(x, S0, cu)
+    assert error(o, want_o) < 1e-5
+    assert error(S.mT if v_first else S, want_S) < 1e-5
+
+
+@pytest.mark.parametrize(("flags", "switches"), [
+    ({"use_qk_l2norm_in_kernel": True}, {"l2norm": True}),
+    ({"use_beta_sigmoid_in_kernel": True}, {"beta_sigmoid": True}),
+    ({"use_beta_sigmoid_in_kernel": True, "allow_neg_eigval": True}, {"beta_sigmoid": True, "neg_eigval": True})])
+@pytest.mark.parametrize("T", [64, 70])
+def test_flags(flags: dict[str, bool], switches: dict[str, bool], T: int) -> None:
+    x = make(T=T)
+    x["q"], x["k"], x["beta"] = 3 * x["q"], 0.5 * x["k"], torch.randn_like(x["beta"])
+    o, S = chunk_gated_delta_rule(**x, output_final_state=True, **flags)
+    assert S is not None
+    want_o, want_S = expected(x, **switches)
+    assert error(o, want_o) < 1e-5 and error(S, want_S) < 1e-5
+
+
+def test_scale() -> None:
+    x = make()
+    assert error(chunk_gated_delta_rule(**x, scale=1.0)[0], 32 ** 0.5 * expected(x)[0]) < 1e-5
+
+
+def test_no_final_state_unless_asked() -> None:
+    assert chunk_gated_delta_rule(**make())[1] is None
+
+
+def test_lower_precision_gate_is_upcast() -> None:
+    x = make()
+    x["g"] = x["g"].bfloat16()
+    assert error(chunk_gated_delta_rule(**x)[0], expected(x)[0]) < 1e-5
+
+
+def test_beta_of_another_dtype() -> None:
+    x = make(dtype=torch.float32)
+    x["beta"] = x["beta"].bfloat16()
+    assert error(chunk_gated_delta_rule(**x)[0], expected(x)[0]) < 1e-5
+
+
+def test_not_contiguous() -> None:
+    x = make(B=2, T=70, H=2, HV=4)
+    strided = {n: t.transpose(1, 2).contiguous().transpose(1, 2) for n, t in x.items()}
+    assert not strided["q"].is_contiguous()
+    assert torch.equal(chunk_gated_delta_rule(**strided)[0], chunk_gated_delta_rule(**x)[0])
+
+
+@pytest.mark.parametrize("initial", [False, True])
+def test_no_tokens(initial: bool) -> None:
+    x = make(B=3, T=0)
+    S0 = torch.randn(3, 2, 32, 32) if initial else None
+    o, S = chunk_gated_delta_rule(**x, initial_state=S0, output_final_state=True)
+    assert o.shape == (3, 0, 2, 32) and S is not None
+    assert torch.equal(S, torch.zeros(3, 2, 32, 32) if S0 is None else S0)
+
+
+def test_no_sequences() -> None:
+    o, S = chunk_gated_delta_rule(**make(T=5), cu_seqlens=torch.tensor([0]), output_final_state=True)
+    assert not o.any() and S is not None and S.shape == (0, 2, 32, 32)
+
+
+def test_inputs_are_not_written() -> None:
+    x, S0 = make(), torch.randn(1, 2, 32, 32)
+    before = {n: t.clone() for n, t in x.items()} | {"S": S0.clone()}
+    chunk_gated_delta_rule(**x, initial_state=S0, output_final_state=True)
+    assert all(torch.equal(before[n], t) for n, t in (x | {"S": S0}).items())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients(packed: bool) -> None:
+    """On CPU autograd follows the torch backend: float64 gradients against autograd of the recurrence, strong decay included."""
+    x = make(T=70, dtype=torch.float64, HV=4)
+    x["g"] = x["g"] * 20
+    cu = torch.tensor([0, 0, 30, 66]) if packed else None
+    S0 = torch.randn(3 if packed else 1, 4, 32, 32)
+    leaves = [t.requires_grad_() for t in (*x.values(), S0)]
+    o, S = chunk_gated_delta_rule(**x, initial_state=S0, output_final_state=True, cu_seqlens=cu)
+    want_o, want_S = (t for t in _reference(x, S0, cu))
+    assert S is not None
+    got = torch.autograd.grad((o ** 2).sum() + S.double().sin().sum(), leaves)
+    want = torch.autograd.grad((want_o ** 2).sum() + want_S.sin().sum(), leaves)
+    for a, b in zip(got, want, strict=True):
+        assert error(a, b) < 1e-5                          # g and the state pass through float32
+
+
+def _reference(x: dict[str, torch.Tensor], S0: torch.Tensor, cu: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    from gdn_ir.reference import recurrence
+    return recurrence(**x, initial_state=S0, cu_seqlens=cu)
+
+
+def test_opcheck() -> None:
+    x = make()
+    torch.library.opcheck(torch.ops.gdn_ir.chunk_forward, (*x.values(), 0.1, None, None, True, False, False, False, False))
+    torch.library.opcheck(torch.ops.gdn_ir.chunk_forward, (*x.values(), 0.1, torch.randn(2, 2, 32, 32),
+                                                           torch.tensor([0, 30, 90]), True, True, True, True, True))
+
+
+def test_compiles_to_one_graph() -> None:
+    x = make()
+    compiled = torch.compile(lambda **kw: chunk_gated_delta_rule(**kw, output_final_state=True), fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(**x), chunk_gated_delta_rule(**x, output_final_state=True), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_use_forces_a_backend() -> None:
+    with gdn_ir.use("triton"), pytest.raises(ValueError, match="triton lowers to sm_80 and sm_90, not to cpu"):
+        chunk_gated_delta_rule(**make())
+    with pytest.raises(ValueError, match="backend: got 'cuda'; accepts triton, torch"), gdn_ir.use("cuda"):
+        pass
