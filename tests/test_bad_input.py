@@ -17,7 +17,8 @@ def changed(**kwargs: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("kwargs", "error", "message"), [
-    (changed(q=torch.zeros(100, 2, 32)), ValueError, r"q: got float32 \[100, 2, 32\] on cpu; accepts 4 dimensions, \[B, T, H, K\]"),
+    (changed(q=torch.zeros(100, 2, 32)), ValueError,
+     r"q: got float32 \[100, 2, 32\] on cpu; accepts 4 dimensions, \[B, T, H, K\]"),
     (changed(q=[1.0]), TypeError, r"q: got \[1\.0\]; accepts a tensor"),
     (changed(q=torch.zeros(1, 100, 2, 32, dtype=torch.int32)), TypeError, "q: got int32 .*accepts dtype bfloat16 or float16"),
     (changed(k=torch.zeros(1, 100, 2, 32, dtype=torch.bfloat16)), TypeError, "k: got bfloat16 .*accepts dtype float32"),
@@ -35,8 +36,10 @@ def changed(**kwargs: Any) -> dict[str, Any]:
     (make(K=272), ValueError, "q: got .*accepts K a multiple of 16 from 16 to 256"),
     (make(V=8), ValueError, "v: got .*accepts V a multiple of 16 from 16 to 256"),
     (changed(initial_state=torch.zeros(2, 2, 32, 32)), ValueError, "initial_state: got .*N = 1"),
-    (changed(initial_state=torch.zeros(1, 2, 32, 32).bfloat16()), TypeError, "initial_state: got bfloat16 .*accepts dtype float32"),
-    (make(V=48) | {"initial_state": torch.zeros(1, 2, 32, 48), "state_v_first": True}, ValueError, "initial_state: got .*V = 48"),
+    (changed(initial_state=torch.zeros(1, 2, 32, 32).bfloat16()), TypeError,
+     "initial_state: got bfloat16 .*accepts dtype float32"),
+    (make(V=48) | {"initial_state": torch.zeros(1, 2, 32, 48), "state_v_first": True}, ValueError,
+     "initial_state: got .*V = 48"),
     (changed(cu_seqlens=CU, initial_state=torch.zeros(1, 2, 32, 32)), ValueError, "initial_state: got .*N = 2"),
     (changed(cu_seqlens=torch.tensor([0, 60, 40, 100])), ValueError, "cu_seqlens: got .*decreases at entry 2"),
     (changed(cu_seqlens=torch.tensor([1, 100])), ValueError, "cu_seqlens: got .*starts at 1"),
@@ -68,8 +71,8 @@ def test_boundaries_on_a_gpu_are_read_only_when_asked(monkeypatch: pytest.Monkey
     with torch.no_grad():
         chunk_gated_delta_rule(**x, cu_seqlens=bad)
         torch.cuda.synchronize()
-        with pytest.raises(ValueError, match="cu_seqlens_cpu: got .*decreases"):
+        with pytest.raises(ValueError, match=r"cu_seqlens_cpu: got .*decreases"):
             chunk_gated_delta_rule(**x, cu_seqlens=bad, cu_seqlens_cpu=bad.cpu())
         monkeypatch.setenv("GDN_IR_CHECK", "1")
-        with pytest.raises(ValueError, match="cu_seqlens: got .*decreases"):
+        with pytest.raises(ValueError, match=r"cu_seqlens: got .*decreases"):
             chunk_gated_delta_rule(**x, cu_seqlens=bad)

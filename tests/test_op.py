@@ -14,7 +14,8 @@ BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 4.5e-3, torch
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("shape", [{}, {"B": 2, "T": 130}, {"H": 1, "HV": 3}, {"K": 48, "V": 80}, {"T": 1}, {"K": 16, "V": 256}])
+@pytest.mark.parametrize("shape", [{}, {"B": 2, "T": 130}, {"H": 1, "HV": 3}, {"K": 48, "V": 80}, {"T": 1},
+                                   {"K": 16, "V": 256}])
 def test_dense(shape: dict[str, int], dtype: torch.dtype) -> None:
     x = make(**shape, dtype=dtype)
     o, S = chunk_gated_delta_rule(**x, output_final_state=True)
@@ -111,7 +112,7 @@ def test_inputs_are_not_written() -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_gradients(packed: bool) -> None:
-    """On CPU autograd follows the torch backend: float64 gradients against autograd of the recurrence, strong decay included."""
+    """On CPU autograd follows the torch backend: float64 gradients against those of the recurrence, strong decay included."""
     x = make(T=70, dtype=torch.float64, HV=4)
     x["g"] = x["g"] * 20
     cu = torch.tensor([0, 0, 30, 66]) if packed else None
@@ -140,7 +141,8 @@ def test_opcheck() -> None:
 
 def test_compiles_to_one_graph() -> None:
     x = make()
-    compiled = torch.compile(lambda **kw: chunk_gated_delta_rule(**kw, output_final_state=True), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda **kw: chunk_gated_delta_rule(**kw, output_final_state=True), fullgraph=True,
+                             backend="aot_eager")
     for a, b in zip(compiled(**x), chunk_gated_delta_rule(**x, output_final_state=True), strict=True):
         assert torch.equal(a, b)
 
