@@ -72,6 +72,8 @@ def run(cell: Cell, schedule: Schedule, backend: str, arch: str, x: dict[str, to
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Relative L2 distance of a from b; shapes must agree, lest one be repeated over the other unseen."""
+    assert a.shape == b.shape, (a.shape, b.shape)
     return float((a.double() - b).norm() / b.norm())
 
 
@@ -89,7 +91,7 @@ def check(cell: Cell, schedule: Schedule, backend: str, arch: str, kind: str = "
         why = f"{type(e).__name__}: {e}"[:400]
         return {"cell": cell.name, "backend": backend, "arch": arch, "inputs": kind, "failed": why}
     o, S = oracle(cell, x)
-    errors = {"o": relative(outputs["o"], o[0])}
+    errors = {"o": relative(outputs["o"], o)}
     if "final_state" in outputs:
         state = outputs["final_state"]
         errors["final_state"] = relative(state.mT if cell.switches.state_v_first else state, S)

@@ -111,10 +111,10 @@ def eye(axis: str = "C") -> Node:
     return select(elem("eq", index(axis), index(twin(axis))), 1.0, 0.0)
 
 
-def tri_solve(m: Node, r: Node, axis: str = "C", block: int | None = None) -> Node:
+def tri_solve(m: Node, r: Node, axis: str = "C", block: int | None = None, transpose: bool = False) -> Node:
     """u with (I + M) u = r along `axis`, M strictly lower on [axis, axis']. With `block`, only the diagonal blocks of
-    that size take part."""
-    return make(Op.TRI_SOLVE, (m, r), axis=axis, block=block)
+    that size take part; with `transpose`, (I + M)^T u = r."""
+    return make(Op.TRI_SOLVE, (m, r), axis=axis, block=block, **({"transpose": True} if transpose else {}))
 
 
 # ---- the tracer -----------------------------------------------------------------------------------------------------------

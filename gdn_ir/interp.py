@@ -252,7 +252,8 @@ class _Run:
         eye = torch.eye(size, dtype=torch.float64)
         front = r.movedim(dim, 0)
         flat = front.reshape(size, math.prod(front.shape[1:]))
-        u = torch.linalg.solve_triangular(eye + m, flat, upper=False, unitriangular=True)
+        m, upper = (m.T, True) if dict(n.attr).get("transpose") else (m, False)
+        u = torch.linalg.solve_triangular(eye + m, flat, upper=upper, unitriangular=True)
         return u.reshape(front.shape).movedim(0, dim)
 
     def _scan(self, n: Node, env: _Env) -> Array:

@@ -152,8 +152,13 @@ def uses(nodes: Iterable[Node]) -> dict[Node, list[Node]]:
 
 def token_chains(nodes: Iterable[Node]) -> dict[str, tuple[str, ...]]:
     """For each tile axis that tokens are cut into, the scan axes that step through its chunks, outermost first."""
-    return {base(t.tile): t.chain for n in nodes if n.op in (Op.LOAD, Op.STORE) for t in n["index"]
-            if isinstance(t, Rows | Slot)}
+    found: dict[str, tuple[str, ...]] = {}
+    for n in nodes:
+        for t in n["index"] if n.op in (Op.LOAD, Op.STORE) else ():
+            # what an outer scan keeps has a slot for each of its own iterations only
+            if isinstance(t, Rows | Slot) and len(t.chain) > len(found.get(base(t.tile), ())):
+                found[base(t.tile)] = t.chain
+    return found
 
 
 class Scopes:
