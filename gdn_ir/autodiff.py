@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from gdn_ir.build import broadcast, cumsum, dot, elem, reduce_sum, select, sigmoid, strict_lower, tri_solve, zeros
-from gdn_ir.nodes import At, IRError, Node, Op, Rows, Slot, Tensor, Term, Tile, Turn, base, make, term_scans
+from gdn_ir.nodes import At, IRError, Node, Op, Rows, Slot, Tensor, Term, Tile, Turn, make, term_scans
 from gdn_ir.program import Program, ScanView, only, substitute
 from gdn_ir.rewrite import simplify
 from gdn_ir.verify import verify
@@ -118,7 +118,8 @@ class _Backward:
         grid = tuple(g for g in self.program.grid if not (outer and g == "N"))
         places, saves = {}, []
         for name, c in carries.items():
-            tensor = Tensor(f"{name}_kept", ("X" if outer else view.axis, *grid, *c.axes), "f32", temp=True)
+            # X': as many as an inner scan over X has iterations, where X is one place for every chunk there is
+            tensor = Tensor(f"{name}_kept", ("X" if outer else f"{view.axis}'", *grid, *c.axes), "f32", temp=True)
             index = (where, *(At(g) for g in grid), *(Tile(a) for a in c.axes))
             saves.append(make(Op.STORE, (fresh[c],), tensor=tensor, index=index, sum=()))
             places[c] = (tensor, index)
@@ -135,8 +136,8 @@ class _Backward:
                 continue
             t, index = n["tensor"], n["index"]
             if view is not None and view.axis not in term_scans(index):
-                raise IRError(f"autodiff: a load that every iteration of scan {view.axis} shares needs a carried gradient, which is "
-                              f"not derived\n  in {self.program.describe(n)}")
+                raise IRError(f"autodiff: a load that every iteration of scan {view.axis} shares needs a carried gradient, "
+                              f"which is not derived\n  in {self.program.describe(n)}")
             if t.name in self.written:
                 raise IRError(f"autodiff: {t.name} is loaded in two ways; only one gradient can be written\n"
                               f"  in {self.program.describe(n)}")
@@ -202,7 +203,7 @@ def _fit(a: Node, axes: tuple[str, ...]) -> Node:
     return broadcast(a, axes)
 
 
-# ---- the rules -----------------------------------------------------------------------------------------------------------------
+# ---- the rules -------------------------------------------------------------------------------------------------------------
 
 
 def rule(op: Op) -> Callable[[Rule], Rule]:
@@ -289,5 +290,3 @@ def _tri_solve(n: Node, a: Node) -> tuple[Node | None, ...]:
     outer = dot(back, u, over=rest[0]) if rest else back * u
     return -strict_lower(_fit(outer, m.axes), axis), back
 
-
-__all__ = ["VJP", "backward", "base"]

@@ -67,6 +67,9 @@ def pad(program: Program, axes: frozenset[str]) -> Program:
             return make(old.op, (guard(args[0], old["axis"] if old.op is Op.CUMSUM else old["over"], 0.0),), **dict(old.attr))
         if old.op is Op.REDUCE:
             return make(old.op, (guard(args[0], old["over"], -math.inf),), **dict(old.attr))
+        if old.op is Op.TRI_SOLVE and dict(old.attr).get("transpose"):
+            # solved from the last row up: what M holds in rows past the end would reach the valid ones
+            return make(old.op, (guard(args[0], old["axis"], 0.0), args[1]), **dict(old.attr))
         if old.op is Op.DOT:
             a, b, over = *args, old["over"]
             if base(over) not in axes:

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from gdn_ir.analysis import needs
 from gdn_ir.build import cast, dot, elem, eye, floordiv, index, product, select, tri_solve
-from gdn_ir.nodes import REAL, At, IRError, Node, Op, Rows, Slot, Tensor, Term, Tile, base, make, twin
+from gdn_ir.nodes import REAL, At, IRError, Node, Op, Rows, Slot, Tensor, Term, Tile, make, twin
 from gdn_ir.program import Program, ScanView, only, substitute, toposort
 from gdn_ir.rewrite import simplify
 from gdn_ir.verify import verify
@@ -52,15 +53,6 @@ def find(pipeline: Pipeline, name: str, step: str) -> tuple[int, Node]:
 
 def refuse(step: str, program: Program, node: Node, why: str) -> IllegalStep:
     return IllegalStep(f"{step}: {why}\n  in {program.describe(node)}")
-
-
-def needs(program: Program) -> dict[Node, frozenset[str]]:
-    """The carries each node depends on within its own scan."""
-    found: dict[Node, frozenset[str]] = {}
-    for n in program.nodes():
-        own = frozenset({n["name"]}) if n.op is Op.CARRY else frozenset()
-        found[n] = own.union(*(found[a] for a in n.args)) if n.op not in (Op.SCAN, Op.FINAL) else frozenset()
-    return found
 
 
 def only_scan(step: str, program: Program) -> ScanView:
@@ -278,4 +270,4 @@ def name_kernel(pipeline: Pipeline, value: str, kernel: str) -> Pipeline:
     return _set(pipeline, i, replace(pipeline[i], name=kernel))
 
 
-__all__ = ["STEPS", "IllegalStep", "Pipeline", "apply", "base", "needs"]
+__all__ = ["STEPS", "IllegalStep", "Pipeline", "apply"]
