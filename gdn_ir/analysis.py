@@ -60,7 +60,8 @@ def cost(program: Program, extents: Mapping[str, int], sizes: Mapping[str, int] 
     "io" and "beta", 4 for the rest, by default). Loads and stores outside of the scan over chunks are not counted."""
     extents = {**extents, **{twin: extents[a] for a in extents for twin in (a + "'", a + "''")}}
     sizes = {"io": 2, "beta": 2, "bf16": 2, "f16": 2, "f32": 4, "f64": 8} | dict(sizes or {})
-    inside = {n for s in program.scans() for n in toposort(ScanView.of(s).nexts + ScanView.of(s).effects)} or set(program.nodes())
+    views = [ScanView.of(s) for s in program.scans()]
+    inside = {n for v in views for n in toposort(v.nexts + v.effects)} or set(program.nodes())
     flops = moved = 0
 
     def count(*axes: str) -> int:

@@ -106,9 +106,9 @@ class Printer:
             self.said = text
 
     def loop(self, s: Loop, depth: int) -> None:
-        scan, text = s.scan, self.linear.text
+        scan = s.scan
         for name, start in zip(s.carries, s.starts, strict=True):
-            self.put(depth, f"{name} = {text(start)}")
+            self.put(depth, f"{name} = {self.tensor(start)}")
         trips = self.trips(scan)
         self.put(depth, f"for i_{scan.axis} in {f'reversed(range({trips}))' if scan.reverse else f'range({trips})'}:")
         if scan.axis == scan.chain[-1]:
@@ -118,10 +118,15 @@ class Printer:
             self.say(scan.nexts[0], depth + 1)
             self.put(depth + 1, f"{', '.join(s.carries)} = {', '.join(self.step(s, scan, i) for i in range(len(s.carries)))}")
 
+    def tensor(self, node: Node) -> str:
+        """The value, as a tensor even where it is a number."""
+        text = self.linear.text(node)
+        return f"torch.tensor({text}, dtype={self.linear.rest}, device=n.device)" if number(node) else text
+
     def step(self, s: Loop, scan: ScanView, i: int) -> str:
         """The next value of a carry; a sequence that has ended keeps the one it has."""
         node = scan.nexts[i]
-        text = self.linear.text(node)
+        text = self.tensor(node)
         if not self.kernel.varlen or scan.axis != scan.chain[0] or text == s.carries[i]:
             return text
         live = f"length > i_{scan.axis} * {self.span(scan)}"

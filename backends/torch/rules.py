@@ -43,7 +43,7 @@ def elem(l: Linear, n: Node) -> str:
         return infix(fn.symbol, *args)
     if n["fn"] == "neg":
         return f"-{paren(args[0])}"
-    args = [f"torch.tensor({t})" if number(a) else t for a, t in zip(n.args, args, strict=True)]
+    args = [f"torch.tensor({t}, dtype={l.rest})" if number(a) else t for a, t in zip(n.args, args, strict=True)]
     return f"{CALLS[n['fn']]}({', '.join(args)})"
 
 

@@ -1,0 +1,59 @@
+"""Running one program through the interpreter and through a backend."""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from gdn_ir.backends import BACKENDS
+from gdn_ir.backends.base import Call, Reason
+from gdn_ir.compiler import Compiled, lower
+from gdn_ir.schedules.schedule import KernelOptions, Schedule
+from tests.programs import Case
+
+PLAIN = Schedule("plain", chunk=16, kernels=(("*", KernelOptions(num_warps=1, num_stages=1)),), dot="f32")
+
+
+def by_backend(case: Case, backend: str, io: str, arch: str, schedule: Schedule = PLAIN) -> dict[str, torch.Tensor] | Reason:
+    """What a backend makes of a case, outputs poisoned first; or the reason why it declines."""
+    b = BACKENDS[backend]
+    sizes = case.sizes()
+    if io == "f64":
+        schedule = Schedule(schedule.name, schedule.chunk, schedule.steps, schedule.kernels, "f64")
+    kernels = lower(case.program, schedule, b, arch, case.axes, {"io": io, "beta": io}, True)
+    for k in kernels:
+        reason = b.supports(k, arch)
+        if reason is not None:
+            return reason
+    dtype = torch.float64 if io == "f64" else torch.float32
+    memory = {n: t.to(dtype if case.program.tensors()[n].dtype == "io" else torch.float32) for n, t in case.inputs().items()}
+    for n, shape in case.outputs().items():
+        kind = torch.float32 if case.program.tensors()[n].dtype == "f32" else dtype
+        memory[n] = torch.full(shape, float("nan"), dtype=kind)
+    call = Call(sizes.sequences, case.cu[-1], case.cu[-1], {"H": case.heads[0], "HV": case.heads[1]},
+                torch.tensor(case.cu, dtype=torch.int32))
+    Compiled(kernels, b, arch)(memory, {}, call)
+    return {n: memory[n].double() for n in case.outputs()}
+
+
+def distance(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> float:
+    """The largest difference, relative to the largest value of each output; infinite where one holds a NaN."""
+    worst = 0.0
+    for n, w in want.items():
+        gap = (got[n] - w).abs().max() / w.abs().max().clamp(min=1e-3) if w.numel() else torch.tensor(0.0)
+        worst = max(worst, float(gap) if bool(gap == gap) else float("inf"))
+    return worst
+
+
+def interpreted(cases: list[list[object]]) -> dict[str, dict[str, object]]:
+    """Run cases (see tests/interpreted.py) by Triton's interpreter, in a process of their own; keys are the cases as JSON."""
+    done = subprocess.run([sys.executable, "-m", "tests.interpreted"], input=json.dumps(cases), capture_output=True, text=True,
+                          env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=Path(__file__).parent.parent, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, dict[str, object]] = json.loads(done.stdout)
+    assert set(found) == {json.dumps(c) for c in cases}
+    return found

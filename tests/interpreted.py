@@ -1,0 +1,82 @@
+"""Run as a process of its own with TRITON_INTERPRET=1 (it must be set before Triton is first imported): executes real emitted
+Triton kernels on the CPU, case after case, and prints one JSON object: {case: error or reason}."""
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from typing import Any
+
+import torch
+
+from gdn_ir.backends.base import TORCH, Reason
+from gdn_ir.backends.coverage import Cell, table
+from gdn_ir.compiler import Instance, Unsupported, variant
+from gdn_ir.interp import run
+from gdn_ir.schedules.defaults import default
+from gdn_ir.schedules.schedule import Schedule
+from tests import inputs, programs
+from tests.differential import by_backend, distance
+
+
+def of_program(name: str) -> dict[str, Any]:
+    case = programs.FIXED[name]() if name in programs.FIXED else programs.rand(int(name))
+    got = by_backend(case, "triton", "f32", "sm_90")
+    if isinstance(got, Reason):
+        return {"declined": str(got)}
+    return {"error": distance(got, run(case.program, case.inputs(), case.sizes()))}
+
+
+def of_cell(cell: Cell, schedule: Schedule | None = None, backend: str = "triton", arch: str = "sm_90") -> dict[str, Any]:
+    """A cell of the coverage table, outputs poisoned, a tail of unowned rows after packed sequences: its largest error."""
+    s, lay, dtype = cell.switches, cell.layout, TORCH[cell.io]
+    tail = 30 if lay.varlen else 0
+    T, N = sum(lay.lengths) + tail, len(lay.lengths)
+    x = inputs.make(1, T, lay.H, lay.HV, lay.K, lay.V, dtype)
+    if s.beta_sigmoid:
+        x["beta"] = torch.randn_like(x["beta"])
+    cu = torch.tensor([0, *torch.tensor(lay.lengths).cumsum(0).tolist()], dtype=torch.int32)
+    S0 = torch.randn(N, lay.HV, lay.K, lay.V) if s.initial_state else None
+    want_o, want_S = inputs.expected(x | ({"g": None} if s.decay == "none" else {}), S0, cu, erase=s.erase, l2norm=s.l2norm,
+                                     beta_sigmoid=s.beta_sigmoid, neg_eigval=s.neg_eigval)
+    tensors = {n: t[0] for n, t in x.items() if not (n == "g" and s.decay == "none")}
+    if S0 is not None:
+        tensors["initial_state"] = S0.mT.contiguous() if s.state_v_first else S0
+    tensors["o"] = torch.full((T, lay.HV, lay.V), float("nan"), dtype=dtype)
+    if s.final_state:
+        tensors["final_state"] = torch.full((N, lay.HV, *((lay.V, lay.K) if s.state_v_first else (lay.K, lay.V))), float("nan"))
+    try:
+        chosen = variant(cell.instance, schedule or default(arch, cell.instance, N, lay.HV, T)[0], backend, arch)
+    except Unsupported as e:
+        return {"declined": str(e)}
+    chosen(tensors, lay.K ** -0.5, N, cu if lay.varlen else None)
+    errors = [inputs.error(tensors["o"], want_o[0])]
+    if s.final_state:
+        errors.append(inputs.error(tensors["final_state"].mT if s.state_v_first else tensors["final_state"], want_S))
+    clean = not tail or not tensors["o"][-tail:].any()
+    return {"error": max(errors, key=lambda e: e if e == e else float("inf")) if clean else float("inf")}
+
+
+def main() -> None:
+    """Cases come as JSON on standard input: ["program", name], ["cell", name] or ["plan", plan's name, cell's name, chunk]."""
+    cells = {c.name: c for c in table()}
+    found = {}
+    for case in json.load(sys.stdin):
+        try:
+            if case[0] == "program":
+                found[json.dumps(case)] = of_program(case[1])
+            elif case[0] == "cell":
+                found[json.dumps(case)] = of_cell(cells[case[1]])
+            else:
+                from gdn_ir.schedules.plans import plan
+                _, name, cell, chunk = case
+                i: Instance = cells[cell].instance
+                steps = plan(name, i.switches.erase, i.io, chunk) if chunk > 1 else ()
+                found[json.dumps(case)] = of_cell(cells[cell], Schedule(name, chunk, steps))
+        except Exception:
+            found[json.dumps(case)] = {"failed": traceback.format_exc(limit=-3)}
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

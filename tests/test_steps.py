@@ -1,0 +1,185 @@
+"""Plans and their steps against the interpreter; refusals; the Schedule record; lowerings of the triangular solve."""
+from __future__ import annotations
+
+import itertools
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gdn_ir.build import tri_solve
+from gdn_ir.compiler import Instance, variant
+from gdn_ir.interp import Sizes, run, run_pipeline
+from gdn_ir.program import Program
+from gdn_ir.programs.gated_delta import Switches, build
+from gdn_ir.reference import recurrence
+from gdn_ir.schedules import steps
+from gdn_ir.schedules.defaults import default
+from gdn_ir.schedules.plans import plan
+from gdn_ir.schedules.schedule import KernelOptions, Schedule
+from gdn_ir.split import split
+
+PLANS = ("naive", "fused", "solve", "states", "wy")
+FAMILY = list(itertools.product(("scalar", "none"), (True, False)))
+
+
+def memory(p: Program, sizes: Sizes, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    found = {n: 0.3 * torch.randn([sizes.dim(d) for d in t.dims], generator=generator, dtype=torch.float64)
+             for n, t in p.tensors().items() if n in p.read()}
+    return found | ({"g": -found["g"].abs()} if "g" in found else {})
+
+
+@pytest.mark.parametrize("sums", [False, True])
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(("decay", "erase"), FAMILY)
+def test_plans_are_exact(name: str, decay: str, erase: bool, sums: bool) -> None:
+    """Every plan of every member computes what the unscheduled program does, V whole and split over the grid."""
+    if sums and decay == "none":
+        pytest.skip("there is no log decay to sum")
+    p = build(Switches(decay=decay, erase=erase, initial_state=True, final_state=True, l2norm=True))
+    axes, cu = {"C": 16, "K": 5, "V": 6, "H": 1, "HV": 2}, [0, 37, 37, 53]
+    sizes = Sizes(axes, cu)
+    inputs = memory(p, sizes)
+    want = run(p, inputs, sizes, {"scale": 0.7})
+    merged = tuple((*s[:-1], "f64") if s[0] == "merge" else s for s in plan(name, erase, chunk=16, block=4, sums=sums))
+    kernels = list(steps.apply(p, merged))
+    tiled = [split(k, "V") if all("V" in n.args[0].axes for n in k.nodes() if n.op.name == "STORE") else k for k in kernels]
+    assert sum("V#" in k.grid for k in tiled) >= 1
+    for pipeline in (kernels, tiled):
+        got = dict(inputs)
+        for k in pipeline:                                 # only a kernel that is split has smaller tiles
+            got |= run_pipeline([k], got, Sizes(axes, cu, {"V": 4} if "V#" in k.grid else {}), {"scale": 0.7})
+        for n in ("o", "final_state"):
+            assert float((got[n] - want[n]).abs().max()) < 1e-10, n
+
+
+@pytest.mark.parametrize(("taken", "message"), [
+    ((("hoist", "u", "io", "solve"),), "hoist: u needs S, which the scan carries"),
+    ((("hoist", "S", "io", "x"),), "hoist: S needs S"),
+    ((("sink", "u"),), "sink: u feeds S"),
+    ((("invert", "kk", "A"),), "invert: kk is not a triangular solve"),
+    ((("merge", "u", 64, 16),), "merge: u is not the inverse of a whole I \\+ M"),
+    ((("invert", "u", "A"), ("merge", "A", 64, 24)), "merge: blocks of 24 do not double up to 64 rows"),
+    ((("distribute", "G", "a", "b"),), "distribute: G must depend on one carry"),
+])
+def test_refusals_name_node_and_line(taken: tuple[tuple[str | int, ...], ...], message: str) -> None:
+    with pytest.raises(steps.IllegalStep, match=message + r"(.|\n)*gated_delta.py:\d+"):
+        steps.apply(build(), taken)
+
+
+def test_refusals_without_a_node() -> None:
+    with pytest.raises(steps.IllegalStep, match="no step 'unroll'; there are invert, merge"):
+        steps.apply(build(), (("unroll",),))
+    with pytest.raises(steps.IllegalStep, match="hoist: no kernel has a value named 'w'"):
+        steps.apply(build(), (("hoist", "w"),))
+    with pytest.raises(steps.IllegalStep, match=r"sink: (.|\n)*is not stored"):
+        steps.apply(build(), (("sink", "qk"),))
+
+
+def test_not_affine_is_refused() -> None:
+    p = build(Switches(final_state=True))
+    squared = p.rebuild(lambda n, args: args[0] * args[0] if n is p.named("r") else None)
+    with pytest.raises(steps.IllegalStep, match="not affine in S"):
+        steps.apply(squared, (("distribute", "u", "u0", "w"),))
+
+
+option = st.builds(KernelOptions, st.sampled_from([None, 16, 32, 64]), st.sampled_from([1, 2, 4, 8]), st.integers(1, 8))
+
+
+@given(st.builds(Schedule, st.text(max_size=5), st.sampled_from([1, 16, 64, 128]),
+                 st.sampled_from([plan(n) for n in PLANS]), st.dictionaries(st.sampled_from(["*", "scan"]), option).map(
+                     lambda d: tuple(d.items())), st.sampled_from(["io", "bf16", "tf32"])))
+def test_schedules_survive_json(s: Schedule) -> None:
+    assert Schedule.from_json(s.to_json()) == s
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: Schedule("x", chunk=48), "Schedule.chunk: got 48; accepts 1 or a power of two from 16 to 256"),
+    (lambda: Schedule("x", dot="int8"), "Schedule.dot: got 'int8'; accepts io"),
+    (lambda: KernelOptions(v_tile=48), "KernelOptions.v_tile: got 48; accepts a power of two"),
+    (lambda: KernelOptions(num_warps=3), "KernelOptions.num_warps: got 3"),
+    (lambda: KernelOptions(num_stages=0), "KernelOptions.num_stages: got 0"),
+    (lambda: Schedule.from_json('{"name": "x", "warps": 3}'), "Schedule: unknown field warps"),
+    (lambda: Schedule.from_json("{}"), "Schedule: name is missing"),
+    (lambda: plan("best"), "plan: got 'best'; accepts naive, fused, solve, states, wy"),
+])
+def test_bad_schedules(make: object, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()                                             # type: ignore[operator]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "cpu"])
+def test_defaults_exist_for_every_architecture(arch: str) -> None:
+    instance = Instance(Switches(), 128, 128, "bf16", "bf16", True)
+    schedule, reason = default(arch, instance, 1, 32, 8192)
+    assert schedule.steps and reason
+
+
+# ---- the triangular solve, on keys that are nearly one another ---------------------------------------------------------------
+
+
+def hard(top: float, T: int = 64) -> dict[str, torch.Tensor]:
+    """Keys of cosine 0.99, no decay, beta up to `top`."""
+    generator = torch.Generator().manual_seed(0)
+    k = torch.randn(1, 1, 64, generator=generator) + 0.1 * torch.randn(T, 1, 64, generator=generator)
+    unit = torch.nn.functional.normalize
+    x = {"q": unit(torch.randn(T, 1, 64, generator=generator), dim=-1), "k": unit(k, dim=-1),
+         "v": torch.randn(T, 1, 32, generator=generator), "beta": top * (0.5 + 0.5 * torch.rand(T, 1, generator=generator))}
+    assert float((x["k"][0] * x["k"][1]).sum()) > 0.98
+    return x
+
+
+LOWERINGS = {"rows": (), "blocks, tf32": plan("fused", io="bf16"), "blocks, tf32x3": plan("fused", io="f32"),
+             "blocks, f64": plan("fused", io="f64")}
+
+
+@pytest.mark.parametrize(("top", "bound"), [(1.0, 9e-4), (1.9, 4e-3)])
+@pytest.mark.parametrize("name", LOWERINGS)
+def test_solves_of_correlated_keys(name: str, top: float, bound: float) -> None:
+    """Each lowering with float32 inputs, rounded as machines round (the interpreter's faithful mode): within math's bounds."""
+    from gdn_ir.precision import precision, storage
+    x = hard(top)
+    p = build(Switches(decay="none", final_state=True))
+    sizes = Sizes({"C": 64, "K": 64, "V": 32, "H": 1, "HV": 1}, [0, 64])
+    (kernel,) = steps.apply(p, LOWERINGS[name])
+    typed = precision(storage(kernel, io="f32", beta="f32"), "f32")
+    got = run(typed, {n: t.double() for n, t in x.items()}, sizes, {"scale": 0.125}, faithful=True)
+    o, S = recurrence(*(x[n][None] for n in ("q", "k", "v")), None, x["beta"][None], 0.125)
+    for a, b in ((got["o"], o[0]), (got["final_state"], S)):
+        assert float((a - b).norm() / b.norm()) < bound
+
+
+@pytest.mark.parametrize("top", [1.0, 1.9])
+def test_solves_of_correlated_keys_by_torch(top: float) -> None:
+    x = hard(top, 200)
+    instance = Instance(Switches(decay="none", final_state=True), 64, 32, "f32", "f32", False)
+    o, S = recurrence(*(x[n][None] for n in ("q", "k", "v")), None, x["beta"][None], 0.125)
+    for s in (Schedule("naive"), Schedule("fused", steps=plan("fused", io="f32"))):
+        got = variant(instance, s, "torch", "cpu").apply(x, 0.125, 1)
+        assert float((got["o"] - o[0]).norm() / o.norm()) < 4e-3
+        assert float((got["final_state"] - S).norm() / S.norm()) < 4e-3
+
+
+def test_the_illegal_product_fails_where_they_hold() -> None:
+    """(I - M)(I + M^2)(I + M^4)... is the inverse on paper; in float32, on these very keys, it is nothing like it."""
+    x = hard(1.9)
+    m = torch.tril(x["beta"] * (x["k"][:, 0] @ x["k"][:, 0].T), -1)
+    eye = torch.eye(64)
+    product, power = eye - m, m @ m
+    while float(power.abs().max()) > 0:
+        product, power = product @ (eye + power), power @ power
+    true = torch.linalg.inv((eye + m).double())
+    assert not float((product - true).norm() / true.norm()) < 1.0
+
+
+def test_solve_in_blocks_means_diagonal_blocks() -> None:
+    assert tri_solve is not None
+    m = torch.tril(torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), -1)
+    from gdn_ir.backends.torch.runtime import solve
+    r = torch.eye(8, dtype=torch.float64)
+    got = solve(m, r, block=4)
+    assert torch.allclose(got[:4, :4], torch.linalg.inv(r[:4, :4] + m[:4, :4])) and not got[4:, :4].any()
+    assert torch.allclose(solve(m, r, transpose=True), torch.linalg.inv(r + m).T)
