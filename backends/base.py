@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import hashlib
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -40,29 +42,29 @@ class Kernel:
     origin: str = ""                           # schedule and instance, for the header of the emitted source
     memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
-    @property
+    @cached_property
     def parallel(self) -> ScanView | None:
         """The scan over chunks, if it carries nothing: its chunks go to the grid."""
         scans = [r for r in self.program.roots if r.op is Op.SCAN]
         return ScanView.of(scans[0]) if len(self.program.roots) == 1 and scans and not scans[0]["carries"] else None
 
-    @property
+    @cached_property
     def chunk(self) -> int:
         """Tokens of a chunk; 1 where nothing is cut into chunks."""
         return next((self.extents[a] for a in token_chains(self.program.nodes())), 1)
 
-    @property
+    @cached_property
     def row_outputs(self) -> tuple[Node, ...]:
         """Stores of outputs that have a row for each token."""
         stores = (n for n in self.program.nodes() if n.op is Op.STORE)
         return tuple(n for n in stores if not n["tensor"].temp and n["tensor"].dims[:1] == ("T",))
 
-    @property
+    @cached_property
     def owns_tail(self) -> bool:
         """Whether this kernel itself writes zeros to the rows past the last sequence: one that runs all chunks at once."""
         return self.varlen and self.parallel is not None and bool(self.row_outputs)
 
-    @property
+    @cached_property
     def splits(self) -> tuple[str, ...]:
         """Tile axes that are split over the grid."""
         return tuple(a[:-1] for a in self.program.grid if a.endswith("#"))
@@ -76,6 +78,11 @@ class Kernel:
 
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(self.program.tensors().values())
+
+    def header(self, *more: str) -> str:
+        """What stands above an emitted source, as comments: where it came from, and what else a backend has to say."""
+        lines = (f"{self.name}: emitted by gdn-ir", *self.origin.splitlines(), *more)
+        return "".join(f"# {part}\n" for line in lines for part in textwrap.wrap(line, 120, subsequent_indent="    "))
 
 
 @dataclass(frozen=True)

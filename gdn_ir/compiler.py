@@ -37,6 +37,12 @@ class Instance:
     beta: str
     varlen: bool
 
+    def __str__(self) -> str:
+        name = program_of(self.switches).name.replace("_", " ")
+        on = [f for f, v in vars(self.switches).items() if v is True and f != "erase"]
+        beta = "" if self.beta == self.io else f" (beta {self.beta})"
+        return ", ".join([name, f"{self.io}{beta}", f"K x V {self.K} x {self.V}", "packed" if self.varlen else "dense", *on])
+
     @property
     def sizes(self) -> dict[str, int]:
         return {"K": self.K, "V": self.V}
@@ -114,11 +120,12 @@ class Compiled:
         every = dict(memory)
         for kernel, t, dtype in self.temps:
             every[t.name] = torch.empty(call.shape(kernel, t), dtype=dtype, device=device)
-        for launch in self.launches:
-            launch(every, params, call)
-        if call.cu_seqlens is not None:
-            for name in self.tails:
-                self.backend.clear_tail(every[name], call)
+        with torch.cuda.device(device if device.type == "cuda" else -1):       # launches go to the tensors' device
+            for launch in self.launches:
+                launch(every, params, call)
+            if call.cu_seqlens is not None:
+                for name in self.tails:
+                    self.backend.clear_tail(every[name], call)
 
     def apply(self, memory: Mapping[str, torch.Tensor], params: Mapping[str, float], call: Call) -> dict[str, torch.Tensor]:
         """The functional form, where the backend has one: returns the outputs, and torch can differentiate it."""
@@ -177,7 +184,7 @@ def variant(instance: Instance, schedule: Schedule, backend: str, arch: str) -> 
     if backend not in BACKENDS:
         raise Unsupported(f"backend: got {backend!r}; accepts {', '.join(BACKENDS)}")
     b = BACKENDS[backend]
-    origin = f"{instance}\nschedule {schedule.to_json()}"
+    origin = f"{instance}\nschedule {schedule}"
     kernels = lower(program_of(instance.switches), schedule, b, arch, instance.sizes, instance.dtypes, instance.varlen, origin)
     for k in kernels:
         reason = b.supports(k, arch)

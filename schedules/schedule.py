@@ -13,6 +13,10 @@ class KernelOptions:
     num_warps: int = 4
     num_stages: int = 2
 
+    def __str__(self) -> str:
+        tile = f", V in tiles of {self.v_tile}" if self.v_tile else ""
+        return f"{self.num_warps} warp{'s' * (self.num_warps > 1)}, {self.num_stages} stage{'s' * (self.num_stages > 1)}{tile}"
+
     def __post_init__(self) -> None:
         for name, value, ok in (("v_tile", self.v_tile, self.v_tile is None or _power_of_two(self.v_tile)),
                                 ("num_warps", self.num_warps, self.num_warps in (1, 2, 4, 8, 16)),
@@ -49,6 +53,11 @@ class Schedule:
 
     def with_options(self, **kernels: KernelOptions) -> Schedule:
         return replace(self, kernels=tuple({**dict(self.kernels), **kernels}.items()))
+
+    def __str__(self) -> str:
+        """As a person reads it: the plan's steps, one after another, and the products' operands where they are not io's."""
+        steps = "; ".join(" ".join(str(part) for part in step) for step in self.steps) or "the program as it is"
+        return f"{self.name}: chunks of {self.chunk}{'' if self.dot == 'io' else f', products in {self.dot}'}; {steps}"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from gdn_ir.analysis import needs
 from gdn_ir.build import cast, dot, elem, eye, floordiv, index, product, select, tri_solve
 from gdn_ir.nodes import REAL, At, IRError, Node, Op, Rows, Slot, Tensor, Term, Tile, make, twin
-from gdn_ir.program import Program, ScanView, only, substitute, toposort
+from gdn_ir.program import Note, Program, ScanView, only, substitute, toposort
 from gdn_ir.rewrite import simplify
 from gdn_ir.verify import verify
 
@@ -259,7 +259,8 @@ def sink(pipeline: Pipeline, output: str, keep: str = "", kernel: str = "", dtyp
     notes = {memo[n]: note for n, note in p.notes.items() if n in memo}
     after = Program(kernel or output, p.grid, (out,), only(notes, (out,)))
     body = scan.with_parts(effects=(*(e for e in scan.effects if e not in stores), *saves))
-    rest = p.rebuild(lambda n, args: body if n is scan.node else None)
+    origins = {s: Note(None, p.lines_of(s.args[0])) for s in saves}
+    rest = replace(p, notes={**p.notes, **origins}).rebuild(lambda n, args: body if n is scan.node else None)
     return (*pipeline[:i], verify(rest), verify(after), *pipeline[i + 1:])
 
 

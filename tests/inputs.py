@@ -21,6 +21,17 @@ def make(B: int = 1, T: int = 100, H: int = 2, HV: int = 2, K: int = 32, V: int 
             "g": g if dtype is torch.float64 else g.float(), "beta": torch.sigmoid(normal(B, T, HV)).to(dtype)}
 
 
+def correlated(top: float, T: int = 64) -> dict[str, torch.Tensor]:
+    """q, k, v, beta of one sequence and head, [T, 1, 64 or 32]: keys of cosine 0.99, beta up to `top`; no decay."""
+    generator = torch.Generator().manual_seed(0)
+    k = torch.randn(1, 1, 64, generator=generator) + 0.1 * torch.randn(T, 1, 64, generator=generator)
+    unit = torch.nn.functional.normalize
+    x = {"q": unit(torch.randn(T, 1, 64, generator=generator), dim=-1), "k": unit(k, dim=-1),
+         "v": torch.randn(T, 1, 32, generator=generator), "beta": top * (0.5 + 0.5 * torch.rand(T, 1, generator=generator))}
+    assert float((x["k"][0] * x["k"][1]).sum()) > 0.98
+    return x
+
+
 def expected(x: dict[str, Any], initial_state: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None,
              **switches: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """o and the final state of inputs on any device, in float64 on that device."""

@@ -12,10 +12,13 @@ import torch
 from gdn_ir.backends.base import TORCH, Reason
 from gdn_ir.backends.coverage import Cell, table
 from gdn_ir.compiler import Instance, Unsupported, variant
-from gdn_ir.interp import run
+from gdn_ir.interp import Sizes, run
+from gdn_ir.programs.gated_delta import Switches
+from gdn_ir.reference import recurrence
 from gdn_ir.schedules.defaults import default
+from gdn_ir.schedules.plans import plan
 from gdn_ir.schedules.schedule import Schedule
-from tests import inputs, programs
+from tests import inputs, mutants, programs
 from tests.differential import by_backend, distance
 
 
@@ -57,8 +60,25 @@ def of_cell(cell: Cell, schedule: Schedule | None = None, backend: str = "triton
     return {"error": max(errors, key=lambda e: e if e == e else float("inf")) if clean else float("inf")}
 
 
+def of_mutant(i: int) -> dict[str, Any]:
+    p = mutants.mutant(i)
+    want = run(p, mutants.inputs(), Sizes(mutants.AXES, mutants.CU), {"scale": 0.7})
+    return {"error": distance(mutants.by_backend(p, "triton", "sm_90"), want)}
+
+
+def of_correlated(schedule: Schedule, top: float) -> dict[str, Any]:
+    """Keys of cosine 0.99 and beta up to `top`, in float32."""
+    x = inputs.correlated(top, 200)
+    o, S = recurrence(*(x[n][None] for n in ("q", "k", "v")), None, x["beta"][None], 0.125)
+    instance = Instance(Switches(decay="none", final_state=True), 64, 32, "f32", "f32", False)
+    got = {"o": torch.full_like(x["v"], float("nan")), "final_state": torch.full((1, 1, 64, 32), float("nan"))}
+    variant(instance, schedule, "triton", "sm_90")(x | got, 0.125, 1)
+    return {"error": max(inputs.error(got["o"], o[0]), inputs.error(got["final_state"], S))}
+
+
 def main() -> None:
-    """Cases come as JSON on standard input: ["program", name], ["cell", name] or ["plan", plan's name, cell's name, chunk]."""
+    """Cases come as JSON on standard input: ["program", name], ["cell", name], ["plan", plan's name, cell's name, chunk],
+    ["mutant", number] or ["correlated", plan's name, top of beta]."""
     cells = {c.name: c for c in table()}
     found = {}
     for case in json.load(sys.stdin):
@@ -67,8 +87,11 @@ def main() -> None:
                 found[json.dumps(case)] = of_program(case[1])
             elif case[0] == "cell":
                 found[json.dumps(case)] = of_cell(cells[case[1]])
+            elif case[0] == "mutant":
+                found[json.dumps(case)] = of_mutant(case[1])
+            elif case[0] == "correlated":
+                found[json.dumps(case)] = of_correlated(Schedule(case[1], steps=plan(case[1], io="f32")), case[2])
             else:
-                from gdn_ir.schedules.plans import plan
                 _, name, cell, chunk = case
                 i: Instance = cells[cell].instance
                 steps = plan(name, i.switches.erase, i.io, chunk) if chunk > 1 else ()

@@ -44,9 +44,8 @@ class Printer:
         self.put(0, f"def {k.name}({', '.join(signature(k))}):")
         self.prologue()
         self.block(self.linear.body, 1)
-        header = "".join(f"# {line}\n" for line in (f"{k.name}: emitted by gdn-ir", *k.origin.splitlines()))
         imports = "import torch\n\nfrom gdn_ir.backends.torch import runtime as run\n"
-        return Source(k.name, f"{header}{imports}\n\n" + "\n".join(self.lines) + "\n")
+        return Source(k.name, f"{k.header()}{imports}\n\n" + "\n".join(self.lines) + "\n")
 
     def prologue(self) -> None:
         """The coordinates of the grid, one batch dimension each, and of the tile's axes."""

@@ -47,7 +47,7 @@ class Printer:
         body = "\n".join(self.lines) + "\n"
         used = [h for h in HELPERS if re.search(rf"\b{h}\(", body)]
         used = [h for h in HELPERS if h in used or any(h in NEEDS.get(u, ()) for u in used)]
-        header = "".join(f"# {line}\n" for line in (f"{k.name}: emitted by gdn-ir", *k.origin.splitlines()))
+        header = k.header(f"launched with {k.options}")
         helpers = "".join(HELPERS[h] + "\n" for h in reversed(used))
         return Source(k.name, f"{header}import triton\nimport triton.language as tl\n\n{helpers}\n{body}")
 
