@@ -50,19 +50,33 @@ def fla(x: Tensors) -> Callable[[], Tensors]:
     return call
 
 
+def flash_qla(x: Tensors) -> Callable[[], Tensors]:
+    from flash_qla import chunk_gated_delta_rule
+    packed = {n: x[n][None] for n in ("q", "k", "v", "g", "beta")}
+
+    def call() -> Tensors:
+        with torch.no_grad():
+            o, S = chunk_gated_delta_rule(**packed, output_final_state=True, cu_seqlens=x["cu_seqlens"])
+        return {"o": o[0], "final_state": S}
+    return call
+
+
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b).norm() / b.norm())
 
 
 def accuracy(lengths: list[int], H: int, HV: int, kind: str) -> dict[str, Any]:
-    """Errors of both against the float64 recurrence."""
+    """Errors of gdn-ir, FLA and FlashQLA against the float64 recurrence; a peer that fails is listed with its reason."""
     x = inputs.make(lengths, H, HV, kind=kind)
     packed = (x[n][None].cpu() for n in ("q", "k", "v", "g", "beta"))
     o, S = (t.cuda() for t in recurrence(*packed, cu_seqlens=x["cu_seqlens"].cpu()))
-    found = {}
-    for name, call in (("gdn-ir", ours(x)[0]), ("fla", fla(x))):
-        out = call()
-        found[name] = {"o": relative(out["o"], o[0]), "final_state": relative(out["final_state"], S)}
+    found: dict[str, Any] = {}
+    for name, make in (("gdn-ir", lambda x: ours(x)[0]), ("fla", fla), ("flash-qla", flash_qla)):
+        try:
+            out = make(x)()
+            found[name] = {"o": relative(out["o"], o[0]), "final_state": relative(out["final_state"], S)}
+        except Exception as e:                             # a peer of another version, or none at all
+            found[name] = {"failed": f"{type(e).__name__}: {e}"[:300]}
     return {"lengths": lengths, "heads": [H, HV], "inputs": kind, "errors": found}
 
 

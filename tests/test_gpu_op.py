@@ -100,3 +100,17 @@ def test_two_calls_agree_to_the_bit() -> None:
     with torch.no_grad():
         a, b = (chunk_gated_delta_rule(**x, output_final_state=True) for _ in range(2))
     assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+
+
+def test_tensors_that_start_anywhere() -> None:
+    """Views whose first element is aligned to its own size only, before and after aligned ones."""
+    x = make(T=150, K=64, V=64, dtype=torch.bfloat16, device="cuda")
+
+    def shifted(t: torch.Tensor) -> torch.Tensor:
+        return torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)
+    moved = {n: shifted(t) for n, t in x.items()}
+    assert moved["q"].data_ptr() % 16 == 2
+    with torch.no_grad():
+        results = [chunk_gated_delta_rule(**y)[0] for y in (x, moved, x)]
+    want = expected(x)[0]
+    assert all(error(o, want) <= BOUNDS[torch.bfloat16] for o in results)
