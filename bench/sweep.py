@@ -138,9 +138,9 @@ def main() -> None:
             row["ms"][f"{len(lengths)}x{lengths[0]} {H}/{HV}"] = round(graph_ms([run] * 3, 7), 4)
         del x
         print(lengths, H, HV, round(time.time() - start), flush=True)
-    result = {"commit": a.commit, "gpu": torch.cuda.get_device_name(), "instance": str(instance), "compile_s": compiled,
-              "total_s": time.time() - start, "rows": rows}
-    Path(a.out).write_text(json.dumps(result, indent=0))
+        result = {"commit": a.commit, "gpu": torch.cuda.get_device_name(), "instance": str(instance), "compile_s": compiled,
+                  "total_s": time.time() - start, "rows": rows}
+        Path(a.out).write_text(json.dumps(result, indent=0))       # a run that is cut off keeps the shapes it finished
     best(rows)
 
 

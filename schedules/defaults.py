@@ -1,6 +1,6 @@
 """The schedule for a call that nobody tuned: chosen from the architecture and the shape, and able to say why.
 
-The options are those that won the sweep on an H100 (docs/performance-log.md); for sm_80 they are the same plan within
+The options are those that won sweeps on an H100 and an H200 (docs/performance-log.md); for sm_80 they are the same plan within
 an A100's shared memory, compiled and checked but not timed.
 """
 from __future__ import annotations
@@ -31,11 +31,11 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
 
 
 def scan_width(arch: str, instance: Instance, scans: int) -> int:
-    """Columns of V that one block of the scan owns: 32 where that makes two blocks, nearly, for each multiprocessor, else 16.
-    Wide tiles read k and A once; narrow ones shorten the serial chain."""
+    """Columns of V that one block of the scan owns: 32 where that makes a block, nearly, for each multiprocessor, else 16.
+    Wide tiles read k and the inverse once for more columns; narrow ones shorten the serial chain."""
     if instance.K > 128 and instance.io != "f32":          # eight warps hold the state of 64 columns
         return 64
-    enough = 1.8 * MULTIPROCESSORS[arch]
+    enough = 0.9 * MULTIPROCESSORS[arch]
     return 32 if instance.io == "f32" or scans * -(-instance.V // 32) >= enough else 16
 
 
@@ -51,5 +51,5 @@ def options(arch: str, instance: Instance, width: int) -> dict[str, KernelOption
         return {"solve": KernelOptions(num_warps=4, num_stages=1), "scan": KernelOptions(32, 4, 1 if wide else 2),
                 "output": KernelOptions(32, 4, 1)}
     return {"solve": KernelOptions(num_warps=4 if wide else 1, num_stages=1),
-            "scan": KernelOptions(64, 8, 2) if wide else KernelOptions(width, 4, 4 if width == 16 else 3),
+            "scan": KernelOptions(64, 8, 2) if wide else KernelOptions(width, 4, 3),
             "output": KernelOptions(64, 4, 1 if wide else 2)}

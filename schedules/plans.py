@@ -2,7 +2,7 @@
 
     naive     one kernel; the solve row by row
     fused     one kernel; the solve as an inverse, blocks merged by products
-    solve     the inverse for all chunks at once, then one scan
+    solve     the inverse, its columns scaled by beta, for all chunks at once; then one scan
     states    the inverse; a scan that only carries the state; the output for all chunks at once
     wy        as states, with both halves of u (it is affine in the state) computed for all chunks at once
 
@@ -20,7 +20,8 @@ def plan(name: str, erase: bool = True, io: str = "bf16", chunk: int = 64, block
     merges = {"f64": "f64", "f32": "tf32x3"}.get(io, "tf32")
     invert: Steps = (("invert", "u", "A"), ("merge", "A", chunk, block, merges)) if erase else ()
     shared: Steps = (("hoist", "G", "f32", "solve"), ("hoist", "total", "f32", "solve")) if erase and sums else ()
-    hoist: Steps = (("hoist", "A", "io", "solve"), *shared) if erase else ()
+    # the scan need not read beta: the stored inverse's columns are scaled by it
+    hoist: Steps = (("absorb", "u", "A_beta"), ("hoist", "A_beta", "io", "solve"), *shared) if erase else ()
     halves: Steps = (("distribute", "u", "u0", "w"), ("hoist", "u0", "io", "solve"), ("hoist", "w", "io", "solve"), *shared)
     output: Steps = (("sink", "o", "u" if erase else "", "output"),)
     scan: Steps = (("name_kernel", "S", "scan"),)

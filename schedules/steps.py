@@ -123,6 +123,27 @@ def merge(pipeline: Pipeline, inverse: str, size: int, block: int, dtype: str = 
 
 
 @step
+def absorb(pipeline: Pipeline, name: str, scaled: str) -> Pipeline:
+    """u = dot(X, e * y), e on the contracted axis alone, as dot(X * e, y): the scale goes into X, now called `scaled`."""
+    i, u = find(pipeline, name, "absorb")
+    p = pipeline[i]
+    if u.op is not Op.DOT:
+        raise refuse("absorb", p, u, f"{name} is not a product")
+    x, y = u.args
+    turned = y["axis"] if y.op is Op.TWIN else None
+    inner = y.args[0] if turned else y
+    along = (twin(u["over"]),) if turned else (u["over"],)
+    if inner.op is Op.ELEM and inner["fn"] == "mul":
+        for e, rest in (inner.args, inner.args[::-1]):
+            if e.axes == along and set(rest.axes) == set(inner.axes):
+                e, rest = (n.twin(turned) if turned else n for n in (e, rest))
+                new = x * e
+                q = replace_node(p, u, dot(new, rest, u["over"]))
+                return _set(pipeline, i, q.with_note(new, scaled, like=u))
+    raise refuse("absorb", p, u, f"{name}'s right operand is not scaled along {u['over']}")
+
+
+@step
 def distribute(pipeline: Pipeline, name: str, constant: str, slope: str) -> Pipeline:
     """u, affine in a carry S, as constant - slope S: both parts need no carry, so both can be hoisted."""
     i, u = find(pipeline, name, "distribute")
@@ -217,7 +238,7 @@ def hoist(pipeline: Pipeline, name: str, dtype: str = "io", kernel: str = "") ->
     needed = needs(p)[value]
     if needed:
         raise refuse("hoist", p, value, f"{name} needs {', '.join(sorted(needed))}, which the scan carries")
-    tensor, where = _temp(scan, name, value.axes, dtype)
+    tensor, where = _temp(scan, f"{name}_kept" if name in p.tensors() else name, value.axes, dtype)
     store = make(Op.STORE, (value,), tensor=tensor, index=where, sum=())
     load = make(Op.LOAD, (), tensor=tensor, index=where)
     rest = replace_node(p, value, load)

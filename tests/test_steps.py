@@ -66,6 +66,8 @@ def test_plans_are_exact(name: str, decay: str, erase: bool, sums: bool) -> None
     ((("invert", "kk", "A"),), "invert: kk is not a triangular solve"),
     ((("merge", "u", 64, 16),), "merge: u is not the inverse of a whole I \\+ M"),
     ((("invert", "u", "A"), ("merge", "A", 64, 24)), "merge: blocks of 24 do not double up to 64 rows"),
+    ((("absorb", "u", "A_beta"),), "absorb: u is not a product"),
+    ((("absorb", "kk", "x"),), "absorb: kk's right operand is not scaled along K"),
     ((("distribute", "G", "a", "b"),), "distribute: G must depend on one carry"),
 ])
 def test_refusals_name_node_and_line(taken: tuple[tuple[str | int, ...], ...], message: str) -> None:
