@@ -14,7 +14,7 @@ import torch
 from bench import inputs
 from gdn_ir.backends import BACKENDS
 from gdn_ir.backends.base import TORCH
-from gdn_ir.backends.coverage import DTYPES, Cell, Layout, table
+from gdn_ir.coverage import DTYPES, Cell, Layout, table
 from gdn_ir.backends.triton.ptx import TritonPtx
 from gdn_ir.compiler import variant
 from gdn_ir.programs.gated_delta import Switches

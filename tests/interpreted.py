@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gdn_ir.backends.base import TORCH, Reason
-from gdn_ir.backends.coverage import Cell, table
+from gdn_ir.coverage import Cell, table
 from gdn_ir.compiler import Instance, Unsupported, variant
 from gdn_ir.interp import Sizes, run
 from gdn_ir.programs.gated_delta import Switches

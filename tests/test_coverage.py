@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from gdn_ir.backends.coverage import Cell, table
+from gdn_ir.coverage import Cell, table
 from gdn_ir.compiler import Unsupported, variant
 from gdn_ir.schedules.defaults import default
 from tests.differential import interpreted
