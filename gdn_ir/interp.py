@@ -177,6 +177,10 @@ class _Run:
         return (self.point[axis + "#"] * tile if axis + "#" in self.p.grid else 0), tile
 
     @cached_property
+    def written(self) -> frozenset[str]:
+        return frozenset(self.p.written())
+
+    @cached_property
     def tokens(self) -> dict[str, tuple[str, ...]]:
         return token_chains(self.p.nodes())
 
@@ -307,6 +311,8 @@ class _Run:
     def _load(self, n: Node, env: _Env) -> Array:
         where, pad = self._address(n, env)
         tile = self.memory[n["tensor"].name][tuple(where)]
+        if n["tensor"].name in self.written:               # what was read stays as it was, whatever is stored later
+            tile = tile.clone()
         padding = [x for p in reversed(pad) for x in (0, p)]
         tile = torch.nn.functional.pad(tile, padding) if any(padding) else tile
         order = stored_axes(n["index"])

@@ -368,5 +368,7 @@ def infer(op: Op, args: tuple[Node, ...], attr: dict[str, Any]) -> Type:
                     raise IRError(f"scan {attr['axis']}: only stores and scans may follow the carries, got {effect!r}")
             return Type((), "effect")
         case Op.FINAL:
+            if args[0].op is not Op.SCAN or not 0 <= attr["i"] < len(args[0]["carries"]):
+                raise IRError(f"final: carry number {attr['i']} does not exist in {args[0]!r}")
             return args[0].args[attr["i"]].type
     raise IRError(f"no typing rule for {op}")

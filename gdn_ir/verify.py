@@ -101,13 +101,6 @@ def scopes_close(program: Program) -> Iterator[Finding]:
 
 
 @rule
-def finals_exist(program: Program) -> Iterator[Finding]:
-    for n in program.nodes():
-        if n.op is Op.FINAL and not (n.args[0].op is Op.SCAN and 0 <= n["i"] < len(n.args[0]["carries"])):
-            yield n, "does not name a carry of a scan"
-
-
-@rule
 def memory_is_ordered(program: Program) -> Iterator[Finding]:
     """A tensor that is read and written has an effect edge from each load to each store, or back."""
     under: dict[Node, frozenset[Node]] = {}
