@@ -121,6 +121,8 @@ def _rule(n: Node, args: list[Holds], axes: frozenset[str], assumed: Mapping[str
             return Holds({a: 0.0 for a in padded if not a.endswith("'")}, True, all(not a.endswith("'") for a in padded))
         case Op.CARRY:
             return assumed.get(n["name"], Holds({}, True, False))
+        case Op.FINAL:                                     # holds what the carry holds at every iteration
+            return assumed[n.args[0]["carries"][n["i"]]]
         case Op.INDEX:
             return Holds({}, True, False)
         case Op.BROADCAST | Op.CAST:

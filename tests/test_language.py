@@ -1,4 +1,4 @@
-"""The language: nodes, types, the tracer's notes, the verifier's rules, the printer, and the interpreter against the recurrence."""
+"""The language: nodes, types, the tracer, the verifier, the printer; and the interpreter against the token recurrence."""
 from __future__ import annotations
 
 import itertools
@@ -85,7 +85,7 @@ def test_notes_name_variable_and_line() -> None:
     assert line.text == "u = tri_solve(strict_lower(beta * D * kk), r)"
     assert p.named("S").op is Op.CARRY
     assert all(p.lines_of(n) for n in p.nodes() if n.op is not Op.CONST)
-    with pytest.raises(IRError, match="has no value named 'w'; it has .*kk"):
+    with pytest.raises(IRError, match=r"has no value named 'w'; it has .*kk"):
         p.named("w")
 
 
