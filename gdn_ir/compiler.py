@@ -21,6 +21,7 @@ from gdn_ir.schedules.schedule import Schedule
 from gdn_ir.split import split
 
 NAMES = {v: k for k, v in TORCH.items()}
+LARGEST = 256                                              # of K and of V
 
 
 class Unsupported(ValueError):
@@ -36,6 +37,14 @@ class Instance:
     io: str
     beta: str
     varlen: bool
+
+    def __post_init__(self) -> None:
+        for name, dtype in (("dtype", self.io), ("beta's dtype", self.beta)):
+            if dtype not in TORCH:
+                raise ValueError(f"{name}: got {dtype!r}; accepts {', '.join(TORCH)}")
+        for name, size in (("K", self.K), ("V", self.V)):
+            if not 0 < size <= LARGEST or size % 16:
+                raise ValueError(f"{name}: got {size}; accepts a multiple of 16 from 16 to {LARGEST}")
 
     def __str__(self) -> str:
         name = program_of(self.switches).name.replace("_", " ")

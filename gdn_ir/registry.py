@@ -96,7 +96,10 @@ def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, 
     here = architecture(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     arch = arch or here
     io = NAMES[dtype] if isinstance(dtype, torch.dtype) else dtype
-    if H < 1 or HV % H:
+    for name, size, least in (("H", H, 1), ("T", T, 0), ("B", B, 1), ("sequences", sequences or 0, 0)):
+        if size < least:
+            raise ValueError(f"{name}: got {size}; accepts a number from {least} on")
+    if HV < H or HV % H:
         raise ValueError(f"HV: got {HV}; accepts a multiple of H = {H}")
     instance = Instance(Switches(**switches), K, V, io, io, sequences is not None)       # type: ignore[arg-type]
     every = options(instance, arch, sequences or B, HV, B * T)

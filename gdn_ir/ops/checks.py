@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from gdn_ir.compiler import LARGEST
+
 Tensor = torch.Tensor
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-LARGEST = 256
 # flags of flash-linear-attention that are not served yet, and the value that asks for nothing
 LATER = {"use_gate_in_kernel": False, "A_log": None, "dt_bias": None, "transpose_state_layout": False, "safe_gate": False,
          "lower_bound": None, "cp_context": None, "chunk_indices": None, "head_first": False,

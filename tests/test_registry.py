@@ -1,0 +1,148 @@
+"""What serves a call and why; forcing; the command line; the demo."""
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+import gdn_ir
+from gdn_ir import cli, demo, registry
+from gdn_ir.compiler import Instance, Unsupported
+from gdn_ir.ops import chunk_gated_delta_rule
+from gdn_ir.programs.gated_delta import Switches
+from gdn_ir.schedules.plans import plan
+from gdn_ir.schedules.schedule import KernelOptions, Schedule
+from tests.inputs import make
+
+BF16 = Instance(Switches(final_state=True), 128, 128, "bf16", "bf16", True)
+
+
+@pytest.mark.parametrize(("arch", "backend"), [("sm_90", "triton"), ("sm_80", "triton"), ("cpu", "torch")])
+def test_the_preferred_backend_serves(arch: str, backend: str) -> None:
+    chosen = registry.choose(BF16, arch, 1, 32, 8192)
+    assert chosen.backend == backend
+    assert {o.backend for o in registry.options(BF16, arch, 1, 32, 8192)} == {"triton", "torch"}
+
+
+def test_float64_on_a_gpu_falls_back_with_a_warning() -> None:
+    wide = Instance(Switches(), 64, 64, "f64", "f64", False)
+    with pytest.warns(RuntimeWarning, match=r"triton cannot serve this call, torch does: .*float64"):
+        assert registry.choose.__wrapped__(wide, "sm_90", 1, 4, 100).backend == "torch"      # type: ignore[attr-defined]
+    with pytest.raises(Unsupported, match=r"triton cannot serve .*float64"):
+        registry.choose(wide, "sm_90", 1, 4, 100, "triton")
+
+
+def test_use_forces_and_ends() -> None:
+    with gdn_ir.use("torch"):
+        assert registry.forced() == "torch"
+        with gdn_ir.use("triton"):
+            assert registry.forced() == "triton"
+            with pytest.raises(Unsupported, match=r"triton cannot serve gated delta rule, f32, .*: triton lowers to sm_80"):
+                chunk_gated_delta_rule(**make())
+        assert registry.forced() == "torch"
+    assert registry.forced() is None
+    with pytest.raises(ValueError, match=r"backend: got 'cuda'; accepts .*torch"), gdn_ir.use("cuda"):
+        pass
+
+
+def test_explain() -> None:
+    text = gdn_ir.explain(H=16, HV=32, T=32768, sequences=1, arch="sm_90")
+    assert "packed bf16, 1 sequences of 32768 tokens together" in text
+    assert "triton   chosen: first that can serve on sm_90" in text and "tiles of 32 columns" in text
+    assert "torch    not chosen" in text
+    with gdn_ir.use("torch"):
+        assert "torch    chosen: gdn_ir.use('torch') asks for it" in gdn_ir.explain(H=1, HV=1, T=64, arch="sm_90")
+    assert "tiles of 16 columns" in gdn_ir.explain(H=2, HV=8, T=32768, sequences=1, arch="sm_90")
+    assert "triton   cannot: triton lowers to sm_80 and sm_90, not to cpu" in gdn_ir.explain(H=1, HV=1, T=64, arch="cpu")
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"H": 3, "HV": 4}, "HV: got 4; accepts a multiple of H = 3"),
+    ({"arch": "sm_70"}, "arch: got 'sm_70'; accepts cpu, sm_80, sm_90"),
+    ({"dtype": "int8"}, "dtype: got 'int8'; accepts"),
+    ({"K": 20}, "K: got 20; accepts a multiple of 16 from 16 to 256"),
+    ({"T": -1}, "T: got -1"),
+])
+def test_explain_refuses(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        gdn_ir.explain(**({"H": 1, "HV": 1, "T": 64} | arguments))            # type: ignore[arg-type]
+
+
+# ---- the command line -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gdn-ir", *words])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+    return run
+
+
+@pytest.mark.parametrize("words", [("--kernel", "scan"), ("--arch", "sm_80"), ("--schedule", "naive", "--dtype", "f32"),
+                                   ("--schedule", "wy"), ("--backend", "torch", "--no-erase"), ("--no-decay",)])
+def test_emit_prints_what_compiles(command: Callable[..., tuple[int, str, str]], words: tuple[str, ...]) -> None:
+    code, out, err = command("emit", *words)
+    assert code == 0 and not err
+    compile(out, "emitted", "exec")
+    assert "# gated_delta.py:" in out and "emitted by gdn-ir" in out
+
+
+def test_emit_takes_a_schedule_file(command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    mine = Schedule("mine", steps=plan("fused")).with_options(scan=KernelOptions(64, 8, 2))
+    (tmp_path / "mine.json").write_text(mine.to_json())
+    code, out, _ = command("emit", "--schedule", str(tmp_path / "mine.json"))
+    assert code == 0 and "schedule mine: chunks of 64" in out and "launched with 8 warps, 2 stages, V in tiles of 64" in out
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (("emit", "--kernel", "best"), "kernel: got 'best'; this schedule has solve, scan, output"),
+    (("emit", "--schedule", "best"), "plan: got 'best'; accepts naive, fused"),
+    (("emit", "--schedule", "none.json"), "none.json"),
+    (("emit", "--backend", "cuda"), "backend: got 'cuda'; accepts"),
+    (("emit", "--arch", "sm_70"), "arch: got 'sm_70'; accepts cpu, sm_80, sm_90"),
+    (("emit", "--dtype", "int8"), "dtype: got 'int8'; accepts"),
+    (("emit", "--K", "20"), "K: got 20; accepts"),
+    (("explain", "--H", "3", "--HV", "4"), "HV: got 4; accepts a multiple of H = 3"),
+    (("demo", "/nowhere.txt"), "text: got /nowhere.txt; accepts the path of a file"),
+])
+def test_wrong_words_get_one_line(command: Callable[..., tuple[int, str, str]], words: tuple[str, ...], message: str) -> None:
+    code, out, err = command(*words)
+    assert code == 2 and not out and "Traceback" not in err
+    assert message in err.replace("\n", " ")
+
+
+def test_demo_on_a_text(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 5)
+    console = Console(record=True, width=160)
+    demo.run(text, console)
+    page = console.export_text()
+    assert "225 bytes as tokens" in page and "torch" in page and "triton" in page
+    assert "chosen, the first that can serve here" in page and "cannot: triton lowers to" in page
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ValueError, match=r"text: got .*empty.txt, which is empty"):
+        demo.run(tmp_path / "empty.txt", console)
+
+
+def test_demo_makes_what_a_layer_makes() -> None:
+    x = demo.layer(b"some text, some text", demo.SMALL, torch.device("cpu"))
+    assert torch.allclose(x["q"].norm(dim=-1), torch.ones(1, 20, 2), atol=1e-5)
+    assert (x["g"] < 0).all() and (x["beta"] > 0).all() and (x["beta"] < 1).all()
+    assert torch.equal(x["v"], demo.layer(b"some text, some text", demo.SMALL, torch.device("cpu"))["v"])
+
+
+def test_importing_the_package_is_light() -> None:
+    """`import gdn_ir` brings neither torch nor Triton; a first use does."""
+    code = "import sys, gdn_ir, json; print(json.dumps([m in sys.modules for m in ('torch', 'triton')]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [False, False]
