@@ -13,6 +13,8 @@ test: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/typed .
+	cd build && MYPYPATH=typed ../$(BIN)/python -m mypy --config-file ../pyproject.toml -p gdn_ir
 
 # torch first: a CUDA build brings the Triton it was made for; a CPU build brings none. Triton 3.6's interpreter breaks with numpy 2.4.
 $(READY): pyproject.toml

@@ -23,7 +23,7 @@ def graph_ms(calls: Sequence[Callable[[], object]], replays: int = 20) -> float:
             call()
     for _ in range(3):
         graph.replay()
-    times = []
+    times: list[float] = []
     for _ in range(replays):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()

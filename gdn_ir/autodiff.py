@@ -31,7 +31,7 @@ def backward(program: Program, wrt: Iterable[str] | None = None) -> Program:
             raise IRError(f"wrt: got {name!r}; {program.name} reads {', '.join(program.read())}")
     d = _Backward(program, frozenset(wrt))
     stores = [r for r in program.roots if r.op is Op.STORE]
-    seeds = {}
+    seeds: dict[Node, Node] = {}
     for s in stores:
         _add(seeds, s.args[0], _load_gradient(s))
     effects: list[Node] = []
@@ -69,9 +69,9 @@ class _Backward:
                     pulled = VJP[n.op](n, adjoint[n])
                 except IRError as e:
                     raise IRError(f"autodiff: {e}\n  in {self.program.describe(n)}") from e
-                for x, a in zip(n.args, pulled, strict=True):
-                    if a is not None and x in varies:
-                        _add(adjoint, x, _fit(a, x.axes))
+                for x, part in zip(n.args, pulled, strict=True):
+                    if part is not None and x in varies:
+                        _add(adjoint, x, _fit(part, x.axes))
         return {n: adjoint.get(n, zeros(*n.axes)) for n in order if n.op in (Op.LOAD, Op.CARRY)}
 
     # -- a scan: run it again keeping its carries, then run it backwards
@@ -111,7 +111,7 @@ class _Backward:
         """The scan once more, storing each carry as it enters; and the loads that stand for the carries afterwards."""
         if not carries:
             return None, {}
-        fresh = {c: make(Op.CARRY, **{**dict(c.attr), "name": f"{name}_again"}) for name, c in carries.items()}
+        fresh = {c: c.but(name=f"{name}_again") for name, c in carries.items()}
         outer = view.axis == view.chain[0]
         # a whole sequence of them for the outermost scan, one scan's worth inside another's iteration
         where: Term = Slot((view.axis,) if len(view.chain) > 1 else view.chain, view.tile) if outer else Turn(view.axis)
@@ -180,7 +180,7 @@ def _without_stores(node: Node) -> Node:
     def visit(n: Node) -> Node:
         if n not in memo:
             args = tuple(visit(a) for a in n.args)
-            new = n if args == n.args else make(n.op, args, **dict(n.attr))
+            new = n if args == n.args else n.but(args)
             memo[n] = ScanView.of(new).with_parts(effects=()) if n.op is Op.SCAN else new
         return memo[n]
     return visit(node)

@@ -18,9 +18,9 @@ from gdn_ir import nodes as ir
 from gdn_ir.nodes import At, IRError, Node, Op, Operand, Rows, Slot, Tensor, Term, Tile, Turn, as_node, base, make, twin
 from gdn_ir.program import Line, Note, Program, only
 
-__all__ = ["broadcast", "cast", "cumsum", "decay_mask", "dot", "elem", "exp", "eye", "floordiv", "index", "last", "log",
-           "lower", "maximum", "product", "reduce_max", "reduce_sum", "rsqrt", "select", "sigmoid", "softplus", "strict_lower",
-           "tri_solve", "zeros", "Tracer"]
+__all__ = ["At", "Node", "Operand", "Rows", "Slot", "Tensor", "Tile", "Tracer", "Turn", "as_node", "base", "broadcast", "cast",
+           "cumsum", "decay_mask", "dot", "elem", "exp", "eye", "floordiv", "index", "last", "log", "lower", "maximum", "product",
+           "reduce_max", "reduce_sum", "rsqrt", "select", "sigmoid", "softplus", "strict_lower", "tri_solve", "zeros"]
 
 _HERE = {__file__, ir.__file__}
 
@@ -263,5 +263,3 @@ def _tree(file: str) -> ast.Module:
     except SyntaxError:
         return ast.Module(body=[], type_ignores=[])
 
-
-__all__ += ["At", "Rows", "Slot", "Tensor", "Tile", "Turn", "base"]

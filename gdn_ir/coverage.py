@@ -25,9 +25,12 @@ class Layout:
 
 LAYOUTS = {"dense": Layout((128, 128)), "varlen": Layout((64, 0, 150, 1), varlen=True), "GVA": Layout((128,), H=1, HV=3),
            "ragged": Layout((200, 200)), "K != V": Layout((130,), K=48, V=80)}
-FLAGS = {"initial state": {"initial_state": True}, "states [V, K]": {"initial_state": True, "state_v_first": True},
-         "l2norm in kernel": {"l2norm": True}, "beta sigmoid in kernel": {"beta_sigmoid": True},
-         "negative eigenvalues": {"beta_sigmoid": True, "neg_eigval": True}, "no final state": {"final_state": False}}
+FLAGS = {"initial state": Switches(initial_state=True, final_state=True),
+         "states [V, K]": Switches(initial_state=True, final_state=True, state_v_first=True),
+         "l2norm in kernel": Switches(l2norm=True, final_state=True),
+         "beta sigmoid in kernel": Switches(beta_sigmoid=True, final_state=True),
+         "negative eigenvalues": Switches(beta_sigmoid=True, neg_eigval=True, final_state=True),
+         "no final state": Switches()}
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,5 @@ def table() -> tuple[Cell, ...]:
     """Every member of the family x dtype x layout, then every flag on packed bf16 and float32."""
     cells = [Cell(f"{member}, {io}, {layout}", replace(s, final_state=True), io, LAYOUTS[layout])
              for member, s in FAMILY.items() for io in DTYPES for layout in LAYOUTS]
-    cells += [Cell(f"{flag}, {io}", replace(Switches(final_state=True), **change), io, LAYOUTS["varlen"])
-              for flag, change in FLAGS.items() for io in ("bf16", "f32")]
+    cells += [Cell(f"{flag}, {io}", s, io, LAYOUTS["varlen"]) for flag, s in FLAGS.items() for io in ("bf16", "f32")]
     return tuple(cells)

@@ -44,7 +44,8 @@ def layer(text: bytes, shape: Shape, device: torch.device, seed: int = 0) -> dic
     generator = torch.Generator().manual_seed(seed)
 
     def weight(*size: int) -> Tensor:
-        return (torch.randn(*size, generator=generator) / size[-1] ** 0.5).to(device)
+        drawn: Tensor = torch.randn(*size, generator=generator) / size[-1] ** 0.5
+        return drawn.to(device)
     x = torch.randn(256, shape.width, generator=generator).to(device)[torch.tensor(list(text), device=device)]
     x = torch.nn.functional.rms_norm(x, (shape.width,))
 
@@ -87,7 +88,8 @@ def run(path: Path | None = None, console: Console | None = None) -> None:
                   f"{str(shape.dtype).removeprefix('torch.')}, on {where}")
     x = layer(text, shape, device)
     with console.status("the token recurrence in float64, for comparison"):
-        o, S = (t.to(device) for t in recurrence(*(x[n].cpu() for n in ("q", "k", "v", "g", "beta"))))
+        host = {n: t.cpu() for n, t in x.items()}
+        o, S = (t.to(device) for t in recurrence(host["q"], host["k"], host["v"], host["g"], host["beta"]))
     io = NAMES[shape.dtype]
     instance = Instance(Switches(final_state=True), shape.K, shape.V, io, io, False)
     options = {o.backend: o for o in registry.options(instance, registry.architecture(device), 1, shape.HV, len(text))}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -257,7 +257,7 @@ class _Run:
         front = r.movedim(dim, 0)
         flat = front.reshape(size, math.prod(front.shape[1:]))
         m, upper = (m.T, True) if dict(n.attr).get("transpose") else (m, False)
-        u = torch.linalg.solve_triangular(eye + m, flat, upper=upper, unitriangular=True)
+        u: Array = torch.linalg.solve_triangular(eye + m, flat, upper=upper, unitriangular=True)
         return u.reshape(front.shape).movedim(0, dim)
 
     def _scan(self, n: Node, env: _Env) -> Array:
@@ -332,7 +332,7 @@ def _swap(axis: str, tile: str) -> str:
     return {tile: tile + "'", tile + "'": tile}.get(axis, axis)
 
 
-ELEMENTWISE = {
+ELEMENTWISE: dict[str, Callable[..., Array]] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "neg": torch.neg,
     "floordiv": lambda a, b: torch.floor(a / b), "min": torch.minimum, "max": torch.maximum,
     "exp": torch.exp, "log": torch.log, "rsqrt": torch.rsqrt, "sigmoid": torch.sigmoid,

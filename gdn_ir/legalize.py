@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from gdn_ir.build import broadcast, reduce_sum
-from gdn_ir.nodes import Node, Op, Rows, as_node, base, make
+from gdn_ir.nodes import Node, Op, Rows, as_node, base
 from gdn_ir.program import Program
 from gdn_ir.rewrite import simplify
 from gdn_ir.verify import verify
@@ -23,7 +23,7 @@ def collapse(program: Program, axis: str) -> Program:
         match old.op:
             case Op.LOAD | Op.STORE:
                 index = tuple(replace(t, single=True) if isinstance(t, Rows) and t.tile == axis else t for t in old["index"])
-                return make(old.op, args, **{**dict(old.attr), "index": index})
+                return old.but(args, index=index)
             case Op.INDEX if gone(old["axis"]):
                 return as_node(0.0)
             case Op.TWIN | Op.CUMSUM if gone(old["axis"]):
@@ -37,7 +37,7 @@ def collapse(program: Program, axis: str) -> Program:
             case Op.BROADCAST:
                 return broadcast(args[0], (a for a in old["axes"] if not gone(a)))
             case Op.CARRY:
-                return make(Op.CARRY, **{**dict(old.attr), "axes": tuple(a for a in old["axes"] if not gone(a))})
+                return old.but(axes=tuple(a for a in old["axes"] if not gone(a)))
             case Op.SELECT if all(x.const is not None for x in args[0].args):
                 # masks between positions have become comparisons of constants
                 a, b = (float(x["value"]) for x in args[0].args)

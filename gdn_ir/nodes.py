@@ -206,6 +206,10 @@ class Node:
     def __rtruediv__(self, other: Operand) -> Node: return _elem("div", other, self)
     def __neg__(self) -> Node: return _elem("neg", self)
 
+    def but(self, args: tuple[Node, ...] | None = None, **attr: Hashable) -> Node:
+        """This operation over other arguments, or with other attributes."""
+        return make(self.op, self.args if args is None else args, **{**dict(self.attr), **attr})
+
     def twin(self, axis: str) -> Node:
         """This value laid on the twin of `axis` (and on `axis`, if it lay on the twin)."""
         return make(Op.TWIN, (self,), axis=base(axis))
@@ -370,5 +374,6 @@ def infer(op: Op, args: tuple[Node, ...], attr: dict[str, Any]) -> Type:
         case Op.FINAL:
             if args[0].op is not Op.SCAN or not 0 <= attr["i"] < len(args[0]["carries"]):
                 raise IRError(f"final: carry number {attr['i']} does not exist in {args[0]!r}")
-            return args[0].args[attr["i"]].type
+            carried: Node = args[0].args[attr["i"]]
+            return carried.type
     raise IRError(f"no typing rule for {op}")

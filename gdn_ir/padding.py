@@ -62,14 +62,14 @@ def pad(program: Program, axes: frozenset[str]) -> Program:
 
     def change(old: Node, args: tuple[Node, ...]) -> Node | None:
         if old.op is Op.SCAN:
-            return make(Op.SCAN, args, **dict(old.attr))
+            return old.but(args)
         if old.op is Op.CUMSUM or (old.op is Op.REDUCE and old["fn"] == "sum"):
-            return make(old.op, (guard(args[0], old["axis"] if old.op is Op.CUMSUM else old["over"], 0.0),), **dict(old.attr))
+            return old.but((guard(args[0], old["axis"] if old.op is Op.CUMSUM else old["over"], 0.0),))
         if old.op is Op.REDUCE:
-            return make(old.op, (guard(args[0], old["over"], -math.inf),), **dict(old.attr))
+            return old.but((guard(args[0], old["over"], -math.inf),))
         if old.op is Op.TRI_SOLVE and dict(old.attr).get("transpose"):
             # solved from the last row up: what M holds in rows past the end would reach the valid ones
-            return make(old.op, (guard(args[0], old["axis"], 0.0), args[1]), **dict(old.attr))
+            return old.but((guard(args[0], old["axis"], 0.0), args[1]))
         if old.op is Op.DOT:
             a, b, over = *args, old["over"]
             if base(over) not in axes:

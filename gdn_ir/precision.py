@@ -19,7 +19,7 @@ def storage(program: Program, **dtypes: str) -> Program:
         if old.op not in (Op.LOAD, Op.STORE):
             return None
         t: Tensor = old["tensor"]
-        return make(old.op, args, **{**dict(old.attr), "tensor": replace(t, dtype=dtypes.get(t.dtype, t.dtype))})
+        return old.but(args, tensor=replace(t, dtype=dtypes.get(t.dtype, t.dtype)))
     return program.rebuild(change)
 
 
@@ -28,23 +28,23 @@ def precision(program: Program, products: str, rest: str = "f32") -> Program:
     and the products' sums. Storage must be named already."""
     def change(old: Node, args: tuple[Node, ...]) -> Node | None:
         if old.op is Op.LOAD:
-            return cast(make(Op.LOAD, args, **{**dict(old.attr), "typed": True}), rest)
+            return cast(old.but(args, typed=True), rest)
         if old.op is Op.DOT:
             chosen = next((a["dtype"] for a in old.args if a.op is Op.CAST and a["dtype"] != REAL), products)
             return cast(make(Op.DOT, tuple(narrow(a, chosen) for a in args), over=old["over"]), rest)
         if old.op is Op.STORE:
-            return make(Op.STORE, (narrow(args[0], old["tensor"].dtype), *args[1:]), **dict(old.attr))
+            return old.but((narrow(args[0], old["tensor"].dtype), *args[1:]))
         if old.op is Op.CARRY:
-            return make(Op.CARRY, **{**dict(old.attr), "dtype": rest})
+            return old.but(dtype=rest)
         if old.op is Op.CAST and old["dtype"] == REAL:
             return cast(args[0], rest)
         if old.op is Op.SCAN:
             n = 2 * len(old["carries"])
             args = tuple(typed(a, rest) for a in args[:n]) + args[n:]
-            return make(Op.SCAN, args, **dict(old.attr))
+            return old.but(args)
         if old.op in (Op.ELEM, Op.SELECT, Op.REDUCE, Op.CUMSUM, Op.TRI_SOLVE, Op.BROADCAST, Op.TWIN) \
                 and not any(a.type.dtype == "int" for a in args):
-            return make(old.op, tuple(typed(a, rest) for a in args), **dict(old.attr))
+            return old.but(tuple(typed(a, rest) for a in args))
         return None
     return verify(program.rebuild(change))
 

@@ -102,7 +102,7 @@ class Program:
         memo: dict[Node, Node] = {}
         for old in self.nodes():
             args = tuple(memo[a] for a in old.args)
-            new = change(old, args) or (old if args == old.args else make(old.op, args, **dict(old.attr)))
+            new = change(old, args) or (old if args == old.args else old.but(args))
             memo[old] = new
             if new is not old and old in notes and new.op is not Op.CONST:
                 notes[new] = notes[new].join(notes[old]) if new in notes else notes[old]
@@ -228,7 +228,7 @@ def substitute(roots: Iterable[Node], table: Mapping[Node, Node]) -> dict[Node, 
     memo: dict[Node, Node] = {}
     for old in toposort(roots):
         args = tuple(memo[a] for a in old.args)
-        memo[old] = table[old] if old in table else (old if args == old.args else make(old.op, args, **dict(old.attr)))
+        memo[old] = table[old] if old in table else (old if args == old.args else old.but(args))
     return memo
 
 

@@ -29,7 +29,7 @@ def simplify(program: Program, rules: dict[str, Rule] | None = None) -> Program:
     table = SIMPLIFY if rules is None else rules
 
     def change(old: Node, args: tuple[Node, ...]) -> Node | None:
-        node = old if args == old.args else make(old.op, args, **dict(old.attr))
+        node = old if args == old.args else old.but(args)
         return fixpoint(node, table)
     return verify(program.rebuild(change))
 
@@ -166,7 +166,7 @@ def implicit_broadcast(n: Node) -> Node | None:
         if a.op is Op.BROADCAST:
             args = (*n.args[:i], a.args[0], *n.args[i + 1:])
             if tuple(sorted({x for b in args for x in b.axes})) == n.axes:
-                return make(n.op, args, **dict(n.attr))
+                return n.but(args)
     return None
 
 

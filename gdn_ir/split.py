@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gdn_ir.nodes import IRError, Node, Op, make
+from gdn_ir.nodes import IRError, Node, Op
 from gdn_ir.program import Program
 from gdn_ir.verify import verify
 
@@ -26,7 +26,7 @@ def split(program: Program, axis: str) -> Program:
             return None
         if kind[old.args[0]] == WHOLE:
             raise _refuse(program, axis, old, "every tile would write this")
-        return make(Op.STORE, args, **{**dict(old.attr), "sum": (*old["sum"], grid)})
+        return old.but(args, sum=(*old["sum"], grid))
     result = program.rebuild(change)
     return verify(replace(result, grid=(*program.grid, grid)))
 

@@ -34,7 +34,7 @@ def mutants() -> list[tuple[str, Node, Node]]:
             found.append(("product negated", n, -n))
         elif n.op is Op.TRI_SOLVE:
             found.append(("solve dropped", n, n.args[1]))
-            found.append(("solve: M negated", n, make(Op.TRI_SOLVE, (-n.args[0], n.args[1]), **dict(n.attr))))
+            found.append(("solve: M negated", n, n.but((-n.args[0], n.args[1]))))
         elif n.op is Op.SELECT:
             found.append(("mask dropped", n, n.args[1]) if set(n.args[1].axes) == set(n.axes) and n.args[2].const == 0.0 else
                          ("mask negated", n, make(Op.SELECT, (n.args[0], -n.args[1], n.args[2]))))

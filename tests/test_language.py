@@ -167,7 +167,7 @@ def unordered_memory() -> Program:
 
 def unsummed() -> Program:
     p = traced(lambda t: t.store(Tensor("y", ("T", "V")), t.load(X)) and None)
-    return p.rebuild(lambda n, args: make(Op.STORE, args, **{**dict(n.attr), "sum": ()}) if n.op is Op.STORE else None)
+    return p.rebuild(lambda n, args: n.but(args, sum=()) if n.op is Op.STORE else None)
 
 
 BREACHES = [

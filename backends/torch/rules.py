@@ -15,7 +15,7 @@ CALLS = {"exp": "torch.exp", "log": "torch.log", "rsqrt": "torch.rsqrt", "sigmoi
 def number(n: Node) -> bool:
     """Whether the value is a plain Python number when the kernel runs."""
     return n.op in (Op.CONST, Op.PARAM) or \
-        (n.op in (Op.ELEM, Op.CAST) and FUNCTIONS.get(dict(n.attr).get("fn", "add"), FUNCTIONS["add"]).symbol is not None
+        (n.op in (Op.ELEM, Op.CAST) and (n.op is Op.CAST or FUNCTIONS[n["fn"]].symbol is not None)
          and all(number(a) for a in n.args))
 
 

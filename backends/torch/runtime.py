@@ -77,7 +77,8 @@ def solve(m: torch.Tensor, r: torch.Tensor, block: int | None = None, transpose:
     if block:
         at = torch.arange(m.shape[-1], device=m.device) // block
         m = torch.where(at[:, None] == at, m, 0)
-    return torch.linalg.solve_triangular(m.mT if transpose else m, r, upper=transpose, unitriangular=True)
+    u: torch.Tensor = torch.linalg.solve_triangular(m.mT if transpose else m, r, upper=transpose, unitriangular=True)
+    return u
 
 
 def spread(x: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:

@@ -1,0 +1,63 @@
+"""A default ships only if its very source was seen on a GPU: the records of bench/verify.py hold its hash, beside a small error."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.verify import shipped
+from gdn_ir.compiler import variant
+from gdn_ir.schedules.defaults import default
+
+RESULTS = Path(__file__).parent.parent / "bench" / "results"
+BOUNDS = {"bf16": 4.5e-3, "f16": 4.5e-3, "f32": 1e-4}
+
+
+def records(arch: str) -> list[dict[str, Any]]:
+    pages = [json.loads(p.read_text()) for p in RESULTS.glob(f"*/verify_{arch}.json")]
+    assert all(page["commit"] and page["gpu"] for page in pages)
+    return [row for page in pages for row in page["rows"]]
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
+def test_every_shipped_default_was_measured(arch: str) -> None:
+    """As one pipeline: the kernels that ship together ran together, on model-like inputs, within the bound of their dtype."""
+    measured = {(r["cell"], tuple(sorted(r["sources"].items()))): r["errors"]
+                for r in records(arch) if "failed" not in r and r["inputs"] == "model"}
+    missing, wrong = [], []
+    for cell, scans in shipped(arch):
+        schedule = default(arch, cell.instance, 1, scans, sum(cell.layout.lengths))[0]
+        sources = {s.kernel: s.hash for s in variant(cell.instance, schedule, "triton", arch).sources}
+        errors = measured.get((cell.name, tuple(sorted(sources.items()))))
+        if errors is None:
+            missing.append((cell.name, sources))
+        elif not max(errors.values()) <= BOUNDS[cell.io]:
+            wrong.append((cell.name, errors))
+    assert not missing, f"never measured on a GPU (run bench/verify.py): {missing[:5]} and {max(0, len(missing) - 5)} more"
+    assert not wrong, wrong
+
+
+def test_nothing_failed_on_the_gpu() -> None:
+    assert not [r for arch in ("sm_90", "sm_80") for r in records(arch) if "failed" in r]
+
+
+def test_hard_inputs_are_no_worse_than_the_better_peer() -> None:
+    """On the same inputs in the same run (bench/compare.py): o within the peers' smallest error, and 1% for the draw."""
+    rows = [row for p in RESULTS.glob("*/compare.json") for row in json.loads(p.read_text())["accuracy"]]
+    assert {r["inputs"] for r in rows} == {"model", "no_decay", "strong_decay", "correlated"}
+    for r in rows:
+        ours, peers = r["errors"]["gdn-ir"], [e for n, e in r["errors"].items() if n != "gdn-ir" and "failed" not in e]
+        assert peers and ours["o"] <= 1.01 * min(e["o"] for e in peers), r
+
+
+def test_no_row_is_slower_than_fla() -> None:
+    """The newest comparison of each GPU: every shape of FORWARD_CORE."""
+    pages = [json.loads(p.read_text()) for p in RESULTS.glob("*/compare.json")]
+    assert pages
+    for page in pages:
+        assert len(page["speed"]) == 7
+        for row in page["speed"]:
+            assert row["ms"]["gdn-ir"] <= row["ms"]["fla"], (page["gpu"], row)
+            assert max(row["errors_against_float32"]["gdn-ir"].values()) <= 4.5e-3, (page["gpu"], row)
