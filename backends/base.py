@@ -4,9 +4,9 @@ from __future__ import annotations
 import hashlib
 import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -40,7 +40,6 @@ class Kernel:
     options: KernelOptions
     varlen: bool
     origin: str = ""                           # schedule and instance, for the header of the emitted source
-    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def parallel(self) -> ScanView | None:
@@ -158,4 +157,4 @@ class Backend(Protocol):
         `owns_tail`)."""
 
     def version(self) -> str:
-        """The toolchain's version, part of every cache key."""
+        """The toolchain's name and version, which results carry."""

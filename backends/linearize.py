@@ -184,10 +184,10 @@ def listed(items: list[str]) -> str:
 def paren(text: str) -> str:
     """The text as one operand: in parentheses unless it is a name, a number, a call or an index already."""
     depth = 0
-    for i, c in enumerate(text):
+    for c in text:
         depth += c in "([{"
         depth -= c in ")]}"
-        if depth == 0 and c in " -" and i >= 0:
+        if depth == 0 and c in " -":
             return f"({text})"
     return text
 

@@ -52,7 +52,7 @@ def address(kernel: Kernel, node: Node) -> Address:
         match term:
             case Tile(axis):
                 strides[axis] = product(step)
-                if kernel.padded(axis) and not axis.endswith("'"):
+                if kernel.padded(axis):
                     bounds.append(axis)
             case At(grid, share):
                 scalar = "n" if grid == "N" else f"i_{share or grid}"

@@ -16,6 +16,7 @@ os.environ.setdefault("FLA_FLASH_QLA", "0")                # measure FLA itself,
 import torch
 
 from bench import cases, inputs
+from bench.errors import relative
 from gdn_ir.autotune.measure import copies_beyond_l2, graph_ms
 from gdn_ir.compiler import NAMES, Instance, Variant, variant
 from gdn_ir.programs.gated_delta import Switches
@@ -59,10 +60,6 @@ def flash_qla(x: Tensors) -> Callable[[], Tensors]:
             o, S = chunk_gated_delta_rule(**packed, output_final_state=True, cu_seqlens=x["cu_seqlens"])
         return {"o": o[0], "final_state": S}
     return call
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.double() - b).norm() / b.norm())
 
 
 def accuracy(lengths: list[int], H: int, HV: int, kind: str) -> dict[str, Any]:

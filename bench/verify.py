@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bench import inputs
+from bench.errors import relative
 from gdn_ir.backends import BACKENDS
 from gdn_ir.backends.base import TORCH
 from gdn_ir.coverage import DTYPES, Cell, Layout, table
@@ -69,12 +70,6 @@ def run(cell: Cell, schedule: Schedule, backend: str, arch: str, x: dict[str, to
     chosen(tensors | outputs, lay.K ** -0.5, len(lay.lengths), x["cu_seqlens"] if lay.varlen else None)
     torch.cuda.synchronize()
     return outputs, {src.kernel: src.hash for src in chosen.sources}
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Relative L2 distance of a from b; shapes must agree, lest one be repeated over the other unseen."""
-    assert a.shape == b.shape, (a.shape, b.shape)
-    return float((a.double() - b).norm() / b.norm())
 
 
 def check(cell: Cell, schedule: Schedule, backend: str, arch: str, kind: str = "model") -> dict[str, Any]:

@@ -1,6 +1,11 @@
-"""gdn-ir: the chunkwise gated delta rule, written once and compiled. `gdn_ir.ops` has the torch op."""
+"""gdn-ir: the chunkwise gated delta rule, written once and compiled. `gdn_ir.ops` has the torch op.
+
+Importing this brings no torch; `ops`, `explain`, `use` and `__version__` are fetched when first asked for.
+"""
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,7 +15,11 @@ __all__ = ["explain", "use"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:                                    # imported when first asked for: they bring torch with them
+    if name in __all__:
         from gdn_ir import registry
         return getattr(registry, name)
+    if name == "ops":
+        return importlib.import_module("gdn_ir.ops")
+    if name == "__version__":
+        return importlib.metadata.version("gdn-ir")
     raise AttributeError(f"module 'gdn_ir' has no attribute {name!r}")

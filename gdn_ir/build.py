@@ -19,8 +19,9 @@ from gdn_ir.nodes import At, IRError, Node, Op, Operand, Rows, Slot, Tensor, Ter
 from gdn_ir.program import Line, Note, Program, only
 
 __all__ = ["At", "Node", "Operand", "Rows", "Slot", "Tensor", "Tile", "Tracer", "Turn", "as_node", "base", "broadcast", "cast",
-           "cumsum", "decay_mask", "dot", "elem", "exp", "eye", "floordiv", "index", "last", "log", "lower", "maximum", "product",
-           "reduce_max", "reduce_sum", "rsqrt", "select", "sigmoid", "softplus", "strict_lower", "tri_solve", "zeros"]
+           "cumsum", "decay_mask", "dot", "elem", "exp", "eye", "floordiv", "index", "last", "log", "lower", "maximum",
+           "product", "reduce_max", "reduce_sum", "rsqrt", "select", "sigmoid", "softplus", "strict_lower", "tri_solve",
+           "zeros"]
 
 _HERE = {__file__, ir.__file__}
 

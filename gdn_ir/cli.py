@@ -21,28 +21,52 @@ def demo(text: Annotated[Optional[Path], typer.Argument(help="a text file (by de
 
 
 @app.command()
-def emit(backend: str = "triton", arch: str = "sm_90", dtype: str = "bf16", K: int = 128, V: int = 128, varlen: bool = True,
-         decay: bool = True, erase: bool = True, l2norm: bool = False, initial_state: bool = False, final_state: bool = True,
-         sequences: int = 1, heads: int = 32, tokens: int = 8192,
-         schedule: Annotated[str, typer.Option(help="default, naive, another plan's name, or a JSON file")] = "default",
-         kernel: Annotated[str, typer.Option(help="only this kernel")] = "") -> None:
-    """Print the source of a variant, for any target, on any machine. --heads counts those of v."""
+def emit(backend: Annotated[str, typer.Option(help="triton or torch")] = "triton",
+         arch: Annotated[str, typer.Option(help="sm_80 or sm_90 (torch is the same everywhere)")] = "sm_90",
+         dtype: Annotated[str, typer.Option(help="of q, k, v and beta: bf16, f16, f32 or f64")] = "bf16",
+         K: int = 128, V: int = 128, varlen: bool = True, decay: bool = True, erase: bool = True, l2norm: bool = False,
+         initial_state: bool = False, final_state: bool = True,
+         sequences: Annotated[int, typer.Option(help="a call's: the default schedule depends on it")] = 1,
+         HV: Annotated[int, typer.Option(help="heads of v: likewise")] = 32,
+         T: Annotated[int, typer.Option(help="tokens: likewise")] = 8192,
+         schedule: Annotated[str, typer.Option(help="default; a plan with modest options: naive, fused, solve, states or wy; "
+                                                    "or a JSON file")] = "default",
+         kernel: Annotated[str, typer.Option(help="only this kernel")] = "",
+         json: Annotated[bool, typer.Option("--json", help="print the schedule instead, to start your own from")] = False,
+         ) -> None:
+    """Print the source of a variant, for any target, on any machine."""
+    from gdn_ir.backends import BACKENDS
     from gdn_ir.compiler import Instance, variant
     from gdn_ir.programs.gated_delta import Switches
     from gdn_ir.schedules.defaults import default
     from gdn_ir.schedules.plans import plan
     from gdn_ir.schedules.schedule import Schedule
+    if backend not in BACKENDS:
+        raise ValueError(f"--backend: got {backend!r}; accepts {', '.join(BACKENDS)}")
+    for name, size in (("--sequences", sequences), ("--HV", HV), ("--T", T)):
+        if size < 1:
+            raise ValueError(f"{name}: got {size}; accepts a number from 1 on")
     switches = Switches("scalar" if decay else "none", erase, l2norm, initial_state=initial_state, final_state=final_state)
     instance = Instance(switches, K, V, dtype, dtype, varlen)
     if schedule == "default":
-        wanted = default("cpu" if backend == "torch" else arch, instance, sequences, heads, tokens)[0]
-    elif Path(schedule).suffix == ".json":
-        wanted = Schedule.from_json(Path(schedule).read_text())
+        wanted = default("cpu" if backend == "torch" else arch, instance, sequences, HV, T)[0]
+    elif Path(schedule).is_file():
+        try:
+            wanted = Schedule.from_json(Path(schedule).read_text())
+        except ValueError as e:
+            raise ValueError(f"--schedule {schedule}: {e}") from None
     else:
-        wanted = Schedule(schedule, steps=plan(schedule, erase, dtype))
+        try:
+            wanted = Schedule(schedule, steps=plan(schedule, erase, dtype))
+        except ValueError:
+            raise ValueError(f"--schedule: got {schedule!r}; accepts default, naive, fused, solve, states, wy, "
+                             "or a JSON file that exists") from None
+    if json:
+        print(wanted.to_json())
+        return
     sources = {s.kernel: s.text for s in variant(instance, wanted, backend, arch).sources}
     if kernel and kernel not in sources:
-        raise ValueError(f"kernel: got {kernel!r}; this schedule has {', '.join(sources)}")
+        raise ValueError(f"--kernel: got {kernel!r}; this schedule has {', '.join(sources)}")
     print("\n\n".join([sources[kernel]] if kernel else sources.values()), end="")
 
 

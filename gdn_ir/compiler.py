@@ -4,13 +4,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any
-
 import torch
 
-from gdn_ir.backends.base import TORCH, Backend, Call, Kernel, Launch, Reason, Source
+from gdn_ir.backends.base import TORCH, Backend, Call, Kernel, Launch, Source
 from gdn_ir.legalize import collapse, small_products
-from gdn_ir.nodes import IRError, Tensor, base
+from gdn_ir.nodes import IRError, Tensor
 from gdn_ir.padding import pad
 from gdn_ir.precision import precision, storage
 from gdn_ir.program import Program, tile_axes, token_chains
@@ -58,7 +56,8 @@ class Instance:
 
     @property
     def dtypes(self) -> dict[str, str]:
-        return {"io": self.io, "beta": self.beta}
+        wide = {"f32": "f64"} if self.io == "f64" else {}  # in float64, decays and states are float64 too
+        return {"io": self.io, "beta": self.beta, **wide}
 
 
 def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, sizes: Mapping[str, int],
@@ -76,8 +75,16 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
     if schedule.chunk == 1:
         for a in tokens:
             program = collapse(program, a)
+    for name, *rest_of_step in schedule.steps:
+        if name == "merge" and rest_of_step[1] != schedule.chunk:
+            raise steps.IllegalStep(f"merge: doubles blocks up to {rest_of_step[1]} rows, but a chunk has {schedule.chunk}")
+    pipeline = steps.apply(program, schedule.steps)
+    stray = {name for name, _ in schedule.kernels} - {p.name for p in pipeline} - {"*"}
+    if stray:
+        raise steps.IllegalStep(f"kernels: no kernel is called {', '.join(sorted(stray))}; the plan makes "
+                                f"{', '.join(p.name for p in pipeline)}")
     kernels = []
-    for p in steps.apply(program, schedule.steps):
+    for p in pipeline:
         options = schedule.options(p.name)
         p = small_products(p, extents)
         p = precision(storage(p, **dtypes), products, rest)
@@ -99,7 +106,6 @@ class Compiled:
     kernels: tuple[Kernel, ...]
     backend: Backend
     arch: str
-    state: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def sources(self) -> tuple[Source, ...]:
@@ -177,12 +183,12 @@ class Variant:
                  cu_seqlens: torch.Tensor | None = None) -> None:
         """tensors: packed and contiguous: q, k [T, H, K]; v, o [T, HV, V]; g (float32), beta [T, HV]; initial_state,
         final_state [N, HV, K, V] float32 ([N, HV, V, K] with state_v_first). Writes o and final_state."""
-        self.compiled(tensors, {"scale": scale}, self.call_of(tensors, sequences, cu_seqlens))
+        self.compiled(tensors, {"scale": float(scale)}, self.call_of(tensors, sequences, cu_seqlens))
 
     def apply(self, tensors: Mapping[str, torch.Tensor], scale: float, sequences: int,
               cu_seqlens: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """The same without writing: returns {"o": ..., "final_state": ...}; differentiable (torch backend only)."""
-        return self.compiled.apply(tensors, {"scale": scale}, self.call_of(tensors, sequences, cu_seqlens))
+        return self.compiled.apply(tensors, {"scale": float(scale)}, self.call_of(tensors, sequences, cu_seqlens))
 
 
 @lru_cache(maxsize=1024)
@@ -202,4 +208,4 @@ def variant(instance: Instance, schedule: Schedule, backend: str, arch: str) -> 
     return Variant(backend, instance, schedule, arch, Compiled(kernels, b, arch))
 
 
-__all__ = ["NAMES", "TORCH", "Compiled", "Instance", "Reason", "Unsupported", "Variant", "base", "lower", "variant"]
+__all__ = ["NAMES", "TORCH", "Compiled", "Instance", "Unsupported", "Variant", "lower", "variant"]

@@ -80,11 +80,13 @@ def run(path: Path | None = None, console: Console | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = QWEN3_NEXT if device.type == "cuda" else SMALL
     path = path or DEFAULT_TEXT
-    text = path.read_bytes()[:shape.tokens]
+    whole = path.read_bytes()
+    text = whole[:shape.tokens]
     if not text:
         raise ValueError(f"text: got {path}, which is empty; accepts any file of at least one byte")
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    console.print(f"{path.name}: {len(text)} bytes as tokens; H/HV {shape.H}/{shape.HV}, K = {shape.K}, V = {shape.V}, "
+    read = f"{len(text)} bytes" if len(text) == len(whole) else f"the first {len(text)} of {len(whole)} bytes"
+    console.print(f"{path.name}: {read} as tokens; H/HV {shape.H}/{shape.HV}, K = {shape.K}, V = {shape.V}, "
                   f"{str(shape.dtype).removeprefix('torch.')}, on {where}")
     x = layer(text, shape, device)
     with console.status("the token recurrence in float64, for comparison"):
@@ -94,17 +96,21 @@ def run(path: Path | None = None, console: Console | None = None) -> None:
     instance = Instance(Switches(final_state=True), shape.K, shape.V, io, io, False)
     options = {o.backend: o for o in registry.options(instance, registry.architecture(device), 1, shape.HV, len(text))}
     chosen = registry.choose(instance, registry.architecture(device), 1, shape.HV, len(text)).backend
-    table = Table("backend", "schedule", "ms", "error of o", "error of final state", "")
+    table, reasons = Table("backend", "schedule", "ms", "error of o", "error of final state"), []
     for name in sorted(BACKENDS, key=lambda b: b != chosen):
         option = options.get(name)
         if option is None or option.variant is None:
-            table.add_row(name, "-", "-", "-", "-", f"cannot: {option.reason if option else 'not for this device'}")
+            table.add_row(name, *"----")
+            reasons.append(f"{name} cannot: {option.reason if option else 'not for this device'}")
             continue
         with registry.use(name), torch.no_grad():
             found, state = chunk_gated_delta_rule(**x, output_final_state=True)         # type: ignore[arg-type]
             ms = milliseconds(x)
         assert state is not None
         errors = [float((a.double() - b).norm() / b.norm()) for a, b in ((found, o), (state, S))]
-        why = f"chosen, the first that can serve here. {option.reason}" if name == chosen else "not chosen"
-        table.add_row(name, option.variant.schedule.name, f"{ms:.2f}", *(f"{e:.1e}" for e in errors), why)
+        why = f"{name} is chosen: the first that can serve here" if name == chosen else f"{name} is not chosen"
+        reasons.append(f"{why}. Its schedule: {option.reason}")
+        table.add_row(name, option.variant.schedule.name, f"{ms:.2f}", *(f"{e:.1e}" for e in errors))
     console.print(table)
+    console.print("Errors are relative (L2) to the token recurrence in float64; times are of one call, host included.")
+    console.print("\n".join(reasons), highlight=False)

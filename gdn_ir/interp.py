@@ -289,7 +289,7 @@ class _Run:
                 case Tile(axis):
                     start, extent = self.extent(axis, env)
                     # columns of a row-major [C, C'] tile are all stored
-                    valid = extent if axis.endswith("'") else self.valid(axis, env)
+                    valid = extent if axis.endswith("'") and base(axis) in self.tokens else self.valid(axis, env)
                     where.append(slice(start, start + valid))
                     pad.append(extent - valid)
                 case At(grid, share):

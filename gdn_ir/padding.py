@@ -15,7 +15,7 @@ import torch
 
 from gdn_ir.build import elem, index, select
 from gdn_ir.interp import elementwise
-from gdn_ir.nodes import Node, Op, base, make
+from gdn_ir.nodes import Node, Op, Rows, Slot, base, make
 from gdn_ir.program import Program, ScanView
 from gdn_ir.verify import verify
 
@@ -69,7 +69,8 @@ def pad(program: Program, axes: frozenset[str]) -> Program:
             return old.but((guard(args[0], old["over"], -math.inf),))
         if old.op is Op.TRI_SOLVE and dict(old.attr).get("transpose"):
             # solved from the last row up: what M holds in rows past the end would reach the valid ones
-            return old.but((guard(args[0], old["axis"], 0.0), args[1]))
+            r = args[1] if holds(args[1]).finite else guard(args[1], old["axis"], 0.0)
+            return old.but((guard(args[0], old["axis"], 0.0), r))
         if old.op is Op.DOT:
             a, b, over = *args, old["over"]
             if base(over) not in axes:
@@ -108,7 +109,7 @@ def _meet(a: Holds, b: Holds) -> Holds:
     return Holds({x: p for x, p in a.pad.items() if b.pad.get(x) == p}, a.finite and b.finite, a.drawn and b.drawn)
 
 
-_RISKY = ("exp", "log", "rsqrt", "div")       # finite arguments do not make these finite
+_RISKY = ("exp", "log", "rsqrt", "div", "floordiv")       # finite arguments do not make these finite
 
 
 def _rule(n: Node, args: list[Holds], axes: frozenset[str], assumed: Mapping[str, Holds]) -> Holds:
@@ -118,7 +119,9 @@ def _rule(n: Node, args: list[Holds], axes: frozenset[str], assumed: Mapping[str
     match n.op:
         case Op.LOAD:
             # columns past the chunk in a stored [C, C'] tile are read as they were written
-            return Holds({a: 0.0 for a in padded if not a.endswith("'")}, True, all(not a.endswith("'") for a in padded))
+            tokens = {t.tile for t in n["index"] if isinstance(t, Rows | Slot)}
+            whole = {a for a in padded if a.endswith("'") and base(a) in tokens}
+            return Holds({a: 0.0 for a in padded if a not in whole}, True, not whole)
         case Op.CARRY:
             return assumed.get(n["name"], Holds({}, True, False))
         case Op.FINAL:                                     # holds what the carry holds at every iteration
@@ -135,7 +138,8 @@ def _rule(n: Node, args: list[Holds], axes: frozenset[str], assumed: Mapping[str
             return Holds({swap.get(a, a): p for a, p in args[0].pad.items()}, args[0].finite, args[0].drawn)
         case Op.CUMSUM:
             zero = args[0].on(n["axis"]) == 0.0 and not n["reverse"]
-            new = {a: Repeat() if a == n["axis"] and zero else p for a, p in args[0].pad.items() if a != n["axis"] or zero}
+            new = {a: p for a, p in args[0].pad.items() if a != n["axis"] and (p == 0.0 or isinstance(p, Repeat))}
+            new |= {n["axis"]: Repeat()} if zero else {}
             return Holds(new, args[0].finite, args[0].finite and zero and len(padded) == 1)
         case Op.REDUCE:
             return Holds({a: p for a, p in args[0].pad.items() if a != n["over"] and p == 0.0}, args[0].finite, False)
@@ -169,7 +173,7 @@ def _elementwise(n: Node, args: list[Holds], padded: list[str]) -> Holds:
         seen = [_view(x, h, a) for x, h in zip(n.args, args, strict=True)]
         if all(isinstance(p, Repeat) for p in seen):
             new[a] = Repeat()
-        elif all(isinstance(p, float) for p in seen) and n.type.dtype != "bool":
+        elif all(isinstance(p, float) for p in seen):          # a condition that is known holds 1 or 0
             new[a] = float(elementwise(n["fn"], *(torch.tensor(p, dtype=torch.float64) for p in seen)))
         elif n["fn"] == "mul" and any(p == 0.0 and args[1 - i].finite for i, p in enumerate(seen)):
             new[a] = 0.0
@@ -179,18 +183,22 @@ def _elementwise(n: Node, args: list[Holds], padded: list[str]) -> Holds:
     drawn = repeats or (len(n.args) == 1 and args[0].drawn)
     constants = all(isinstance(new.get(a), float) and math.isfinite(new[a]) for a in padded)       # type: ignore[arg-type]
     finite = all(h.finite for h in args) and (n["fn"] not in _RISKY or (constants and len(padded) == 1))
-    return Holds(new, finite or repeats or (n["fn"] == "exp" and drawn), drawn)
+    sane = all(math.isfinite(p) for p in new.values() if isinstance(p, float))
+    return Holds(new, sane and (finite or repeats or (n["fn"] == "exp" and drawn)), drawn)
 
 
 def _select(n: Node, args: list[Holds], padded: list[str]) -> Holds:
     c, yes, no = n.args
     new: dict[str, Pad] = {}
     guard = _guards(c)
-    causal = c.op is Op.ELEM and c["fn"] in ("ge", "gt") and all(x.op is Op.INDEX for x in c.args)
+    causal = c.op is Op.ELEM and c["fn"] in ("ge", "gt") and all(x.op is Op.INDEX for x in c.args) \
+        and c.args[1]["axis"] == c.args[0]["axis"] + "'"
     for a in padded:
         y, z = _view(yes, args[1], a), _view(no, args[2], a)
         if guard == a or (causal and a == c.args[1]["axis"]):       # valid rows never reach columns past the chunk
             new[a] = z if not isinstance(z, Repeat) else None
+        elif args[0].on(a) in (0.0, 1.0):
+            new[a] = y if args[0].on(a) else z
         elif y == z:
             new[a] = y
     # under a causal mask, padded rows repeat the last row (which sees every valid column), and the corner its last entry

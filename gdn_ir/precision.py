@@ -13,6 +13,9 @@ from gdn_ir.program import Program
 from gdn_ir.verify import verify
 
 
+WIDTH = {"bf16": 0, "f16": 0, "tf32": 1, "tf32x3": 2, "f32": 3, "f64": 4, REAL: 5, "int": 5}     # of what a dtype can hold
+
+
 def storage(program: Program, **dtypes: str) -> Program:
     """Name the dtypes that tensors are stored in: io="bf16" for those that follow the caller's inputs, and so on."""
     def change(old: Node, args: tuple[Node, ...]) -> Node | None:
@@ -55,10 +58,10 @@ def typed(x: Node, dtype: str) -> Node:
 
 
 def narrow(x: Node, dtype: str) -> Node:
-    """x rounded to dtype; through a twin and back over a cast that only widened, so that a tile loaded in this dtype is
-    used as it was loaded."""
+    """x rounded to dtype; through a twin, and back over a cast that only widened, so that a tile loaded in this dtype is used
+    as it was loaded."""
     if x.op is Op.TWIN:
         return make(Op.TWIN, (narrow(x.args[0], dtype),), axis=x["axis"])
-    if x.op is Op.CAST and x.args[0].type.dtype == dtype:
+    if x.op is Op.CAST and x.args[0].type.dtype == dtype and WIDTH[dtype] < WIDTH[x.type.dtype]:
         return x.args[0]
     return cast(x, dtype) if x.op is not Op.CONST else x

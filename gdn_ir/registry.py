@@ -11,7 +11,6 @@ from functools import lru_cache
 import torch
 
 from gdn_ir.compiler import Instance, Unsupported, Variant, variant
-from gdn_ir.nodes import IRError
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.schedules.defaults import default
 
@@ -39,11 +38,12 @@ def forced() -> str | None:
 
 @lru_cache(maxsize=16)
 def architecture(device: torch.device) -> str:
-    """"cpu", "sm_80" or "sm_90": the newest that the device can run."""
+    """"cpu", "sm_80" (all of Ampere and Ada, whose least shared memory holds its schedules), "sm_90" (Hopper); the device's own
+    name elsewhere, for which no backend but torch has a schedule."""
     if device.type != "cuda":
         return "cpu"
-    major, _ = torch.cuda.get_device_capability(device)
-    return "sm_90" if major >= 9 else "sm_80"
+    major, minor = torch.cuda.get_device_capability(device)
+    return "sm_80" if major == 8 else f"sm_{major}{minor}"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def options(instance: Instance, arch: str, sequences: int, heads: int, tokens: i
         try:
             schedule, why = default(target, instance, sequences, heads, tokens)
             found.append(Option(name, variant(instance, schedule, name, target), why))
-        except (Unsupported, IRError) as e:
+        except ValueError as e:                            # Unsupported, an illegal step, an architecture without a default
             found.append(Option(name, None, str(e)))
     return tuple(found)
 
@@ -99,6 +99,12 @@ def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, 
     for name, size, least in (("H", H, 1), ("T", T, 0), ("B", B, 1), ("sequences", sequences or 0, 0)):
         if size < least:
             raise ValueError(f"{name}: got {size}; accepts a number from {least} on")
+    if sequences is not None and B != 1:
+        raise ValueError(f"B: got {B} with sequences = {sequences}; accepts 1, for packed sequences lie along T")
+    unknown = set(switches) - set(Switches.__dataclass_fields__)
+    if unknown:
+        raise TypeError(f"explain: unknown keyword {', '.join(sorted(unknown))}; accepts, besides its own, "
+                        f"{', '.join(Switches.__dataclass_fields__)}")
     if HV < H or HV % H:
         raise ValueError(f"HV: got {HV}; accepts a multiple of H = {H}")
     instance = Instance(Switches(**switches), K, V, io, io, sequences is not None)       # type: ignore[arg-type]

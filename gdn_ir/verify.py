@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from gdn_ir.nodes import At, IRError, Node, Op, Rows, Slot, Tile, infer
+from gdn_ir.nodes import At, IRError, Node, Op, Rows, Slot, Tile, infer, term_scans
 from gdn_ir.program import Program, ScanView, Scopes, toposort
 
 Finding = tuple[Node, str]
@@ -93,7 +93,7 @@ def scopes_close(program: Program) -> Iterator[Finding]:
     for scan in program.scans():
         view = ScanView.of(scan)
         for effect in view.effects:
-            if effect.op is Op.STORE and view.axis not in scopes[effect]:
+            if effect.op is Op.STORE and view.axis not in term_scans(effect["index"]):
                 yield effect, f"is written in every iteration of scan {view.axis}, always at the same place"
         for init in view.inits:
             if view.axis in scopes[init]:
@@ -127,5 +127,5 @@ def sums_cover(program: Program) -> Iterator[Finding]:
             if any(isinstance(t, Rows | Slot) for t in n["index"]):
                 exclusive.add("N")
             missing = set(program.grid) - exclusive - set(n["sum"])
-            if missing and not n["tensor"].temp:
+            if missing:
                 yield n, f"is written by every point of {', '.join(sorted(missing))}: say that they are summed"

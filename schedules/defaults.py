@@ -25,18 +25,20 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
         raise ValueError(f"arch: got {arch!r}; accepts cpu, {', '.join(MULTIPROCESSORS)}")
     width = scan_width(arch, instance, sequences * heads)
     steps = plan("states", erase, io, sums=instance.switches.decay != "none")
-    schedule = Schedule(f"states-{width}", steps=steps).with_options(**options(arch, instance, width))
+    chosen = {k: o for k, o in options(arch, instance, width).items() if erase or k != "solve"}      # nothing to solve
+    schedule = Schedule(f"states-{width}", steps=steps).with_options(**chosen)
     return schedule, (f"{arch}: chunks in parallel but for the state; {sequences * heads} serial scans, each cut into "
                       f"{-(-instance.V // width)} tiles of {width} columns to fill {MULTIPROCESSORS[arch]} multiprocessors")
 
 
 def scan_width(arch: str, instance: Instance, scans: int) -> int:
     """Columns of V that one block of the scan owns: 32 where that makes a block, nearly, for each multiprocessor, else 16.
-    Wide tiles read k and the inverse once for more columns; narrow ones shorten the serial chain."""
-    if instance.K > 128 and instance.io != "f32":          # eight warps hold the state of 64 columns
-        return 64
+    Wide tiles read k and the inverse once for more columns; narrow ones shorten the serial chain. Float32 takes 32, for no
+    more fit; so does K > 128, except where eight warps can hold the state of 64 columns."""
+    if instance.io == "f32" or instance.K > 128:
+        return 64 if instance.io != "f32" and arch == "sm_90" else 32
     enough = 0.9 * MULTIPROCESSORS[arch]
-    return 32 if instance.io == "f32" or scans * -(-instance.V // 32) >= enough else 16
+    return 32 if scans * -(-instance.V // 32) >= enough else 16
 
 
 def options(arch: str, instance: Instance, width: int) -> dict[str, KernelOptions]:
@@ -45,11 +47,11 @@ def options(arch: str, instance: Instance, width: int) -> dict[str, KernelOption
     if arch == "sm_80":
         stages = 1 if wide or whole else 2
         return {"solve": KernelOptions(num_warps=4 if whole else 1, num_stages=1),
-                "scan": KernelOptions(32 if wide else width, 4, stages),
+                "scan": KernelOptions(width, 4, stages),
                 "output": KernelOptions(32 if whole or wide else 64, 4, 1)}
     if whole:
-        return {"solve": KernelOptions(num_warps=4, num_stages=1), "scan": KernelOptions(32, 4, 1 if wide else 2),
+        return {"solve": KernelOptions(num_warps=4, num_stages=1), "scan": KernelOptions(width, 4, 1 if wide else 2),
                 "output": KernelOptions(32, 4, 1)}
     return {"solve": KernelOptions(num_warps=4 if wide else 1, num_stages=1),
-            "scan": KernelOptions(64, 8, 2) if wide else KernelOptions(width, 4, 3),
+            "scan": KernelOptions(width, 8, 2) if wide else KernelOptions(width, 4, 3),
             "output": KernelOptions(64, 4, 1 if wide else 2)}

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -20,21 +19,21 @@ class KernelOptions:
     def __post_init__(self) -> None:
         for name, value, ok in (("v_tile", self.v_tile, self.v_tile is None or _power_of_two(self.v_tile)),
                                 ("num_warps", self.num_warps, self.num_warps in (1, 2, 4, 8, 16)),
-                                ("num_stages", self.num_stages, 1 <= self.num_stages <= 8)):
+                                ("num_stages", self.num_stages, self.num_stages in range(1, 9))):
             if not ok:
                 raise ValueError(f"KernelOptions.{name}: got {value!r}; accepts a power of two "
                                  "(v_tile also None; num_warps to 16; num_stages is any number from 1 to 8)")
 
 
-def _power_of_two(n: int) -> bool:
-    return n > 0 and n & (n - 1) == 0
+def _power_of_two(n: object) -> bool:
+    return isinstance(n, int) and n > 0 and n & (n - 1) == 0
 
 
 @dataclass(frozen=True)
 class Schedule:
     """chunk: tokens a chunk (C). steps: the plan, applied in order; each is a step's name and its arguments (see
-    `gdn_ir.schedules.steps.STEPS`). kernels: options by kernel name; "*" serves those not named. dot: dtype that the
-    operands of products are rounded to ("io": as the inputs are stored)."""
+    `gdn_ir.schedules.steps.STEPS`). kernels: options by kernel name; "*" serves those not named; a v_tile wider than V is V.
+    dot: dtype that the operands of products are rounded to ("io": as the inputs are stored)."""
     name: str
     chunk: int = 64
     steps: tuple[tuple[str | int, ...], ...] = ()
@@ -43,7 +42,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if not (self.chunk == 1 or (_power_of_two(self.chunk) and 16 <= self.chunk <= 256)):
-            raise ValueError(f"Schedule.chunk: got {self.chunk}; accepts 1 or a power of two from 16 to 256")
+            raise ValueError(f"Schedule.chunk: got {self.chunk!r}; accepts 1 or a power of two from 16 to 256")
         if self.dot not in ("io", "f64", "f32", "tf32x3", "tf32", "bf16", "f16"):
             raise ValueError(f"Schedule.dot: got {self.dot!r}; accepts io, f64, f32, tf32x3, tf32, bf16, f16")
 
@@ -60,18 +59,35 @@ class Schedule:
         return f"{self.name}: chunks of {self.chunk}{'' if self.dot == 'io' else f', products in {self.dot}'}; {steps}"
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps({**asdict(self), "kernels": {name: asdict(o) for name, o in self.kernels}}, indent=1)
 
     @staticmethod
     def from_json(text: str) -> Schedule:
-        """The schedule that `to_json` wrote. Raises ValueError naming a field that is unknown or out of range."""
-        data: dict[str, Any] = json.loads(text)
-        unknown = set(data) - set(Schedule.__dataclass_fields__)
-        if unknown or "name" not in data:
-            raise ValueError(f"Schedule: {'unknown field ' + ', '.join(sorted(unknown)) if unknown else 'name is missing'}; "
-                             f"it has {', '.join(Schedule.__dataclass_fields__)}")
-        if "steps" in data:
-            data["steps"] = tuple(tuple(s) for s in data["steps"])
-        if "kernels" in data:
-            data["kernels"] = tuple((k, KernelOptions(**o)) for k, o in data["kernels"])
-        return Schedule(**data)
+        """The schedule that `to_json` wrote, or a part of it: a name, and fields that differ from the defaults. Raises
+        ValueError naming the field that is missing, unknown or out of range."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as e:
+            raise ValueError(f"Schedule: not JSON: {e}") from None
+        fields(Schedule, data, "Schedule")
+        if not isinstance(data.get("name"), str):
+            raise ValueError(f"Schedule.name: got {data.get('name')!r}; accepts a string")
+        steps, kernels = data.get("steps", []), data.get("kernels", {"*": {}})
+        if not isinstance(steps, list) or not all(isinstance(s, list) and s and isinstance(s[0], str) for s in steps):
+            raise ValueError(f"Schedule.steps: got {steps!r}; accepts a list of steps, each a list of its name and arguments")
+        if not isinstance(kernels, dict):
+            raise ValueError(f"Schedule.kernels: got {kernels!r}; accepts an object of options by kernel name")
+        for kernel, o in kernels.items():
+            fields(KernelOptions, o, f"Schedule.kernels[{kernel!r}]")
+        options = tuple((kernel, KernelOptions(**o)) for kernel, o in kernels.items())
+        return Schedule(**{**data, "steps": tuple(tuple(s) for s in steps), "kernels": options})
+
+
+def fields(kind: type, data: object, name: str) -> None:
+    """Refuse what is not an object with fields of a dataclass."""
+    known = ", ".join(kind.__dataclass_fields__)
+    if not isinstance(data, dict):
+        raise ValueError(f"{name}: got {data!r}; accepts an object with {known}")
+    unknown = set(data) - set(kind.__dataclass_fields__)
+    if unknown:
+        raise ValueError(f"{name}: unknown field {', '.join(sorted(unknown))}; accepts {known}")

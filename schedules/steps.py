@@ -7,6 +7,7 @@ into a kernel that runs all chunks at once; one that feeds none can be sunk into
 """
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -37,6 +38,12 @@ def apply(program: Program, steps: tuple[tuple[str | int, ...], ...]) -> Pipelin
     for name, *args in steps:
         if name not in STEPS:
             raise IllegalStep(f"no step {name!r}; there are {', '.join(STEPS)}")
+        wanted = inspect.signature(STEPS[str(name)])
+        try:
+            wanted.bind(pipeline, *args)
+        except TypeError:
+            names = ", ".join(list(wanted.parameters)[1:])
+            raise IllegalStep(f"{name}: got {len(args)} arguments, {args}; accepts ({names})") from None
         pipeline = tuple(simplify(p) for p in STEPS[str(name)](pipeline, *args))
     return pipeline
 
@@ -62,10 +69,10 @@ def only_scan(step: str, program: Program) -> ScanView:
     return ScanView.of(scans[0])
 
 
-def replace_node(program: Program, old: Node, new: Node, name: str | None = None) -> Program:
-    """`new` wherever `old` was, under its name (or another)."""
+def replace_node(program: Program, old: Node, new: Node) -> Program:
+    """`new` wherever `old` was, under its name."""
     result = program.rebuild(lambda n, args: new if n is old else None)
-    return result.with_note(new, name or program.name_of(old) or "", like=None) if new in set(result.nodes()) else result
+    return result.with_note(new, program.name_of(old) or "") if new in set(result.nodes()) else result
 
 
 # ---- algebra ------------------------------------------------------------------------------------------------------------
@@ -145,14 +152,13 @@ def absorb(pipeline: Pipeline, name: str, scaled: str) -> Pipeline:
 
 @step
 def distribute(pipeline: Pipeline, name: str, constant: str, slope: str) -> Pipeline:
-    """u, affine in a carry S, as constant - slope S: both parts need no carry, so both can be hoisted."""
+    """u, affine in a carry S, as constant + slope S: neither part needs a carry, so both can be hoisted."""
     i, u = find(pipeline, name, "distribute")
     p = pipeline[i]
     depends = needs(p)
     if len(depends[u]) != 1:
         raise refuse("distribute", p, u, f"{name} must depend on one carry, it depends on {sorted(depends[u]) or 'none'}")
     const, (x, carry, over) = _affine(p, u, depends)
-    # keep the sign outside, so that the coefficient reads as the paper's w
     new = const + dot(x, carry, over=over) if const is not None else dot(x, carry, over=over)
     q = replace_node(p, u, new)
     q = q.with_note(x, slope, like=new)

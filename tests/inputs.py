@@ -5,7 +5,10 @@ from typing import Any
 
 import torch
 
+from bench.errors import relative as error
 from gdn_ir.reference import recurrence
+
+__all__ = ["correlated", "error", "expected", "make"]
 
 
 def make(B: int = 1, T: int = 100, H: int = 2, HV: int = 2, K: int = 32, V: int = 32, dtype: torch.dtype = torch.float32,
@@ -40,8 +43,3 @@ def expected(x: dict[str, Any], initial_state: torch.Tensor | None = None, cu_se
                       None if initial_state is None else initial_state.cpu(), None if cu_seqlens is None else cu_seqlens.cpu(),
                       **switches)
     return o.to(x["q"].device), S.to(x["q"].device)
-
-
-def error(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Relative L2 distance from b; NaN where a holds one."""
-    return float((a.double() - b).norm() / b.norm().clamp(min=1e-30))

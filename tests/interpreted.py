@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from bench.errors import worst
 from gdn_ir.backends.base import TORCH, Reason
 from gdn_ir.coverage import Cell, table
 from gdn_ir.compiler import Instance, Unsupported, variant
@@ -57,7 +58,7 @@ def of_cell(cell: Cell, schedule: Schedule | None = None, backend: str = "triton
     if s.final_state:
         errors.append(inputs.error(tensors["final_state"].mT if s.state_v_first else tensors["final_state"], want_S))
     clean = not tail or not tensors["o"][-tail:].any()
-    return {"error": max(errors, key=lambda e: e if e == e else float("inf")) if clean else float("inf")}
+    return {"error": worst(errors) if clean else float("inf")}
 
 
 def of_mutant(i: int) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def of_correlated(schedule: Schedule, top: float) -> dict[str, Any]:
     instance = Instance(Switches(decay="none", final_state=True), 64, 32, "f32", "f32", False)
     got = {"o": torch.full_like(x["v"], float("nan")), "final_state": torch.full((1, 1, 64, 32), float("nan"))}
     variant(instance, schedule, "triton", "sm_90")(x | got, 0.125, 1)
-    return {"error": max(inputs.error(got["o"], o[0]), inputs.error(got["final_state"], S))}
+    return {"error": worst((inputs.error(got["o"], o[0]), inputs.error(got["final_state"], S)))}
 
 
 def main() -> None:

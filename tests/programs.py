@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from gdn_ir.build import (Node, Tensor, Tracer, broadcast, cumsum, dot, elem, exp, lower, maximum, reduce_max, reduce_sum,
-                          select, sigmoid, strict_lower, tri_solve, zeros)
+from gdn_ir.build import (Node, Tensor, Tracer, broadcast, cumsum, dot, elem, exp, floordiv, index, log, lower, maximum,
+                          reduce_max, reduce_sum, rsqrt, select, sigmoid, strict_lower, tri_solve, zeros)
 from gdn_ir.interp import Sizes
 from gdn_ir.program import Program
 
@@ -114,7 +114,7 @@ def rand(seed: int) -> Case:
     def grow(pool: list[Node], steps: int) -> None:
         for _ in range(steps):
             x = r.choice(pool)
-            match r.randrange(9):
+            match r.randrange(12):
                 case 0:
                     pool.append(0.5 * (x + r.choice([y for y in pool if set(y.axes) <= set(x.axes)])))
                 case 1:
@@ -140,6 +140,13 @@ def rand(seed: int) -> Case:
                 case 8 if x.axes:
                     e = exp(0.1 * x)
                     pool.append(e / (1.0 + reduce_sum(e, x.axes[-1])))
+                case 9 if x.axes:                          # infinite where x is zero, as in the padding
+                    pool.append(exp(-0.05 * log(x * x)) if r.random() < 0.5 else x * rsqrt(x * x))
+                case 10 if len(x.axes) == 2:               # a mask on positions along both axes
+                    i, j = (index(a) for a in r.sample(x.axes, 2))
+                    pool.append(select(elem(r.choice(["ge", "gt", "lt"]), floordiv(i, 2), floordiv(j, 2)), x + 0.1, 0.2))
+                case 11 if len(x.axes) == 2:
+                    pool.append(reduce_sum(0.1 * cumsum(sigmoid(x), x.axes[0]) - 0.2, x.axes[1]) * x)
                 case _:
                     pool.append(0.7 * x - 0.1)
 

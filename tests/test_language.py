@@ -157,6 +157,11 @@ def always_the_same_place() -> Program:
     return traced(lambda t: t.store(Tensor("s", ("N", "HV", "V")), reduce_sum(zeros("C", "V"), "C")) and None)
 
 
+def chunks_on_one_place() -> Program:
+    """What is stored differs from chunk to chunk; where it is stored does not."""
+    return traced(lambda t: t.store(Tensor("s", ("N", "HV", "V")), reduce_sum(t.load(X), "C")) and None)
+
+
 def unordered_memory() -> Program:
     def body(t: Tracer) -> None:
         before = t.load(X)
@@ -178,6 +183,7 @@ BREACHES = [
     (carry_of_other_axes, "carries_stay_home", r"has axes \('K',\), but starts as real\[K, V\]"),
     (outside, "scopes_close", "varies with scan X but stands outside it"),
     (always_the_same_place, "scopes_close", "is written in every iteration of scan X, always at the same place"),
+    (chunks_on_one_place, "scopes_close", "is written in every iteration of scan X, always at the same place"),
     (unordered_memory, "memory_is_ordered", "have no order; give one of them the other as `after`"),
     (unsummed, "sums_cover", "is written by every point of HV: say that they are summed"),
 ]

@@ -3,11 +3,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from gdn_ir.build import Tensor, cumsum, dot, exp, reduce_max, reduce_sum, zeros
+from gdn_ir.backends import BACKENDS
+from gdn_ir.build import (Tensor, Tracer, cumsum, dot, elem, exp, index, log, reduce_max, reduce_sum, select, strict_lower,
+                          tri_solve, zeros)
+from gdn_ir.compiler import lower
 from gdn_ir.interp import Sizes, run
 from gdn_ir.legalize import collapse, small_products
 from gdn_ir.nodes import FLOATS, Node, Op
@@ -18,6 +22,7 @@ from gdn_ir.programs.gated_delta import Switches, build
 from gdn_ir.reference import recurrence
 from gdn_ir.rewrite import constant, simplify
 from gdn_ir.schedules.plans import plan
+from gdn_ir.schedules.schedule import Schedule
 from gdn_ir.schedules.steps import apply
 from tests.programs import tracer
 
@@ -187,3 +192,48 @@ def test_products_too_small_become_sums() -> None:
     x = inputs(p, run_sizes)
     want, got = run(p, x, run_sizes, {"scale": 1.0}), run(small, x, run_sizes, {"scale": 1.0})
     assert all(torch.allclose(want[n], got[n]) for n in want)
+
+
+def stored(make: Callable[[Tracer], Node], *dims: str) -> Program:
+    t = tracer("one")
+
+    def body() -> None:
+        t.store(Tensor("y", dims or ("T", "HV", "K")), make(t))
+    with t.recording():
+        t.scan(body)
+    return t.program()
+
+
+X, Y, W = Tensor("x", ("T", "HV", "K")), Tensor("v", ("T", "HV", "V")), Tensor("w", ("HV", "K", "V"))
+PITFALLS: dict[str, Callable[[Tracer], Node]] = {
+    "a mask between unrelated axes is not causal":
+        lambda t: reduce_sum(select(elem("ge", index("C"), index("V")), t.load(Y) + 1.0, 0.0), "V") * t.load(X),
+    "a running sum of a constant is not that constant":
+        lambda t: reduce_sum(cumsum(exp(t.load(W)), "K") - 1.0, "V") * t.load(X),
+    "the inverse of a padded zero is infinite":
+        lambda t: t.load(X) * reduce_sum(dot(exp(-log(t.load(X) * t.load(X))), t.load(Y), "C"), "V"),
+    "zero by zero, rounded down":
+        lambda t: t.load(X) * reduce_sum(dot(elem("floordiv", t.load(X), t.load(X)), t.load(Y), "C"), "V"),
+    "a transposed solve starts in the padding":
+        lambda t: tri_solve(strict_lower(0.1 * dot(t.load(X), t.load(X).twin("C"), "K")),
+                            log(t.load(X) * t.load(X)), transpose=True),
+}
+
+
+@pytest.mark.parametrize("name", PITFALLS)
+def test_pitfalls_of_padding(name: str) -> None:
+    p = stored(PITFALLS[name])
+    sizes = Sizes({"C": 8, "K": 5, "V": 6, "H": 1, "HV": 2}, [0, 13])
+    x = inputs(p, sizes)
+    assert torch.allclose(padded(pad(p, frozenset({"C", "K", "V"})), x, sizes)["y"], run(p, x, sizes)["y"], rtol=1e-9)
+
+
+def test_both_names_of_a_padded_axis_are_masked() -> None:
+    """A tile on [K, K'], both padded, is loaded and stored within its tensor."""
+    p = stored(lambda t: reduce_sum(t.load(X).twin("K") * t.load(Tensor("m", ("HV", "K", "K'"))), "K'"))
+    sizes = Sizes({"C": 8, "K": 5, "V": 6, "H": 1, "HV": 2}, [0, 13])
+    x = inputs(p, sizes)
+    assert torch.allclose(padded(pad(p, frozenset({"C", "K", "V"})), x, sizes)["y"], run(p, x, sizes)["y"])
+    (kernel,) = lower(p, Schedule("plain", 16), BACKENDS["triton"], "sm_90", {"K": 48, "V": 64}, {"io": "f32"}, True)
+    text = BACKENDS["triton"].emit(kernel, "sm_90").text
+    assert "mask=in_K[:, None] & in_K[None, :]" in text

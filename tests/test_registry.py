@@ -62,9 +62,18 @@ def test_explain() -> None:
     assert "triton   cannot: triton lowers to sm_80 and sm_90, not to cpu" in gdn_ir.explain(H=1, HV=1, T=64, arch="cpu")
 
 
+def test_other_gpus_are_served_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda")
+    for capability, name in (((7, 5), "sm_75"), ((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((12, 0), "sm_120")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d, c=capability: c)
+        assert registry.architecture.__wrapped__(device) == name               # type: ignore[attr-defined]
+    text = gdn_ir.explain(H=1, HV=1, T=64, arch="sm_75")
+    assert "triton   cannot: arch: got 'sm_75'; accepts cpu, sm_80, sm_90" in text and "torch    chosen" in text
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"H": 3, "HV": 4}, "HV: got 4; accepts a multiple of H = 3"),
-    ({"arch": "sm_70"}, "arch: got 'sm_70'; accepts cpu, sm_80, sm_90"),
+    ({"sequences": 2, "B": 2}, "B: got 2 with sequences = 2; accepts 1"),
     ({"dtype": "int8"}, "dtype: got 'int8'; accepts"),
     ({"K": 20}, "K: got 20; accepts a multiple of 16 from 16 to 256"),
     ({"T": -1}, "T: got -1"),
@@ -100,15 +109,16 @@ def test_emit_prints_what_compiles(command: Callable[..., tuple[int, str, str]],
 def test_emit_takes_a_schedule_file(command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     mine = Schedule("mine", steps=plan("fused")).with_options(scan=KernelOptions(64, 8, 2))
     (tmp_path / "mine.json").write_text(mine.to_json())
+    assert Schedule.from_json(command("emit", "--schedule", str(tmp_path / "mine.json"), "--json")[1]) == mine
     code, out, _ = command("emit", "--schedule", str(tmp_path / "mine.json"))
     assert code == 0 and "schedule mine: chunks of 64" in out and "launched with 8 warps, 2 stages, V in tiles of 64" in out
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (("emit", "--kernel", "best"), "kernel: got 'best'; this schedule has solve, scan, output"),
-    (("emit", "--schedule", "best"), "plan: got 'best'; accepts naive, fused"),
-    (("emit", "--schedule", "none.json"), "none.json"),
-    (("emit", "--backend", "cuda"), "backend: got 'cuda'; accepts"),
+    (("emit", "--kernel", "best"), "--kernel: got 'best'; this schedule has solve, scan, output"),
+    (("emit", "--schedule", "best"), "--schedule: got 'best'; accepts default, naive, fused"),
+    (("emit", "--schedule", "--schedule: got 'none.json'; accepts"), "--schedule: got 'none.json'; accepts"),
+    (("emit", "--backend", "cuda"), "--backend: got 'cuda'; accepts triton, torch"),
     (("emit", "--arch", "sm_70"), "arch: got 'sm_70'; accepts cpu, sm_80, sm_90"),
     (("emit", "--dtype", "int8"), "dtype: got 'int8'; accepts"),
     (("emit", "--K", "20"), "K: got 20; accepts"),
@@ -128,7 +138,7 @@ def test_demo_on_a_text(tmp_path: Path) -> None:
     demo.run(text, console)
     page = console.export_text()
     assert "225 bytes as tokens" in page and "torch" in page and "triton" in page
-    assert "chosen, the first that can serve here" in page and "cannot: triton lowers to" in page
+    assert "torch is chosen: the first that can serve here" in page and "triton cannot: triton lowers to" in page
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ValueError, match=r"text: got .*empty.txt, which is empty"):
         demo.run(tmp_path / "empty.txt", console)

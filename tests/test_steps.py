@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gdn_ir.build import tri_solve
 from gdn_ir.compiler import Instance, variant
 from gdn_ir.interp import Sizes, run, run_pipeline
 from gdn_ir.program import Program
@@ -75,6 +74,17 @@ def test_refusals_name_node_and_line(taken: tuple[tuple[str | int, ...], ...], m
         steps.apply(build(), taken)
 
 
+def test_a_schedule_must_fit_its_program() -> None:
+    def lowered(s: Schedule) -> None:
+        variant(Instance(Switches(), 64, 64, "f32", "f32", False), s, "torch", "cpu").sources      # noqa: B018
+    with pytest.raises(steps.IllegalStep, match="merge: doubles blocks up to 64 rows, but a chunk has 128"):
+        lowered(Schedule("x", 128, plan("fused")))
+    with pytest.raises(steps.IllegalStep, match="kernels: no kernel is called best; the plan makes solve, scan"):
+        lowered(Schedule("x", steps=plan("solve")).with_options(best=KernelOptions()))
+    with pytest.raises(steps.IllegalStep, match=r"invert: got 1 arguments, \['u'\]; accepts \(name, inverse\)"):
+        steps.apply(build(), (("invert", "u"),))
+
+
 def test_refusals_without_a_node() -> None:
     with pytest.raises(steps.IllegalStep, match="no step 'unroll'; there are invert, merge"):
         steps.apply(build(), (("unroll",),))
@@ -109,7 +119,14 @@ def test_schedules_survive_json(s: Schedule) -> None:
     (lambda: KernelOptions(num_warps=3), "KernelOptions.num_warps: got 3"),
     (lambda: KernelOptions(num_stages=0), "KernelOptions.num_stages: got 0"),
     (lambda: Schedule.from_json('{"name": "x", "warps": 3}'), "Schedule: unknown field warps"),
-    (lambda: Schedule.from_json("{}"), "Schedule: name is missing"),
+    (lambda: Schedule.from_json("{}"), "Schedule.name: got None; accepts a string"),
+    (lambda: Schedule.from_json("[1]"), "Schedule: got [1]; accepts an object with name, chunk"),
+    (lambda: Schedule.from_json("chunk: 64"), "Schedule: not JSON"),
+    (lambda: Schedule.from_json('{"name": "x", "chunk": "64"}'), "Schedule.chunk: got '64'; accepts 1 or"),
+    (lambda: Schedule.from_json('{"name": "x", "steps": ["invert"]}'), "Schedule.steps: got ['invert']; accepts a list"),
+    (lambda: Schedule.from_json('{"name": "x", "kernels": [["scan", {}]]}'), "Schedule.kernels: got [['scan', {}]]; accepts"),
+    (lambda: Schedule.from_json('{"name": "x", "kernels": {"scan": {"warps": 4}}}'),
+     "Schedule.kernels['scan']: unknown field warps; accepts v_tile, num_warps, num_stages"),
     (lambda: plan("best"), "plan: got 'best'; accepts naive, fused, solve, states, wy"),
 ])
 def test_bad_schedules(make: object, message: str) -> None:
@@ -177,7 +194,6 @@ def test_the_illegal_product_fails_where_they_hold() -> None:
 
 
 def test_solve_in_blocks_means_diagonal_blocks() -> None:
-    assert tri_solve is not None
     m = torch.tril(torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), -1)
     from gdn_ir.backends.torch.runtime import solve
     r = torch.eye(8, dtype=torch.float64)

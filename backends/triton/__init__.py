@@ -35,6 +35,11 @@ class Triton:
                 return Reason(f"triton tiles have at most two axes, got {kernel.program.describe(n)}")
             if n.op is Op.TRI_SOLVE and dict(n.attr).get("transpose"):
                 return Reason("triton does not lower the transposed solve yet")
+        both = set(kernel.program.read()) & set(kernel.program.written())
+        if both:
+            return Reason(f"triton: no barrier orders what one kernel writes and reads of {', '.join(sorted(both))}")
+        if len(kernel.splits) > 1 or (kernel.parallel and len(kernel.parallel.chain) > 1):
+            return Reason("triton: one split axis a kernel, and one scan where its iterations go to the grid")
         return None if interpreting() else denied(kernel, arch)
 
     def tile(self, axis: str, extent: int) -> int:

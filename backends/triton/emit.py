@@ -74,11 +74,11 @@ class Printer:
         if k.parallel and k.varlen:
             find = "locate_or_tail" if k.owns_tail else "locate"
             self.put(1, f"n, first, length = {find}(pid, cu_ptr, T, N, {chunk})")
-            self.put(1, f"i_X = (pid - first // {chunk} - n).to(tl.int32)")
-            self.put(1, f"if i_X < 0 or i_X * {chunk} >= length:")
+            self.put(1, f"i_{k.parallel.axis} = (pid - first // {chunk} - n).to(tl.int32)")
+            self.put(1, f"if i_{k.parallel.axis} < 0 or i_{k.parallel.axis} * {chunk} >= length:")
             self.put(2, "return")
         elif k.parallel:
-            self.put(1, f"i_X = pid % tl.cdiv(T, {chunk})")
+            self.put(1, f"i_{k.parallel.axis} = pid % tl.cdiv(T, {chunk})")
             self.put(1, f"n = (pid // tl.cdiv(T, {chunk})).to(tl.int64)")
             self.put(1, "first, length = n * T, T")
         else:
@@ -95,7 +95,7 @@ class Printer:
             self.put(1, "if n == N:  # rows that no sequence owns")
             for store in k.row_outputs:
                 text, mask = pointer(self.linear, store, store.args[0].axes)
-                self.put(2, f"tl.store({text}, 0.0, mask={mask})")
+                self.put(2, f"tl.store({text}, 0.0, mask={mask})" if mask else f"tl.store({text}, 0.0)")
             self.put(2, "return")
 
     def chunk(self, scan: ScanView, depth: int) -> None:

@@ -56,7 +56,6 @@ def broadcast(l: Linear, n: Node) -> str:
 
 
 def select(l: Linear, n: Node) -> str:
-    # a choice between two constants still has to have the tile's dtype
     return f"tl.where({', '.join(operand(l, a, n.axes) for a in n.args)})"
 
 
@@ -102,7 +101,7 @@ def pointer(l: Linear, n: Node, axes: tuple[str, ...]) -> tuple[str, str]:
     for axis, stride in at.strides:
         place = base(axis) + index_suffix((axis,), axes)
         text += f" + {place}" if stride == "1" else f" + {place} * ({stride})" if " " in stride else f" + {place} * {stride}"
-    mask = " & ".join(f"in_{a}{index_suffix((a,), axes)}" for a in at.bounds)
+    mask = " & ".join(f"in_{base(a)}{index_suffix((a,), axes)}" for a in at.bounds)
     return text, mask
 
 

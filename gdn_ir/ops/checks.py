@@ -17,7 +17,10 @@ LATER = {"use_gate_in_kernel": False, "A_log": None, "dt_bias": None, "transpose
 
 
 def describe(x: object) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}" if isinstance(x, Tensor) else repr(x)
+    if isinstance(x, Tensor):
+        return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
+    text = repr(x)
+    return text if len(text) <= 60 else f"{type(x).__name__} {text[:50]}..."
 
 
 def bad(name: str, got: object, accepts: str, error: type[Exception] = ValueError) -> Exception:
@@ -34,6 +37,18 @@ def keywords(given: dict[str, Any], known: tuple[str, ...]) -> None:
             raise NotImplementedError(f"{name}: got {describe(value)}; only {LATER[name]!r} is served so far")
 
 
+def flags(**given: object) -> None:
+    for name, x in given.items():
+        if not isinstance(x, bool):
+            raise bad(name, x, "True or False", TypeError)
+
+
+def number(name: str, x: object) -> float:
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        raise bad(name, x, "a Python number (no gradient flows to it)", TypeError)
+    return float(x)
+
+
 def tensor(name: str, x: object, shape: tuple[str, ...], sizes: dict[str, int], dtypes: tuple[torch.dtype, ...],
            device: torch.device | None) -> None:
     """Check one tensor; `shape` names its dimensions, `sizes` fixes those seen before and learns new ones."""
@@ -41,6 +56,8 @@ def tensor(name: str, x: object, shape: tuple[str, ...], sizes: dict[str, int], 
     names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
     if not isinstance(x, Tensor):
         raise bad(name, x, f"a tensor {layout} of {names}", TypeError)
+    if x.layout is not torch.strided or x.device.type not in ("cpu", "cuda"):
+        raise bad(name, x, "a dense tensor on cpu or cuda" + ("" if x.layout is torch.strided else f", not {x.layout}"))
     if x.ndim != len(shape):
         raise bad(name, x, f"{len(shape)} dimensions, {layout}")
     if x.dtype not in dtypes:
@@ -66,7 +83,9 @@ def inputs(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, init
     for name, x, size in (("q", q, "K"), ("v", v, "V")):
         if not 0 < sizes[size] <= LARGEST or sizes[size] % 16:
             raise bad(name, x, f"{size} a multiple of 16 from 16 to {LARGEST}")
-    if sizes["H"] == 0 or sizes["HV"] % sizes["H"] or sizes["HV"] == 0:
+    if sizes["H"] == 0:
+        raise bad("q", q, "at least one head")
+    if sizes["HV"] % sizes["H"] or sizes["HV"] == 0:
         raise bad("v", v, f"HV a multiple of H = {sizes['H']} (q has {sizes['H']} heads, v {sizes['HV']})")
     if cu_seqlens is None and cu_seqlens_cpu is not None:
         raise bad("cu_seqlens_cpu", cu_seqlens_cpu, "None where cu_seqlens is None")
@@ -75,27 +94,25 @@ def inputs(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, init
     else:
         if sizes["B"] != 1:
             raise bad("q", q, "B = 1 with cu_seqlens: sequences are packed along T")
-        lengths(cu_seqlens, cu_seqlens_cpu, sizes["T"], q.device)
+        for name, x, where in (("cu_seqlens", cu_seqlens, q.device), ("cu_seqlens_cpu", cu_seqlens_cpu, torch.device("cpu"))):
+            if x is not None:
+                tensor(name, x, ("N + 1",), {}, (torch.int32, torch.int64), where)
+                if x.shape[0] < 1:
+                    raise bad(name, x, "at least one entry, [N + 1]")
+        if cu_seqlens_cpu is not None and cu_seqlens.shape != cu_seqlens_cpu.shape:
+            raise bad("cu_seqlens_cpu", cu_seqlens_cpu, f"the values of cu_seqlens, {list(cu_seqlens.shape)}")
         sizes["N"] = cu_seqlens.shape[0] - 1
     if initial_state is not None:
         tensor("initial_state", initial_state, ("N", "HV", *(("V", "K") if state_v_first else ("K", "V"))), sizes,
-               (torch.float32,), q.device)
+               (torch.float64 if q.dtype == torch.float64 else torch.float32,), q.device)
     return sizes
 
 
-def lengths(cu: Tensor, cpu: Tensor | None, T: int, device: torch.device) -> None:
-    """Check sequence boundaries: kind and shape always, values where they are on the host (or under GDN_IR_CHECK=1)."""
-    for name, x, where in (("cu_seqlens", cu, device), ("cu_seqlens_cpu", cpu, torch.device("cpu"))):
-        if x is None:
-            continue
-        tensor(name, x, ("N + 1",), {}, (torch.int32, torch.int64), where)
-        if x.shape[0] < 1:
-            raise bad(name, x, "at least one entry, [N + 1]")
-        if cpu is not None and x.shape != cpu.shape:
-            raise bad("cu_seqlens_cpu", cpu, f"the values of cu_seqlens, {list(cu.shape)}")
-        if not _readable(x):
-            continue
-        ends = x.tolist()
+def boundaries(cu: Tensor | None, cpu: Tensor | None, T: int) -> None:
+    """Check the values of sequence boundaries that are on the host (under GDN_IR_CHECK=1 also on a GPU, which waits for it).
+    Part of the op itself, so that a compiled graph checks them too."""
+    read = {name: x.tolist() for name, x in (("cu_seqlens", cu), ("cu_seqlens_cpu", cpu)) if x is not None and _readable(x)}
+    for name, ends in read.items():
         if ends[0] != 0:
             raise ValueError(f"{name}: got {_short(ends)}, which starts at {ends[0]}; accepts boundaries that start at 0")
         for i, (a, b) in enumerate(zip(ends, ends[1:])):
@@ -104,11 +121,12 @@ def lengths(cu: Tensor, cpu: Tensor | None, T: int, device: torch.device) -> Non
                                  "accepts boundaries that never decrease")
         if ends[-1] > T:
             raise ValueError(f"{name}: got {_short(ends)}, which ends past T; accepts a last boundary of at most T = {T}")
+    if len(read) == 2 and read["cu_seqlens"] != read["cu_seqlens_cpu"]:
+        raise ValueError(f"cu_seqlens_cpu: got {_short(read['cu_seqlens_cpu'])}; accepts the values of cu_seqlens, "
+                         f"{_short(read['cu_seqlens'])}")
 
 
 def _readable(x: Tensor) -> bool:
-    if torch.compiler.is_compiling() or isinstance(x, torch._subclasses.FakeTensor):
-        return False
     return x.device.type == "cpu" or os.environ.get("GDN_IR_CHECK") == "1"
 
 

@@ -24,33 +24,42 @@ def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, be
     S_t = exp(g_t) S_{t-1} + k_t beta_t (v_t - exp(g_t) S_{t-1}^T k_t)^T.
 
     q, k [B, T, H, K]; v [B, T, HV, V], HV a multiple of H; all bfloat16, float16 or float32 (float64 on the torch backend);
-    K and V multiples of 16 up to 256. g [B, T, HV]: natural log of the decay (None: no decay); beta [B, T, HV]: write strength.
-    scale: of q, K^-1/2 if None. initial_state [N, HV, K, V] float32 ([N, HV, V, K] with state_v_first).
+    K and V multiples of 16 up to 256. g [B, T, HV]: natural log of the decay (None: no decay); below -100,
+    where exp(g) is 0 in float32, it counts as -100. beta [B, T, HV]: write
+    strength.
+    scale: of q, K^-1/2 if None. initial_state [N, HV, K, V] float32 ([N, HV, V, K] with state_v_first), float64 where q is.
     use_qk_l2norm_in_kernel: q and k are normalised over K first. use_beta_sigmoid_in_kernel: beta comes as a logit; with
     allow_neg_eigval it is doubled. cu_seqlens [N + 1], int32 or int64: boundaries of N packed sequences (B = 1); rows past the
     last come back as zeros. cu_seqlens_cpu: the same on the host, only to be checked.
 
-    Returns o [B, T, HV, V] in q's dtype and the final state (None unless output_final_state), float32, laid out as
-    initial_state. Differentiable on CPU and under `gdn_ir.use("torch")`; elsewhere inputs that require a gradient raise
-    NotImplementedError. Bad input raises TypeError or ValueError before anything is launched.
+    Returns o [B, T, HV, V] in q's dtype and the final state (None unless output_final_state), with dtype and layout of
+    initial_state. Differentiable on CPU and under `gdn_ir.use("torch")` (torch.compile breaks its graph there); elsewhere
+    inputs that require a gradient raise NotImplementedError. Bad input raises TypeError or ValueError before anything is
+    launched.
     """
     checks.keywords(kwargs, KEYWORDS)
+    checks.flags(output_final_state=output_final_state, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+                 use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel, allow_neg_eigval=allow_neg_eigval,
+                 state_v_first=state_v_first)
     sizes = checks.inputs(q, k, v, g, beta, initial_state, cu_seqlens, cu_seqlens_cpu, state_v_first)
     if allow_neg_eigval and not use_beta_sigmoid_in_kernel:
         raise ValueError("allow_neg_eigval: got True without use_beta_sigmoid_in_kernel; accepts it only where the op itself "
                          "makes beta (otherwise pass a doubled beta)")
-    scale = sizes["K"] ** -0.5 if scale is None else float(scale)
+    scale = checks.number("scale", sizes["K"] ** -0.5 if scale is None else scale)
     flags = (output_final_state, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first)
     differentiated = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, v, g, beta, initial_state))
     if differentiated:
+        if registry.forced() not in (None, "torch"):
+            raise NotImplementedError("chunk_gated_delta_rule: an input requires a gradient, and the backend that "
+                                      f"gdn_ir.use({registry.forced()!r}) asks for has no backward yet; torch has")
         if q.device.type != "cpu" and registry.forced() != "torch":
             raise NotImplementedError("chunk_gated_delta_rule: an input requires a gradient, and the backward is not lowered "
                                       f"to {q.device.type} yet; call it under torch.no_grad(), or within "
                                       "`with gdn_ir.use('torch'):`, which differentiates on any device")
-        o, state = _differentiable(q, k, v, g, beta, scale, initial_state, cu_seqlens, *flags)
+        o, state = _differentiable(q, k, v, g, beta, scale, initial_state, cu_seqlens, cu_seqlens_cpu, *flags)
     else:
-        o, state = torch.ops.gdn_ir.chunk_forward(q, k, v, g, beta, scale, initial_state, cu_seqlens, *flags)
+        o, state = torch.ops.gdn_ir.chunk_forward(q, k, v, g, beta, scale, initial_state, cu_seqlens, cu_seqlens_cpu, *flags)
     return o, state if output_final_state else None
 
 
@@ -63,13 +72,15 @@ def _empty(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, final_state: bool, s
     K = q.shape[-1]
     N = (B if cu_seqlens is None else cu_seqlens.shape[0] - 1) if final_state else 0
     state = (N, HV, V, K) if state_v_first else (N, HV, K, V)
-    return torch.empty_like(v, memory_format=torch.contiguous_format), q.new_empty(state, dtype=torch.float32)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.empty_like(v, memory_format=torch.contiguous_format), q.new_empty(state, dtype=wide)
 
 
 @torch.library.custom_op("gdn_ir::chunk_forward", mutates_args=())
 def _chunk_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float, initial_state: Tensor | None,
-                   cu_seqlens: Tensor | None, final_state: bool, l2norm: bool, beta_sigmoid: bool, neg_eigval: bool,
-                   state_v_first: bool) -> tuple[Tensor, Tensor]:
+                   cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, final_state: bool, l2norm: bool,
+                   beta_sigmoid: bool, neg_eigval: bool, state_v_first: bool) -> tuple[Tensor, Tensor]:
+    checks.boundaries(cu_seqlens, cu_seqlens_cpu, q.shape[1])
     o, state = _empty(q, v, cu_seqlens, final_state, state_v_first)
     if _nothing(q, cu_seqlens):
         o.zero_()
@@ -85,8 +96,8 @@ def _chunk_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tens
 
 @_chunk_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float, initial_state: Tensor | None,
-      cu_seqlens: Tensor | None, final_state: bool, l2norm: bool, beta_sigmoid: bool, neg_eigval: bool,
-      state_v_first: bool) -> tuple[Tensor, Tensor]:
+      cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, final_state: bool, l2norm: bool, beta_sigmoid: bool,
+      neg_eigval: bool, state_v_first: bool) -> tuple[Tensor, Tensor]:
     return _empty(q, v, cu_seqlens, final_state, state_v_first)
 
 
@@ -110,20 +121,25 @@ def _bind(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initi
                         final_state, state_v_first)
     instance = Instance(switches, K, V, NAMES[q.dtype], NAMES[beta.dtype], cu_seqlens is not None)
     chosen = registry.choose(instance, registry.architecture(q.device), sequences, HV, B * T, backend)
-    tensors = {"q": q, "k": k, "v": v, "beta": beta} | ({} if g is None else {"g": g.float()})
+    tensors = {"q": q, "k": k, "v": v, "beta": beta}
+    if g is not None:
+        tensors["g"] = g.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
     tensors = {name: x.contiguous().view(B * T, *x.shape[2:]) for name, x in tensors.items()}
     if initial_state is not None:
         tensors["initial_state"] = initial_state.contiguous()
     return chosen, tensors, sequences, None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
 
 
+@torch.compiler.disable                                    # Dynamo would unroll every chunk, and again for each length
 def _differentiable(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float, initial_state: Tensor | None,
-                    cu_seqlens: Tensor | None, final_state: bool, l2norm: bool, beta_sigmoid: bool, neg_eigval: bool,
-                    state_v_first: bool) -> tuple[Tensor, Tensor | None]:
+                    cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, final_state: bool, l2norm: bool,
+                    beta_sigmoid: bool, neg_eigval: bool, state_v_first: bool) -> tuple[Tensor, Tensor | None]:
     """The same through the torch backend's functional form, which autograd can follow."""
+    checks.boundaries(cu_seqlens, cu_seqlens_cpu, q.shape[1])
     if _nothing(q, cu_seqlens):
         state = _empty(q, v, cu_seqlens, final_state, state_v_first)[1]
-        return torch.zeros_like(v), _unchanged(state, initial_state)
+        nothing = v.masked_fill(torch.ones((), dtype=torch.bool, device=v.device), 0.0)      # zeros that autograd can follow
+        return nothing, _unchanged(state, initial_state)
     chosen, tensors, sequences, ends = _bind(q, k, v, g, beta, initial_state, cu_seqlens, final_state, l2norm, beta_sigmoid,
                                              neg_eigval, state_v_first, "torch")
     out = chosen.apply(tensors, scale, sequences, ends)

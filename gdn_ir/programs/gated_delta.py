@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gdn_ir.build import (Node, Operand, Tensor, Tracer, as_node, cumsum, decay_mask, dot, exp, last, reduce_sum, rsqrt,
-                          sigmoid, strict_lower, tri_solve, zeros)
+from gdn_ir.build import (Node, Operand, Tensor, Tracer, as_node, cumsum, decay_mask, dot, elem, exp, last, reduce_sum, rsqrt,
+                          select, sigmoid, strict_lower, tri_solve, zeros)
 from gdn_ir.program import Program
 
 
@@ -59,6 +59,11 @@ def l2_normalised(x: Node) -> Node:
     return x * rsqrt(reduce_sum(x * x, "K") + 1e-6)
 
 
+def bounded(g: Node, least: float = -100.0) -> Node:
+    """A log decay under -100 is a reset (its exp is 0 in float32); summed as it is, it would cost its neighbours digits."""
+    return select(elem("lt", g, least), least, g)
+
+
 def build(s: Switches = Switches(), chain: tuple[str, ...] = ("X",)) -> Program:
     """The program of one op: q, k [T, H, K]; v, o [T, HV, V]; g, beta [T, HV]; states [N, HV, K, V]; tokens packed.
 
@@ -73,7 +78,7 @@ def build(s: Switches = Switches(), chain: tuple[str, ...] = ("X",)) -> Program:
         q = t.load(Tensor("q", ("T", "H", "K")))
         k = t.load(Tensor("k", ("T", "H", "K")))
         v = t.load(Tensor("v", ("T", "HV", "V")))
-        g = t.load(Tensor("g", ("T", "HV"), "f32")) if s.decay == "scalar" else as_node(0.0)
+        g = bounded(t.load(Tensor("g", ("T", "HV"), "f32"))) if s.decay == "scalar" else as_node(0.0)
         beta = t.load(Tensor("beta", ("T", "HV"), "beta"))
         if s.l2norm:
             q, k = l2_normalised(q), l2_normalised(k)
