@@ -140,7 +140,8 @@ def rand(seed: int) -> Case:
                 case 8 if x.axes:
                     e = exp(0.1 * x)
                     pool.append(e / (1.0 + reduce_sum(e, x.axes[-1])))
-                case 9 if x.axes:                          # infinite where x is zero, as in the padding
+                case 9:                                    # not finite where an input is zero, as it is in the padding
+                    x = r.choice(pool[:3])
                     pool.append(exp(-0.05 * log(x * x)) if r.random() < 0.5 else x * rsqrt(x * x))
                 case 10 if len(x.axes) == 2:               # a mask on positions along both axes
                     i, j = (index(a) for a in r.sample(x.axes, 2))

@@ -92,7 +92,7 @@ def test_indices_are_64_bit() -> None:
         t.scan(lambda: t.store(Tensor("y", ("T", "HV", "V")), dot(t.load(x), t.load(w), "K")) and None)
     (k,) = lower(t.program(), Schedule("plain", 16), TRITON, "sm_90", {"K": 16, "V": 16}, {"io": "f32"}, True)
     text = TRITON.emit(k, "sm_90").text
-    assert "w_ptr + n * (HV * 256)" in text and "return low.to(tl.int64), first, length" in text
+    assert "w_ptr + n * (HV * 256)" in text and "return tl.cast(low, tl.int64), first, length" in text
 
 
 def test_reasons_are_texts() -> None:

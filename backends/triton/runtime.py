@@ -13,7 +13,7 @@ def locate(slot, cu_ptr, T, N, CHUNK: tl.constexpr):
         low = tl.where(inside, middle, low)
         high = tl.where(inside, high, middle)
     first, length = bounds(low, cu_ptr, T)
-    return low.to(tl.int64), first, length
+    return tl.cast(low, tl.int64), first, length
 ''',
     "locate_or_tail": '''
 @triton.jit
@@ -21,7 +21,7 @@ def locate_or_tail(slot, cu_ptr, T, N, CHUNK: tl.constexpr):
     """As locate, with one more sequence, number N, of the rows that no sequence owns: those from cu[N] on."""
     tail = tl.minimum(tl.maximum(tl.load(cu_ptr + N).to(tl.int64), 0), T)
     if slot >= tail // CHUNK + N:
-        n, first, length = N.to(tl.int64), tail, (T - tail).to(tl.int32)
+        n, first, length = tl.cast(N, tl.int64), tail, (T - tail).to(tl.int32)
     else:
         n, first, length = locate(slot, cu_ptr, T, N, CHUNK)
     return n, first, length
