@@ -47,16 +47,19 @@ Table = dict[Op, Callable[["Linear", Node], str]]
 class Linear:
     """The statements of a program, and the text of any value within them.
 
-    table: op -> rule(linear, node) -> text, the backend's. reserved: names the backend uses itself. A scan that carries
-    nothing has no loop: the grid runs its chunks, so its body is the kernel's.
+    table: op -> rule(linear, node) -> text, the backend's. reserved: names the backend uses itself. named: operations whose
+    operands the backend needs by name, never written in place. A scan that carries nothing has no loop: the grid runs its
+    chunks, so its body is the kernel's.
     """
 
-    def __init__(self, kernel: Kernel, table: Table, reserved: frozenset[str] = frozenset()) -> None:
+    def __init__(self, kernel: Kernel, table: Table, reserved: frozenset[str] = frozenset(),
+                 named: frozenset[Op] = frozenset()) -> None:
         self.kernel, self.program, self.table = kernel, kernel.program, table
         program, parallel = kernel.program, kernel.parallel
         self.rest = ""                                     # the printer's name for the dtype of plain arithmetic
         self.names: dict[Node, str] = {}
         self._taken = set(reserved)
+        self._named = named
         self._scopes = Scopes(program.roots)
         self._nodes = program.nodes()
         self.tokens = token_chains(self._nodes)

@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,26 +42,19 @@ def ours(x: Tensors) -> tuple[Callable[[], Tensors], Variant]:
     return call, chosen
 
 
-def fla(x: Tensors) -> Callable[[], Tensors]:
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+def peer(package: str, x: Tensors) -> Callable[[], Tensors]:
+    """A peer's op of the same name, on packed input."""
+    op = importlib.import_module(package).chunk_gated_delta_rule
     packed = {n: x[n][None] for n in ("q", "k", "v", "g", "beta")}
 
     def call() -> Tensors:
         with torch.no_grad():
-            o, S = chunk_gated_delta_rule(**packed, output_final_state=True, cu_seqlens=x["cu_seqlens"])
+            o, S = op(**packed, output_final_state=True, cu_seqlens=x["cu_seqlens"])
         return {"o": o[0], "final_state": S}
     return call
 
 
-def flash_qla(x: Tensors) -> Callable[[], Tensors]:
-    from flash_qla import chunk_gated_delta_rule
-    packed = {n: x[n][None] for n in ("q", "k", "v", "g", "beta")}
-
-    def call() -> Tensors:
-        with torch.no_grad():
-            o, S = chunk_gated_delta_rule(**packed, output_final_state=True, cu_seqlens=x["cu_seqlens"])
-        return {"o": o[0], "final_state": S}
-    return call
+fla, flash_qla = partial(peer, "fla.ops.gated_delta_rule"), partial(peer, "flash_qla")
 
 
 def accuracy(lengths: list[int], H: int, HV: int, kind: str) -> dict[str, Any]:

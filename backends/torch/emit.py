@@ -2,12 +2,11 @@
 from __future__ import annotations
 
 from gdn_ir.backends.base import Kernel, Source, heads
-from gdn_ir.backends.linearize import Linear, Loop, Stmt, Write, listed
+from gdn_ir.backends.linearize import Loop, listed
+from gdn_ir.backends.printer import Printer
 from gdn_ir.backends.torch.rules import DTYPES, RULES, aligned, number
-from gdn_ir.nodes import At, Node, Op, Rows, Slot, base
+from gdn_ir.nodes import Node, Op, base
 from gdn_ir.program import ScanView
-
-INDENT = "    "
 
 
 def signature(kernel: Kernel) -> list[str]:
@@ -15,29 +14,16 @@ def signature(kernel: Kernel) -> list[str]:
             "T", "N", *heads(kernel)]
 
 
-class Printer:
+class TorchPrinter(Printer):
     def __init__(self, kernel: Kernel) -> None:
-        self.kernel = kernel
-        self.axes = sorted({base(a) for n in kernel.program.nodes() for a in n.axes})
         self.batch = list(kernel.program.grid)
         if kernel.parallel:
             self.batch.insert(self.batch.index("N") + 1, kernel.parallel.axis)
-        self.names = set(signature(kernel)) | {f"i_{a}" for a in (*self.batch, *heads(kernel))} | set(self.axes) | \
-            {f"in_{a}" for a in self.axes} | \
-            {"torch", "n", "t", "rows", "slot", "first", "length", "longest", "batch", "cu", "run", "tokens"}
-        self.linear = Linear(kernel, RULES, frozenset(self.names))
+        own = {"torch", "n", "t", "rows", "slot", "first", "length", "longest", "batch", "cu", "run", "tokens"}
+        super().__init__(kernel, RULES, own | set(signature(kernel)) | {f"i_{a}" for a in (*self.batch, *heads(kernel))})
         double = any(n.type.dtype == "f64" for n in kernel.program.nodes())
         self.linear.rest = DTYPES["f64" if double else "f32"]
-        self.lines: list[str] = []
-        self.said = ""
-        memory = [n for n in kernel.program.nodes() if n.op in (Op.LOAD, Op.STORE)]
-        self.terms = [t for n in memory for t in n["index"]]
-        self.slots = any(isinstance(t, Slot) for t in self.terms)
-        self.rows = [t for t in self.terms if isinstance(t, Rows)]
         self.any = f"{kernel.tensors()[0].name}_"
-
-    def put(self, depth: int, text: str) -> None:
-        self.lines.append(INDENT * depth + text)
 
     def source(self) -> Source:
         k = self.kernel
@@ -45,7 +31,7 @@ class Printer:
         self.prologue()
         self.block(self.linear.body, 1)
         imports = "import torch\n\nfrom gdn_ir.backends.torch import runtime as run\n"
-        return Source(k.name, f"{k.header()}{imports}\n\n" + "\n".join(self.lines) + "\n")
+        return Source(k.name, f"{k.header()}{imports}\n\n{self.text()}")
 
     def prologue(self) -> None:
         """The coordinates of the grid, one batch dimension each, and of the tile's axes."""
@@ -60,8 +46,7 @@ class Printer:
             sizes[a] = self.trips(k.parallel) if k.parallel and a == k.parallel.axis else a
             shape = f".reshape(-1, {', '.join(['1'] * (rank - 1 - i))})" if i < rank - 1 else ""
             self.put(1, f"i_{a} = torch.arange({sizes[a]}, device=n.device){shape}")
-        shared = {(t.share, t.grid) for t in self.terms if isinstance(t, At) and t.share}
-        for h, grid in sorted(shared):
+        for h, grid in self.shared_heads():
             self.put(1, f"i_{h} = i_{grid} // ({grid} // {h})")
         self.put(1, f"batch = {listed([sizes[a] for a in self.batch])}")
         counted = {base(n["axis"]) for n in k.program.nodes() if n.op is Op.INDEX} | {t.tile for t in self.rows if not t.single}
@@ -72,13 +57,9 @@ class Printer:
 
     def chunk(self, scan: ScanView, depth: int) -> None:
         """At the start of a chunk: its tokens, its slot, which of its rows exist."""
-        size = self.kernel.extents[scan.tile]
-        outer, *inner = scan.chain
-        at = f"i_{outer}"
-        for a in inner:
-            at = f"({at} * {self.kernel.extents[a]} + i_{a})"
+        size, at = self.kernel.extents[scan.tile], self.trip(scan)
         self.put(depth, f"rows = length - {at} * {size}")
-        if any(t.single for t in self.rows):
+        if self.single:
             self.put(depth, f"t = (first + {at} * {size}).clamp(max=tokens - 1)")
         elif self.rows:
             column = f"{at}[..., None]" if self.kernel.parallel else at
@@ -86,23 +67,6 @@ class Printer:
             self.put(depth, f"in_{scan.tile} = {scan.tile} < rows[..., None]")
         if self.slots:
             self.put(depth, f"slot = (first // {size} + n + {at}).clamp(max=tokens // {size} + N - 1)")
-
-    def block(self, body: list[Stmt], depth: int) -> None:
-        for s in body:
-            if isinstance(s, Loop):
-                self.loop(s, depth)
-            else:
-                self.say(s.node.args[0] if isinstance(s, Write) else s.node, depth)
-                self.put(depth, self.linear.expression(s.node) if isinstance(s, Write)
-                         else f"{s.name} = {self.linear.expression(s.node)}")
-
-    def say(self, node: Node, depth: int) -> None:
-        """The line of the user's program behind the next statements, when it changes."""
-        where = self.linear.lines(node)
-        text = f"# {where[0]}  {where[0].text}" if where else ""
-        if text and text != self.said:
-            self.put(depth, text[:150])
-            self.said = text
 
     def loop(self, s: Loop, depth: int) -> None:
         scan = s.scan
@@ -131,12 +95,6 @@ class Printer:
         live = f"length > i_{scan.axis} * {self.span(scan)}"
         return f"torch.where({aligned(live, (), node.axes)}, {text}, {s.carries[i]})"
 
-    def span(self, scan: ScanView) -> int:
-        size = self.kernel.extents[scan.tile]
-        for a in scan.chain[1:]:
-            size *= self.kernel.extents[a]
-        return size
-
     def trips(self, scan: ScanView) -> str:
         if scan.axis != scan.chain[0]:
             return str(self.kernel.extents[scan.axis])
@@ -144,7 +102,7 @@ class Printer:
 
 
 def emit(kernel: Kernel) -> Source:
-    return Printer(kernel).source()
+    return TorchPrinter(kernel).source()
 
 
 __all__ = ["emit", "number", "signature"]

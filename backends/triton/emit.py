@@ -4,13 +4,11 @@ from __future__ import annotations
 import re
 
 from gdn_ir.backends.base import Kernel, Source, heads
-from gdn_ir.backends.linearize import Linear, Loop, Stmt, Write
+from gdn_ir.backends.linearize import Loop
+from gdn_ir.backends.printer import Printer
 from gdn_ir.backends.triton.rules import RULES, pointer
 from gdn_ir.backends.triton.runtime import HELPERS, NEEDS
-from gdn_ir.nodes import At, Node, Op, Rows, Slot, base
 from gdn_ir.program import ScanView
-
-INDENT = "    "
 
 
 def signature(kernel: Kernel) -> list[str]:
@@ -18,25 +16,10 @@ def signature(kernel: Kernel) -> list[str]:
             "T", "N", *heads(kernel)]
 
 
-class Printer:
+class TritonPrinter(Printer):
     def __init__(self, kernel: Kernel) -> None:
-        self.kernel = kernel
-        names = set(signature(kernel)) | {"tl", "triton", "n", "slot", "t0", "first", "length", "pid", "start"}
-        axes = {base(a) for n in kernel.program.nodes() for a in n.axes}
-        self.axes = sorted(axes)
-        names |= axes | {f"in_{a}" for a in axes} | {f"i_{h}" for h in heads(kernel)} | set(HELPERS)
-        self.linear = Linear(kernel, RULES, frozenset(names))
-        self.lines: list[str] = []
-        self.said: str = ""
-        terms = [t for n in kernel.program.nodes() if n.op in (Op.LOAD, Op.STORE) for t in n["index"]]
-        self.slots = any(isinstance(t, Slot) for t in terms)
-        self.token_tile = next((t.tile for t in terms if isinstance(t, Rows | Slot)), None)
-        self.single = any(isinstance(t, Rows) and t.single for t in terms)
-
-    def put(self, depth: int, text: str) -> None:
-        self.lines.append(INDENT * depth + text)
-
-    # -- the kernel
+        own = {"tl", "triton", "n", "slot", "t0", "first", "length", "pid", "start"}
+        super().__init__(kernel, RULES, own | set(signature(kernel)) | {f"i_{h}" for h in heads(kernel)} | set(HELPERS))
 
     def source(self) -> Source:
         k = self.kernel
@@ -44,7 +27,7 @@ class Printer:
         self.put(0, f"def {k.name}({', '.join(signature(k))}):")
         self.prologue()
         self.block(self.linear.body, 1)
-        body = "\n".join(self.lines) + "\n"
+        body = self.text()
         used = [h for h in HELPERS if re.search(rf"\b{h}\(", body)]
         used = [h for h in HELPERS if h in used or any(h in NEEDS.get(u, ()) for u in used)]
         header = k.header(f"launched with {k.options}")
@@ -53,8 +36,7 @@ class Printer:
 
     def prologue(self) -> None:
         """Which tile, head, sequence and chunk this block owns."""
-        k, grid = self.kernel, self.kernel.program.grid
-        chunk = k.extents.get(self.token_tile or "", 1)
+        k, grid, chunk = self.kernel, self.kernel.program.grid, self.kernel.chunk
         self.put(1, "pid = tl.program_id(0)")
         for a in reversed([g for g in grid if g != "N"]):
             if a.endswith("#"):
@@ -65,12 +47,8 @@ class Printer:
             else:
                 self.put(1, f"i_{a} = pid % {a}")
                 self.put(1, f"pid = pid // {a}")
-        for n in k.program.nodes():
-            if n.op in (Op.LOAD, Op.STORE):
-                for t in n["index"]:
-                    text = f"i_{t.share} = i_{t.grid} // ({t.grid} // {t.share})" if isinstance(t, At) and t.share else ""
-                    if text and INDENT + text not in self.lines:
-                        self.put(1, text)
+        for h, a in self.shared_heads():
+            self.put(1, f"i_{h} = i_{a} // ({a} // {h})")
         if k.parallel and k.varlen:
             find = "locate_or_tail" if k.owns_tail else "locate"
             self.put(1, f"n, first, length = {find}(pid, cu_ptr, T, N, {chunk})")
@@ -100,11 +78,7 @@ class Printer:
 
     def chunk(self, scan: ScanView, depth: int) -> None:
         """At the start of a chunk: its first token, its slot, which of its rows exist."""
-        size = self.kernel.extents[scan.tile]
-        outer, *inner = scan.chain
-        at = f"i_{outer}"
-        for a in inner:
-            at = f"({at} * {self.kernel.extents[a]} + i_{a})"
+        size, at = self.kernel.extents[scan.tile], self.trip(scan)
         self.put(depth, f"t0 = first + {at} * {size}")
         if self.slots:
             self.put(depth, f"slot = first // {size} + n + {at}")
@@ -113,23 +87,6 @@ class Printer:
             self.put(depth, f"in_{scan.tile} = {scan.tile} < rows")
 
     # -- statements
-
-    def block(self, body: list[Stmt], depth: int) -> None:
-        for s in body:
-            if isinstance(s, Loop):
-                self.loop(s, depth)
-            else:
-                self.say(s.node.args[0] if isinstance(s, Write) else s.node, depth)
-                self.put(depth, self.linear.expression(s.node) if isinstance(s, Write)
-                         else f"{s.name} = {self.linear.expression(s.node)}")
-
-    def say(self, node: Node, depth: int) -> None:
-        """The line of the user's program behind the next statements, when it changes."""
-        where = self.linear.lines(node)
-        text = f"# {where[0]}  {where[0].text}" if where else ""
-        if text and text != self.said:
-            self.put(depth, text[:150])
-            self.said = text
 
     def loop(self, s: Loop, depth: int) -> None:
         scan, text = s.scan, self.linear.text
@@ -149,14 +106,11 @@ class Printer:
             self.put(depth + 1, f"{', '.join(s.carries)} = {', '.join(text(x) for x in scan.nexts)}")
 
     def trips(self, scan: ScanView) -> str:
-        outer, *inner = scan.chain
-        if scan.axis != outer:
+        if scan.axis != scan.chain[0]:
             return str(self.kernel.extents[scan.axis])
-        size = self.kernel.extents[scan.tile]
-        for a in inner:
-            size *= self.kernel.extents[a]
+        size = self.span(scan)
         return f"tl.cdiv(length, {size})" if size > 1 else "length"
 
 
 def emit(kernel: Kernel) -> Source:
-    return Printer(kernel).source()
+    return TritonPrinter(kernel).source()

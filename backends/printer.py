@@ -1,0 +1,77 @@
+"""What every printer shares: lines of text, the program's line above each statement, names of chunks and axes."""
+from __future__ import annotations
+
+from gdn_ir.backends.base import Kernel
+from gdn_ir.backends.linearize import Assign, Linear, Loop, Stmt, Table, Write
+from gdn_ir.nodes import At, Node, Op, Rows, Slot, base
+from gdn_ir.program import ScanView
+
+INDENT = "    "
+
+
+class Printer:
+    """Walks the linearizer's statements. A backend says how a loop is written (`loop`) and what stands before the first
+    statement; its table of rules says the rest. reserved: names that the backend uses itself."""
+
+    def __init__(self, kernel: Kernel, table: Table, reserved: set[str], named: frozenset[Op] = frozenset()) -> None:
+        self.kernel = kernel
+        self.axes = sorted({base(a) for n in kernel.program.nodes() for a in n.axes})
+        names = reserved | set(self.axes) | {f"in_{a}" for a in self.axes}
+        self.linear = Linear(kernel, table, frozenset(names), named)
+        self.lines: list[str] = []
+        self.said = ""
+        memory = [n for n in kernel.program.nodes() if n.op in (Op.LOAD, Op.STORE)]
+        self.terms = [t for n in memory for t in n["index"]]
+        self.slots = any(isinstance(t, Slot) for t in self.terms)
+        self.rows = [t for t in self.terms if isinstance(t, Rows)]
+        self.single = any(t.single for t in self.rows)
+
+    def put(self, depth: int, text: str) -> None:
+        self.lines.append(INDENT * depth + text)
+
+    def text(self) -> str:
+        return "\n".join(self.lines) + "\n"
+
+    def say(self, node: Node, depth: int) -> None:
+        """The line of the user's program behind the next statements, when it changes."""
+        where = self.linear.lines(node)
+        text = f"# {where[0]}  {where[0].text}" if where else ""
+        if text and text != self.said:
+            self.put(depth, text[:150])
+            self.said = text
+
+    def block(self, body: list[Stmt], depth: int) -> None:
+        for s in body:
+            if isinstance(s, Loop):
+                self.loop(s, depth)
+            else:
+                self.say(s.node.args[0] if isinstance(s, Write) else s.node, depth)
+                self.statement(s, depth)
+
+    def statement(self, s: Assign | Write, depth: int) -> None:
+        text = self.linear.expression(s.node)
+        self.put(depth, text if isinstance(s, Write) else f"{s.name} = {text}")
+
+    def loop(self, s: Loop, depth: int) -> None:
+        raise NotImplementedError
+
+    # -- where a chunk is
+
+    def shared_heads(self) -> list[tuple[str, str]]:
+        """(dimension, the grid axis that indexes it), for each dimension that several grid points share."""
+        return list(dict.fromkeys((t.share, t.grid) for t in self.terms if isinstance(t, At) and t.share))
+
+    def trip(self, scan: ScanView) -> str:
+        """The number of the chunk that nested scans have reached, as text."""
+        outer, *inner = scan.chain
+        at = f"i_{outer}"
+        for a in inner:
+            at = f"({at} * {self.kernel.extents[a]} + i_{a})"
+        return at
+
+    def span(self, scan: ScanView) -> int:
+        """Tokens that one iteration of the outermost scan of the chain covers."""
+        size = self.kernel.extents[scan.tile]
+        for a in scan.chain[1:]:
+            size *= self.kernel.extents[a]
+        return size
