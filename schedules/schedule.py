@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Schedule:
             data = json.loads(text)
         except json.JSONDecodeError as e:
             raise ValueError(f"Schedule: not JSON: {e}") from None
-        fields(Schedule, data, "Schedule")
+        check_fields(Schedule, data, "Schedule")
         if not isinstance(data.get("name"), str):
             raise ValueError(f"Schedule.name: got {data.get('name')!r}; accepts a string")
         steps, kernels = data.get("steps", []), data.get("kernels", {"*": {}})
@@ -78,16 +78,17 @@ class Schedule:
         if not isinstance(kernels, dict):
             raise ValueError(f"Schedule.kernels: got {kernels!r}; accepts an object of options by kernel name")
         for kernel, o in kernels.items():
-            fields(KernelOptions, o, f"Schedule.kernels[{kernel!r}]")
+            check_fields(KernelOptions, o, f"Schedule.kernels[{kernel!r}]")
         options = tuple((kernel, KernelOptions(**o)) for kernel, o in kernels.items())
         return Schedule(**{**data, "steps": tuple(tuple(s) for s in steps), "kernels": options})
 
 
-def fields(kind: type, data: object, name: str) -> None:
-    """Refuse what is not an object with fields of a dataclass."""
-    known = ", ".join(kind.__dataclass_fields__)
+def check_fields(kind: type[Schedule] | type[KernelOptions], data: object, name: str) -> None:
+    """Refuse what is not an object with fields of the dataclass."""
+    names = [f.name for f in fields(kind)]
+    known = ", ".join(names)
     if not isinstance(data, dict):
         raise ValueError(f"{name}: got {data!r}; accepts an object with {known}")
-    unknown = set(data) - set(kind.__dataclass_fields__)
+    unknown = set(data) - set(names)
     if unknown:
         raise ValueError(f"{name}: unknown field {', '.join(sorted(unknown))}; accepts {known}")

@@ -94,11 +94,12 @@ def inputs(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, init
     else:
         if sizes["B"] != 1:
             raise bad("q", q, "B = 1 with cu_seqlens: sequences are packed along T")
-        for name, x, where in (("cu_seqlens", cu_seqlens, q.device), ("cu_seqlens_cpu", cu_seqlens_cpu, torch.device("cpu"))):
-            if x is not None:
-                tensor(name, x, ("N + 1",), {}, (torch.int32, torch.int64), where)
-                if x.shape[0] < 1:
-                    raise bad(name, x, "at least one entry, [N + 1]")
+        for name, ends, where in (("cu_seqlens", cu_seqlens, q.device),
+                                  ("cu_seqlens_cpu", cu_seqlens_cpu, torch.device("cpu"))):
+            if ends is not None:
+                tensor(name, ends, ("N + 1",), {}, (torch.int32, torch.int64), where)
+                if ends.shape[0] < 1:
+                    raise bad(name, ends, "at least one entry, [N + 1]")
         if cu_seqlens_cpu is not None and cu_seqlens.shape != cu_seqlens_cpu.shape:
             raise bad("cu_seqlens_cpu", cu_seqlens_cpu, f"the values of cu_seqlens, {list(cu_seqlens.shape)}")
         sizes["N"] = cu_seqlens.shape[0] - 1

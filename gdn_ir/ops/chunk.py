@@ -130,7 +130,7 @@ def _bind(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initi
     return chosen, tensors, sequences, None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
 
 
-@torch.compiler.disable                                    # Dynamo would unroll every chunk, and again for each length
+@torch.compiler.disable                                    # type: ignore[untyped-decorator]   # Dynamo would unroll every chunk, and again for each length
 def _differentiable(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float, initial_state: Tensor | None,
                     cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, final_state: bool, l2norm: bool,
                     beta_sigmoid: bool, neg_eigval: bool, state_v_first: bool) -> tuple[Tensor, Tensor | None]:
