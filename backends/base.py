@@ -50,7 +50,12 @@ class Kernel:
     @cached_property
     def chunk(self) -> int:
         """Tokens of a chunk; 1 where nothing is cut into chunks."""
-        return next((self.extents[a] for a in token_chains(self.program.nodes())), 1)
+        return next((self.extents[a] for a in self.tokens), 1)
+
+    @cached_property
+    def tokens(self) -> tuple[str, ...]:
+        """The tile axes that tokens are cut into."""
+        return tuple(token_chains(self.program.nodes()))
 
     @cached_property
     def row_outputs(self) -> tuple[Node, ...]:
@@ -113,6 +118,22 @@ class Call:
         """The extents of a tensor in this call."""
         known = {"T": self.tokens, "N": self.sequences, "X": self.slots(kernel.chunk), **self.heads}
         return tuple(known[d] if d in known else kernel.extents[base(d)] for d in tensor.dims)
+
+
+def blocks(kernel: Kernel, call: Call) -> int:
+    """How many blocks a call takes: tiles of split axes, heads, then chunks (where they run at once) or sequences."""
+    if not kernel.parallel:
+        found = call.sequences
+    elif kernel.varlen:
+        found = call.slots(kernel.chunk) + kernel.owns_tail           # the tail may need one more
+    else:
+        found = call.sequences * -(-call.length // kernel.chunk)
+    for a in kernel.program.grid:
+        if a.endswith("#"):
+            found *= -(-kernel.extents[a[:-1]] // kernel.tile(a[:-1]))
+        elif a != "N":
+            found *= call.heads[a]
+    return found
 
 
 Launch = Callable[[Mapping[str, torch.Tensor], Mapping[str, float], Call], "dict[str, torch.Tensor] | None"]

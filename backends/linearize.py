@@ -48,22 +48,23 @@ class Linear:
     """The statements of a program, and the text of any value within them.
 
     table: op -> rule(linear, node) -> text, the backend's. reserved: names the backend uses itself. named: operations whose
-    operands the backend needs by name, never written in place. A scan that carries nothing has no loop: the grid runs its
-    chunks, so its body is the kernel's.
+    operands the backend needs by name, never written in place. masks: whether conditions that are used again get names.
+    A scan that carries nothing has no loop: the grid runs its chunks, so its body is the kernel's.
     """
 
     def __init__(self, kernel: Kernel, table: Table, reserved: frozenset[str] = frozenset(),
-                 named: frozenset[Op] = frozenset()) -> None:
+                 named: frozenset[Op] = frozenset(), masks: bool = True) -> None:
         self.kernel, self.program, self.table = kernel, kernel.program, table
         program, parallel = kernel.program, kernel.parallel
         self.rest = ""                                     # the printer's name for the dtype of plain arithmetic
         self.names: dict[Node, str] = {}
         self._taken = set(reserved)
-        self._named = named
         self._scopes = Scopes(program.roots)
         self._nodes = program.nodes()
         self.tokens = token_chains(self._nodes)
         self._uses = uses(self._nodes)
+        self._masks = masks
+        self._operands = {self.bare(a) for n in self._nodes if n.op in named for a in n.args}
         self._blocks: list[tuple[str | None, list[Stmt]]] = [(None, [])]
         for r in parallel.effects if parallel else program.roots:
             self._effect(r)
@@ -120,9 +121,17 @@ class Linear:
         self.names[node] = self.fresh(self.program.name_of(node) or self._default(node))
         self._home(node).append(Assign(self.names[node], node))
 
+    def bare(self, node: Node) -> Node:
+        """The value under other names of its axes and casts that change no bit."""
+        while self._silent(node) and node.args:
+            node = node.args[0]
+        return node
+
     def inlined(self, node: Node) -> bool:
-        if node.op in FREE or self._silent(node):
+        if node.op in FREE or self._silent(node) or (node.type.dtype == "bool" and not self._masks):
             return True
+        if node in self._operands:
+            return False
         users = self._uses.get(node, [])
         once = len(users) == 1 and users[0].args.count(node) == 1
         if node.op is Op.LOAD:                             # a tile that is only widened is loaded and widened in one line

@@ -21,8 +21,8 @@ def demo(text: Annotated[Optional[Path], typer.Argument(help="a text file (by de
 
 
 @app.command()
-def emit(backend: Annotated[str, typer.Option(help="triton or torch")] = "triton",
-         arch: Annotated[str, typer.Option(help="sm_80 or sm_90 (torch is the same everywhere)")] = "sm_90",
+def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch")] = "triton",
+         arch: Annotated[str, typer.Option(help="triton: sm_80 or sm_90; tilelang: cpu (torch has one source)")] = "sm_90",
          dtype: Annotated[str, typer.Option(help="of q, k, v and beta: bf16, f16, f32 or f64")] = "bf16",
          K: int = 128, V: int = 128, varlen: bool = True, decay: bool = True, erase: bool = True, l2norm: bool = False,
          initial_state: bool = False, final_state: bool = True,
@@ -49,7 +49,7 @@ def emit(backend: Annotated[str, typer.Option(help="triton or torch")] = "triton
     switches = Switches("scalar" if decay else "none", erase, l2norm, initial_state=initial_state, final_state=final_state)
     instance = Instance(switches, K, V, dtype, dtype, varlen)
     if schedule == "default":
-        wanted = default("cpu" if backend == "torch" else arch, instance, sequences, HV, T)[0]
+        wanted = default("torch" if backend == "torch" else arch, instance, sequences, HV, T)[0]
     elif Path(schedule).is_file():
         try:
             wanted = Schedule.from_json(Path(schedule).read_text())

@@ -193,8 +193,8 @@ class Variant:
 
 @lru_cache(maxsize=1024)
 def variant(instance: Instance, schedule: Schedule, backend: str, arch: str) -> Variant:
-    """Lower an instance under a schedule for a backend and an architecture ("sm_80", "sm_90", "cpu"). Raises Unsupported
-    with the backend's reason, or IllegalStep where the schedule does not fit the program."""
+    """Lower an instance under a schedule for a backend and an architecture ("sm_80", "sm_90", "cpu", or "torch" for that
+    backend). Raises Unsupported with the backend's reason, or IllegalStep where the schedule does not fit the program."""
     from gdn_ir.backends import BACKENDS
     if backend not in BACKENDS:
         raise Unsupported(f"backend: got {backend!r}; accepts {', '.join(BACKENDS)}")

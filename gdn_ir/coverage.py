@@ -46,9 +46,10 @@ class Cell:
         return Instance(self.switches, self.layout.K, self.layout.V, self.io, self.io, self.layout.varlen)
 
 
-def table() -> tuple[Cell, ...]:
-    """Every member of the family x dtype x layout, then every flag on packed bf16 and float32."""
+def table(dtypes: tuple[str, ...] = DTYPES) -> tuple[Cell, ...]:
+    """Every member of the family x dtype x layout, then every flag on packed bf16 and float32. dtypes: only cells of these
+    (native code for CPUs has no 16-bit arithmetic, and must serve float32)."""
     cells = [Cell(f"{member}, {io}, {layout}", replace(s, final_state=True), io, LAYOUTS[layout])
              for member, s in FAMILY.items() for io in DTYPES for layout in LAYOUTS]
     cells += [Cell(f"{flag}, {io}", s, io, LAYOUTS["varlen"]) for flag, s in FLAGS.items() for io in ("bf16", "f32")]
-    return tuple(cells)
+    return tuple(c for c in cells if c.io in dtypes)

@@ -14,7 +14,7 @@ from gdn_ir.compiler import Instance, Unsupported, Variant, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.schedules.defaults import default
 
-PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("torch", "triton")}
+PREFERENCE = {"cuda": ("triton", "torch", "tilelang"), "cpu": ("tilelang", "torch", "triton")}
 _forced: ContextVar[str | None] = ContextVar("gdn_ir_backend", default=None)
 
 
@@ -60,7 +60,7 @@ def options(instance: Instance, arch: str, sequences: int, heads: int, tokens: i
     kind = "cpu" if arch == "cpu" else "cuda"
     found = []
     for name in PREFERENCE[kind]:
-        target = "cpu" if name == "torch" else arch         # it has one schedule, wherever it runs
+        target = "torch" if name == "torch" else arch       # it has one schedule, wherever it runs
         try:
             schedule, why = default(target, instance, sequences, heads, tokens)
             found.append(Option(name, variant(instance, schedule, name, target), why))
@@ -80,7 +80,7 @@ def choose(instance: Instance, arch: str, sequences: int, heads: int, tokens: in
         return option.variant
     for i, option in enumerate(every):
         if option.variant is not None:
-            if i:
+            if i and arch != "cpu":                        # on a GPU something faster was to be expected
                 warnings.warn(f"gdn_ir: {every[0].backend} cannot serve this call, {option.backend} does: {every[0].reason}",
                               RuntimeWarning, stacklevel=4)
             return option.variant

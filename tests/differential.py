@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -50,10 +51,24 @@ def distance(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> flo
 
 
 def interpreted(cases: list[list[object]]) -> dict[str, dict[str, object]]:
-    """Run cases (see tests/interpreted.py) by Triton's interpreter, in a process of their own; keys are the cases as JSON."""
-    done = subprocess.run([sys.executable, "-m", "tests.interpreted"], input=json.dumps(cases), capture_output=True, text=True,
-                          env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=Path(__file__).parent.parent, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, dict[str, object]] = json.loads(done.stdout)
+    """Run cases (see tests/interpreted.py) by Triton's interpreter; keys are the cases as JSON."""
+    return executed(cases, "triton", "sm_90", 1)
+
+
+def executed(cases: list[list[object]], backend: str, arch: str, processes: int = 2) -> dict[str, dict[str, object]]:
+    """Run cases on the CPU, in processes of their own."""
+    found: dict[str, dict[str, object]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{i}.json" for i in range(processes)]
+        running = []
+        for i, file in enumerate(files):
+            file.write_text(json.dumps(cases[i::processes]))
+            running.append(subprocess.Popen([sys.executable, "-m", "tests.interpreted", backend, arch, str(file)],
+                                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                            env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=Path(__file__).parent.parent))
+        for process, file in zip(running, files, strict=True):
+            _, said = process.communicate()
+            assert process.returncode == 0, said[-3000:]
+            found |= json.loads(file.read_text())
     assert set(found) == {json.dumps(c) for c in cases}
     return found

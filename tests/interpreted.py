@@ -1,10 +1,12 @@
-"""Run as a process of its own with TRITON_INTERPRET=1 (it must be set before Triton is first imported): executes real emitted
-Triton kernels on the CPU, case after case, and prints one JSON object: {case: error or reason}."""
+"""Run as a process of its own: executes real emitted kernels on the CPU, case after case, and writes {case: error or reason}.
+Arguments: a backend and an architecture (triton sm_90, by Triton's interpreter, for which TRITON_INTERPRET=1 must be set before
+Triton is first imported; or tilelang cpu), and a JSON file of cases, which the results replace."""
 from __future__ import annotations
 
 import json
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,16 +24,18 @@ from gdn_ir.schedules.schedule import Schedule
 from tests import inputs, mutants, programs
 from tests.differential import by_backend, distance
 
+BACKEND, ARCH = sys.argv[1:3] if __name__ == "__main__" else ("triton", "sm_90")
+
 
 def of_program(name: str) -> dict[str, Any]:
     case = programs.FIXED[name]() if name in programs.FIXED else programs.rand(int(name))
-    got = by_backend(case, "triton", "f32", "sm_90")
+    got = by_backend(case, BACKEND, "f32", ARCH)
     if isinstance(got, Reason):
         return {"declined": str(got)}
     return {"error": distance(got, run(case.program, case.inputs(), case.sizes()))}
 
 
-def of_cell(cell: Cell, schedule: Schedule | None = None, backend: str = "triton", arch: str = "sm_90") -> dict[str, Any]:
+def of_cell(cell: Cell, schedule: Schedule | None = None, backend: str = BACKEND, arch: str = ARCH) -> dict[str, Any]:
     """A cell of the coverage table, outputs poisoned, a tail of unowned rows after packed sequences: its largest error."""
     s, lay, dtype = cell.switches, cell.layout, TORCH[cell.io]
     tail = 30 if lay.varlen else 0
@@ -64,7 +68,7 @@ def of_cell(cell: Cell, schedule: Schedule | None = None, backend: str = "triton
 def of_mutant(i: int) -> dict[str, Any]:
     p = mutants.mutant(i)
     want = run(p, mutants.inputs(), Sizes(mutants.AXES, mutants.CU), {"scale": 0.7})
-    return {"error": distance(mutants.by_backend(p, "triton", "sm_90"), want)}
+    return {"error": distance(mutants.by_backend(p, BACKEND, ARCH), want)}
 
 
 def of_correlated(schedule: Schedule, top: float) -> dict[str, Any]:
@@ -73,16 +77,16 @@ def of_correlated(schedule: Schedule, top: float) -> dict[str, Any]:
     o, S = recurrence(*(x[n][None] for n in ("q", "k", "v")), None, x["beta"][None], 0.125)
     instance = Instance(Switches(decay="none", final_state=True), 64, 32, "f32", "f32", False)
     got = {"o": torch.full_like(x["v"], float("nan")), "final_state": torch.full((1, 1, 64, 32), float("nan"))}
-    variant(instance, schedule, "triton", "sm_90")(x | got, 0.125, 1)
+    variant(instance, schedule, BACKEND, ARCH)(x | got, 0.125, 1)
     return {"error": worst((inputs.error(got["o"], o[0]), inputs.error(got["final_state"], S)))}
 
 
 def main() -> None:
-    """Cases come as JSON on standard input: ["program", name], ["cell", name], ["plan", plan's name, cell's name, chunk],
-    ["mutant", number] or ["correlated", plan's name, top of beta]."""
+    """Cases: ["program", name], ["cell", name], ["plan", plan's name, cell's name, chunk], ["mutant", number] or
+    ["correlated", plan's name, top of beta]."""
     cells = {c.name: c for c in table()}
     found = {}
-    for case in json.load(sys.stdin):
+    for case in json.loads(Path(sys.argv[3]).read_text()):
         try:
             if case[0] == "program":
                 found[json.dumps(case)] = of_program(case[1])
@@ -99,7 +103,7 @@ def main() -> None:
                 found[json.dumps(case)] = of_cell(cells[cell], Schedule(name, chunk, steps))
         except Exception:
             found[json.dumps(case)] = {"failed": traceback.format_exc(limit=-3)}
-    json.dump(found, sys.stdout)
+    Path(sys.argv[3]).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

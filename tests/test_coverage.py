@@ -10,7 +10,7 @@ import torch
 from gdn_ir.coverage import Cell, table
 from gdn_ir.compiler import Unsupported, variant
 from gdn_ir.schedules.defaults import default
-from tests.differential import interpreted
+from tests.differential import executed, interpreted
 from tests.interpreted import of_cell
 
 BOUNDS = {"bf16": 4.5e-3, "f16": 4.5e-3, "f32": 2e-5}
@@ -30,7 +30,7 @@ def test_torch(printed: list[str]) -> None:
     rows = []
     for cell in table():
         torch.manual_seed(0)
-        rows.append((cell.name, verdict(of_cell(cell, backend="torch", arch="cpu"), cell.io)))
+        rows.append((cell.name, verdict(of_cell(cell, backend="torch", arch="torch"), cell.io)))
     report("torch", rows, printed)
 
 
@@ -39,6 +39,13 @@ def test_triton(printed: list[str]) -> None:
     found = interpreted([["cell", c.name] for c in cells if c.io != "bf16"])
     rows = [(c.name, verdict(found[json.dumps(["cell", c.name])], c.io) if c.io != "bf16" else lowered(c)) for c in cells]
     report("triton", rows, printed)
+
+
+def test_tilelang(printed: list[str]) -> None:
+    """Native code for CPUs, float32, executed."""
+    cells = table(("f32",))
+    found = executed([["cell", c.name] for c in cells], "tilelang", "cpu")
+    report("tilelang", [(c.name, verdict(found[json.dumps(["cell", c.name])], c.io)) for c in cells], printed)
 
 
 def lowered(cell: Cell) -> str:
@@ -51,7 +58,7 @@ def lowered(cell: Cell) -> str:
 
 
 def report(backend: str, rows: list[tuple[str, str]], printed: list[str]) -> None:
-    printed += [f"{backend:<8}{name:<44}{status}" for name, status in rows]
+    printed += [f"{backend:<9}{name:<44}{status}" for name, status in rows]
     bad = [r for r in rows if not r[1].startswith(("executed", "emitted"))]
     assert not bad, bad
 
@@ -63,5 +70,7 @@ def test_every_plan(member: str) -> None:
     cases: list[list[object]] = [["plan", plan, f"{member}, f32, {layout}", 64] for plan in PLANS for layout in layouts]
     cases += [["plan", "naive", f"{member}, f32, {layout}", 1] for layout in ("varlen", "GVA")]
     found = interpreted(cases)
+    native = [c for c in cases if c[2] == f"{member}, f32, varlen"]
+    found |= {f"tilelang {k}": v for k, v in executed(native, "tilelang", "cpu").items()}
     bad = {k: v for k, v in found.items() if not verdict(v, "f32").startswith("executed")}
     assert not bad, json.dumps(bad, indent=1)[:3000]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gdn_ir.interp import Sizes, run
-from tests.differential import interpreted
+from tests.differential import executed, interpreted
 from tests.mutants import AXES, CU, MUTANTS, PROGRAM, by_backend, inputs, mutant
 
 
@@ -39,6 +39,14 @@ def test_torch(i: int) -> None:
 
 def test_triton() -> None:
     """Each as an emitted kernel, by Triton's interpreter."""
-    found = interpreted([["mutant", i] for i in range(len(MUTANTS))])
+    within(interpreted([["mutant", i] for i in range(len(MUTANTS))]))
+
+
+def test_tilelang() -> None:
+    """Each as native code."""
+    within(executed([["mutant", i] for i in range(len(MUTANTS))], "tilelang", "cpu"))
+
+
+def within(found: dict[str, dict[str, object]]) -> None:
     wrong = {k: v for k, v in found.items() if not float(str(v.get("error", "nan"))) < 1e-4}
     assert not wrong, json.dumps(wrong, indent=1)[:3000]

@@ -1,6 +1,8 @@
 """The op against the token recurrence in float64, on CPU."""
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +13,13 @@ from gdn_ir.ops import chunk_gated_delta_rule
 from tests.inputs import error, expected, make
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4.5e-3, torch.bfloat16: 4.5e-3}
+
+
+@pytest.fixture(autouse=True)
+def by_torch() -> Iterator[None]:
+    """Nothing to compile: these tests are of the op, those of backends are in test_coverage.py."""
+    with gdn_ir.use("torch"):
+        yield
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
@@ -192,6 +201,22 @@ def test_forced_backend_without_a_backward() -> None:
         chunk_gated_delta_rule(**x)
 
 
+def test_native_code_through_the_op() -> None:
+    """Packed and strided, tails and all; both schedules: a token at a time, and chunks."""
+    S0 = torch.randn(3, 4, 32, 48)
+    for lengths in ([5, 0, 7], [130, 1, 64]):
+        x = make(1, sum(lengths) + 9, 2, 4, 32, 48)
+        strided = {n: t.transpose(1, 2).contiguous().transpose(1, 2) for n, t in x.items()}
+        cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+        with gdn_ir.use("tilelang"):
+            o, S = chunk_gated_delta_rule(**strided, initial_state=S0, output_final_state=True, cu_seqlens=cu)
+            assert S is not None and not o[:, sum(lengths):].any()
+            want_o, want_S = expected(x, S0, cu)
+            assert error(o, want_o) < 1e-6 and error(S, want_S) < 1e-6
+            with pytest.raises(ValueError, match=r"tilelang cannot serve .*bf16 is torch's"):
+                chunk_gated_delta_rule(**make(dtype=torch.bfloat16))
+
+
 def test_a_cache_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     from gdn_ir import cache
     monkeypatch.setenv("GDN_IR_CACHE", "/proc/nowhere")
@@ -202,5 +227,5 @@ def test_a_cache_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) 
 def test_use_forces_a_backend() -> None:
     with gdn_ir.use("triton"), pytest.raises(ValueError, match="triton lowers to sm_80 and sm_90, not to cpu"):
         chunk_gated_delta_rule(**make())
-    with pytest.raises(ValueError, match="backend: got 'cuda'; accepts triton, torch"), gdn_ir.use("cuda"):
+    with pytest.raises(ValueError, match="backend: got 'cuda'; accepts triton, tilelang, torch"), gdn_ir.use("cuda"):
         pass

@@ -13,7 +13,7 @@ from gdn_ir.precision import precision, storage
 from gdn_ir.printer import dump, evaluate
 from gdn_ir.program import tile_axes
 from tests import programs
-from tests.differential import by_backend, distance, interpreted
+from tests.differential import by_backend, distance, executed, interpreted
 
 RANDOM = [str(i) for i in range(200)]
 
@@ -54,12 +54,14 @@ def test_random_programs_are_not_all_alike() -> None:
     assert len({c.program.roots for c in cases}) > 190
 
 
-def test_triton_executes_them(printed: list[str]) -> None:
-    """Every one of them as an emitted Triton kernel, executed by Triton's interpreter in float32."""
-    found = interpreted([["program", n] for n in (*programs.FIXED, *RANDOM)])
+@pytest.mark.parametrize("backend", ["triton", "tilelang"])
+def test_executed(backend: str, printed: list[str]) -> None:
+    """Every one of them as an emitted kernel in float32: by Triton's interpreter, and as native code."""
+    cases: list[list[object]] = [["program", n] for n in (*programs.FIXED, *RANDOM)]
+    found = interpreted(cases) if backend == "triton" else executed(cases, "tilelang", "cpu")
     declined = {k: v for k, v in found.items() if "declined" in v}
     failed = {k: v for k, v in found.items() if "failed" in v or ("error" in v and not float(str(v["error"])) < 1e-4)}
-    executed = len(found) - len(declined) - len(failed)
-    printed.append(f"programs unlike ours, Triton: {executed} executed, {len(declined)} declined, {len(failed)} failed")
+    ran = len(found) - len(declined) - len(failed)
+    printed.append(f"programs unlike ours, {backend}: {ran} executed, {len(declined)} declined, {len(failed)} failed")
     assert not failed, json.dumps(failed, indent=1)[:3000]
     assert len(declined) <= 0.05 * len(found), json.dumps(declined, indent=1)[:3000]

@@ -27,7 +27,7 @@ BF16 = Instance(Switches(final_state=True), 128, 128, "bf16", "bf16", True)
 def test_the_preferred_backend_serves(arch: str, backend: str) -> None:
     chosen = registry.choose(BF16, arch, 1, 32, 8192)
     assert chosen.backend == backend
-    assert {o.backend for o in registry.options(BF16, arch, 1, 32, 8192)} == {"triton", "torch"}
+    assert {o.backend for o in registry.options(BF16, arch, 1, 32, 8192)} == {"triton", "torch", "tilelang"}
 
 
 def test_float64_on_a_gpu_falls_back_with_a_warning() -> None:
@@ -118,7 +118,7 @@ def test_emit_takes_a_schedule_file(command: Callable[..., tuple[int, str, str]]
     (("emit", "--kernel", "best"), "--kernel: got 'best'; this schedule has solve, scan, output"),
     (("emit", "--schedule", "best"), "--schedule: got 'best'; accepts default, naive, fused"),
     (("emit", "--schedule", "--schedule: got 'none.json'; accepts"), "--schedule: got 'none.json'; accepts"),
-    (("emit", "--backend", "cuda"), "--backend: got 'cuda'; accepts triton, torch"),
+    (("emit", "--backend", "cuda"), "--backend: got 'cuda'; accepts triton, tilelang, torch"),
     (("emit", "--arch", "sm_70"), "arch: got 'sm_70'; accepts cpu, sm_80, sm_90"),
     (("emit", "--dtype", "int8"), "dtype: got 'int8'; accepts"),
     (("emit", "--K", "20"), "K: got 20; accepts"),
@@ -138,7 +138,8 @@ def test_demo_on_a_text(tmp_path: Path) -> None:
     demo.run(text, console)
     page = console.export_text()
     assert "225 bytes as tokens" in page and "torch" in page and "triton" in page
-    assert "torch is chosen: the first that can serve here" in page and "triton cannot: triton lowers to" in page
+    assert "tilelang is chosen: the first that can serve here" in page and "torch is not chosen" in page
+    assert "triton cannot: triton lowers to" in page
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ValueError, match=r"text: got .*empty.txt, which is empty"):
         demo.run(tmp_path / "empty.txt", console)

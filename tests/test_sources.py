@@ -38,10 +38,11 @@ def test_printed_program() -> None:
     assert evaluate(text) == build(Switches(final_state=True))
 
 
-@pytest.mark.parametrize(("backend", "arch"), [("triton", "sm_90"), ("torch", "cpu")])
+@pytest.mark.parametrize(("backend", "arch"), [("triton", "sm_90"), ("torch", "torch"), ("tilelang", "cpu")])
 def test_emitted_sources(backend: str, arch: str) -> None:
-    schedule = default(arch, instance(), 1, 32, 8192)[0]
-    text = "\n\n".join(s.text for s in variant(instance(), schedule, backend, arch).sources)
+    i = instance("f32" if backend == "tilelang" else "bf16")
+    schedule = default(arch, i, 1, 32, 8192)[0]
+    text = "\n\n".join(s.text for s in variant(i, schedule, backend, arch).sources)
     golden(f"{backend}_{arch}.txt", text)
 
 

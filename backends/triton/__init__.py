@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, heads
+from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, blocks, heads
 from gdn_ir.backends.triton import emit as printer
 from gdn_ir.backends.triton.denylist import denied
 from gdn_ir.backends.triton.runtime import CLEAR_TAIL
@@ -59,16 +59,16 @@ class Triton:
         ready: dict[int, Any] = {}                         # by device: what Triton compiled for tensors aligned to 16 bytes
 
         def launch(memory: Mapping[str, torch.Tensor], values: Mapping[str, float], call: Call) -> None:
-            blocks = count(kernel, call)
-            if not blocks:
+            grid = blocks(kernel, call)
+            if not grid:
                 return
             given = arguments(memory, values, call)
             first = given[0].device.index
             aligned = not any(x.data_ptr() % 16 for x in given if isinstance(x, torch.Tensor))
             if aligned and first in ready:                 # past Triton's own dispatch, which costs more than the launch
-                ready[first][blocks, 1, 1](*given)
+                ready[first][grid, 1, 1](*given)
                 return
-            compiled = function[(blocks,)](*given, **options)
+            compiled = function[(grid,)](*given, **options)
             if aligned and not interpreting():
                 ready[first] = compiled
         return launch
@@ -82,22 +82,6 @@ class Triton:
     def version(self) -> str:
         import triton
         return f"triton {triton.__version__}"
-
-
-def count(kernel: Kernel, call: Call) -> int:
-    """How many blocks a call takes: tiles of split axes, heads, then chunks (where they run at once) or sequences."""
-    if not kernel.parallel:
-        blocks = call.sequences
-    elif kernel.varlen:
-        blocks = call.slots(kernel.chunk) + kernel.owns_tail         # the tail may need one more
-    else:
-        blocks = call.sequences * -(-call.length // kernel.chunk)
-    for a in kernel.program.grid:
-        if a.endswith("#"):
-            blocks *= -(-kernel.extents[a[:-1]] // kernel.tile(a[:-1]))
-        elif a != "N":
-            blocks *= call.heads[a]
-    return blocks
 
 
 def binder(kernel: Kernel) -> Callable[[Mapping[str, torch.Tensor], Mapping[str, float], Call], list[Any]]:

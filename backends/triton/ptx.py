@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from gdn_ir.backends.base import Call, Kernel, Launch, Source
-from gdn_ir.backends.triton import Triton, binder, count, cross_compile
+from gdn_ir.backends.base import Call, Kernel, Launch, Source, blocks
+from gdn_ir.backends.triton import Triton, binder, cross_compile
 
 MAX_DYNAMIC_SHARED = 8                                     # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
@@ -31,8 +31,8 @@ class TritonPtx(Triton):
         must(driver.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, shared), "cuFuncSetAttribute")
 
         def launch(memory: Mapping[str, torch.Tensor], values: Mapping[str, float], call: Call) -> None:
-            blocks = count(kernel, call)
-            if not blocks:
+            grid = blocks(kernel, call)
+            if not grid:
                 return
             held: list[ctypes._SimpleCData[int] | ctypes._SimpleCData[float] | ctypes.c_void_p] = []
             for x in arguments(memory, values, call):
@@ -41,6 +41,6 @@ class TritonPtx(Triton):
             held += [ctypes.c_void_p(0), ctypes.c_void_p(0)]         # Triton's scratch pointers, unused here
             pointers = (ctypes.c_void_p * len(held))(*(ctypes.cast(ctypes.pointer(h), ctypes.c_void_p) for h in held))
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-            must(driver.cuLaunchKernel(function, blocks, 1, 1, 32 * kernel.options.num_warps, 1, 1, shared, stream, pointers,
+            must(driver.cuLaunchKernel(function, grid, 1, 1, 32 * kernel.options.num_warps, 1, 1, shared, stream, pointers,
                                        None), "cuLaunchKernel")
         return launch

@@ -1,0 +1,75 @@
+"""Compiles TileLang's C target and calls it: a shared library, its blocks shared out among threads."""
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gdn_ir.cache import folder
+
+# sums may be reordered, to be vectorised; not -ffast-math, which would change denormals for the whole process
+FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
+
+
+@lru_cache(maxsize=1)
+def processor() -> str:
+    """Names this machine's processor: what is compiled for one must not be taken from a cache on another."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return hashlib.sha256("".join(x for x in lines if x.startswith(("flags", "model name"))).encode()).hexdigest()[:12]
+
+
+def build(function: Any, names: list[str], sizes: list[str]) -> Callable[[Mapping[str, torch.Tensor | int | float], int], None]:
+    """Compile a prim_func; returns what calls it with arguments by name and a number of blocks.
+
+    names: of its arguments, in order; sizes: of tensors' dimensions that are known at the call, in the order in which they
+    first occur: TileLang passes them after the arguments.
+    """
+    # TileLang reads this when it is first imported: what it compiles is kept beside the emitted sources
+    os.environ.setdefault("TILELANG_CACHE_DIR", str(folder() / "tilelang_cache"))
+    import tilelang
+    import tvm
+    tilelang.set_log_level("ERROR")
+    options = {"tl.disable_safe_memory_legalize": True}    # every access is masked where it can leave its tensor
+    with tvm.target.Target("c"):
+        built = tilelang.compile(function, target="c", target_host="c", execution_backend="cython", pass_configs=options,
+                                 compile_flags=[*FLAGS, f"-DGDN_IR_CPU={processor()}"])
+    entry, order = ctypes.CDLL(built.adapter.libpath).call, [*names, *sizes]
+    source = built.adapter.lib_code                        # absent where the library came from TileLang's cache
+    if source:
+        seen = re.findall(r"(\w+)[,)]", source[source.index(" call("):].split("{")[0])
+        assert seen == order, (seen, order)
+
+    def call(given: Mapping[str, torch.Tensor | int | float], blocks: int) -> None:
+        fixed = {name: pack(given[name]) for name in order if name not in ("block0", "blocks")}
+        parts = min(torch.get_num_threads(), blocks)
+        bounds = [blocks * i // parts for i in range(parts + 1)]
+
+        def part(first: int, last: int) -> None:
+            mine = {**fixed, "block0": ctypes.c_int32(first), "blocks": ctypes.c_int32(last - first)}
+            entry(*(mine[name] for name in order))
+        if parts == 1:
+            part(0, blocks)
+        else:
+            list(pool(parts).map(part, bounds[:-1], bounds[1:]))
+    return call
+
+
+def pack(x: torch.Tensor | int | float) -> Any:
+    """An argument as C takes it."""
+    if isinstance(x, torch.Tensor):
+        return ctypes.c_void_p(x.data_ptr())
+    return ctypes.c_float(x) if isinstance(x, float) else ctypes.c_int32(x)
+
+
+@lru_cache(maxsize=4)
+def pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="gdn_ir")
