@@ -17,13 +17,11 @@ MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132}
 
 
 def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: int) -> tuple[Schedule, str]:
-    """The schedule, and the reason for it. arch: "sm_80", "sm_90", "cpu" (native code) or "torch" (any
-    device); sequences, heads (HV), tokens: of the call."""
+    """The schedule, and the reason for it. arch: "sm_80", "sm_90", "cpu" (native code) or "torch" (any device); sequences,
+    heads (HV), tokens: of the call."""
     erase, io = instance.switches.erase, instance.io
     if arch == "cpu":
-        short = tokens <= 64 * max(sequences, 1)
-        return (Schedule("recurrent", 1), "native code: sequences of at most 64 tokens, one token at a time") if short else \
-            (Schedule("chunks-16", 16), "native code: one pass over small chunks, which stay in a core's cache")
+        return Schedule("recurrent", 1), "native code: one token at a time, the state in a core's cache; heads go to threads"
     if arch == "torch":
         return Schedule("fused", steps=plan("fused", erase, io)), "any device: one pass over the chunks, the whole grid at once"
     if arch not in MULTIPROCESSORS:

@@ -202,7 +202,7 @@ def test_forced_backend_without_a_backward() -> None:
 
 
 def test_native_code_through_the_op() -> None:
-    """Packed and strided, tails and all; both schedules: a token at a time, and chunks."""
+    """Packed and strided, tails and all."""
     S0 = torch.randn(3, 4, 32, 48)
     for lengths in ([5, 0, 7], [130, 1, 64]):
         x = make(1, sum(lengths) + 9, 2, 4, 32, 48)
