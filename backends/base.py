@@ -161,7 +161,7 @@ class Backend(Protocol):
     def supports(self, kernel: Kernel, arch: str) -> Reason | None:
         """None if this kernel can be emitted for the architecture, else why not."""
 
-    def tile(self, axis: str, extent: int) -> int:
+    def tile(self, axis: str, extent: int, arch: str) -> int:
         """The extent of the tile that holds a whole axis (a power of two, where the target needs one)."""
 
     def products(self, io: str, arch: str) -> str:
@@ -172,6 +172,9 @@ class Backend(Protocol):
 
     def compile(self, kernel: Kernel, source: Source, arch: str) -> Launch:
         """A callable over (memory, params, sizes) that launches the kernel."""
+
+    def generated(self, kernel: Kernel, source: Source, arch: str) -> str:
+        """What the toolchain makes of a source: PTX, CUDA or C, and what else it has to show."""
 
     def clear_tail(self, x: torch.Tensor, call: Call) -> None:
         """Zero the rows of an output that no sequence owns (not called where `functional`, nor for a kernel that

@@ -64,7 +64,7 @@ class Linear:
         self.tokens = token_chains(self._nodes)
         self._uses = uses(self._nodes)
         self._masks = masks
-        self._operands = {self.bare(a) for n in self._nodes if n.op in named for a in n.args}
+        self.operands = {self.bare(a) for n in self._nodes if n.op in named for a in n.args}
         self._blocks: list[tuple[str | None, list[Stmt]]] = [(None, [])]
         for r in parallel.effects if parallel else program.roots:
             self._effect(r)
@@ -130,7 +130,7 @@ class Linear:
     def inlined(self, node: Node) -> bool:
         if node.op in FREE or self._silent(node) or (node.type.dtype == "bool" and not self._masks):
             return True
-        if node in self._operands:
+        if node in self.operands:
             return False
         users = self._uses.get(node, [])
         once = len(users) == 1 and users[0].args.count(node) == 1

@@ -32,6 +32,8 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch")]
          schedule: Annotated[str, typer.Option(help="default; a plan with modest options: naive, fused, solve, states or wy; "
                                                     "or a JSON file")] = "default",
          kernel: Annotated[str, typer.Option(help="only this kernel")] = "",
+         generated: Annotated[bool, typer.Option("--generated", help="print what the toolchain makes of it: PTX (triton), or "
+                                                 "TIR and C (tilelang)")] = False,
          json: Annotated[bool, typer.Option("--json", help="print the schedule instead, to start your own from")] = False,
          ) -> None:
     """Print the source of a variant, for any target, on any machine."""
@@ -64,9 +66,13 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch")]
     if json:
         print(wanted.to_json())
         return
-    sources = {s.kernel: s.text for s in variant(instance, wanted, backend, arch).sources}
+    chosen = variant(instance, wanted, backend, arch)
+    sources = {s.kernel: s.text for s in chosen.sources}
     if kernel and kernel not in sources:
         raise ValueError(f"--kernel: got {kernel!r}; this schedule has {', '.join(sources)}")
+    if generated:
+        sources = {k.name: BACKENDS[backend].generated(k, s, arch) for k, s in zip(chosen.compiled.kernels, chosen.sources)
+                   if kernel in ("", k.name)}
     print("\n\n".join([sources[kernel]] if kernel else sources.values()), end="")
 
 

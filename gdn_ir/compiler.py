@@ -89,7 +89,7 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
         p = small_products(p, extents)
         p = precision(storage(p, **dtypes), products, rest)
         p = simplify(p)
-        tiles = {a: e if a in tokens else backend.tile(a, e) for a, e in extents.items()}
+        tiles = {a: e if a in tokens else backend.tile(a, e, arch) for a, e in extents.items()}
         used = set(tile_axes(p))
         if backend.splits_grid and options.v_tile is not None and "V" in used and options.v_tile < tiles["V"]:
             p = split(p, "V")

@@ -106,6 +106,16 @@ def test_emit_prints_what_compiles(command: Callable[..., tuple[int, str, str]],
     assert "# gated_delta.py:" in out and "emitted by gdn-ir" in out
 
 
+@pytest.mark.parametrize(("words", "seen"), [
+    (("--kernel", "scan", "--arch", "sm_80"), (".target sm_80", "mma.sync")),
+    (("--backend", "tilelang", "--arch", "cpu", "--dtype", "f32", "--K", "32", "--V", "32"), ("@T.prim_func", "int32_t")),
+    (("--backend", "torch", "--dtype", "f32"), ("torch runs the source as it stands",)),
+])
+def test_emit_generated(command: Callable[..., tuple[int, str, str]], words: tuple[str, ...], seen: tuple[str, ...]) -> None:
+    code, out, _ = command("emit", "--generated", *words)
+    assert code == 0 and all(s in out for s in seen), out[:500]
+
+
 def test_emit_takes_a_schedule_file(command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     mine = Schedule("mine", steps=plan("fused")).with_options(scan=KernelOptions(64, 8, 2))
     (tmp_path / "mine.json").write_text(mine.to_json())

@@ -1,4 +1,4 @@
-"""TileLang: native code for CPUs, through TVM's C target."""
+"""TileLang: native code for CPUs, through TVM's C target; and CUDA, compiled but not served before a GPU has run it."""
 from __future__ import annotations
 
 import importlib.util
@@ -20,7 +20,7 @@ class TileLang:
 
     def supports(self, kernel: Kernel, arch: str) -> Reason | None:
         if arch != "cpu":
-            return Reason(f"tilelang lowers to cpu so far, not to {arch}")
+            return Reason(f"tilelang's CUDA compiles (sm_80, sm_90) but has not run on a GPU yet: it serves cpu, not {arch}")
         for n in kernel.program.nodes():
             if n.type.dtype in ("f64", "bf16", "f16"):
                 return Reason(f"tilelang's C target computes in float32; {n.type.dtype} is torch's")
@@ -32,14 +32,14 @@ class TileLang:
             return Reason("tilelang's C target needs tilelang and g++")
         return None
 
-    def tile(self, axis: str, extent: int) -> int:
-        return extent
+    def tile(self, axis: str, extent: int, arch: str) -> int:
+        return extent if arch == "cpu" or extent == 1 else max(16, 1 << (extent - 1).bit_length())
 
     def products(self, io: str, arch: str) -> str:
         return "f32" if io == "f32" else io
 
     def emit(self, kernel: Kernel, arch: str) -> Source:
-        return printer.emit(kernel, printer.C)
+        return printer.emit(kernel, printer.C if arch == "cpu" else printer.CUDA)
 
     def compile(self, kernel: Kernel, source: Source, arch: str) -> Launch:
         from gdn_ir.backends.tilelang.runtime import build
@@ -59,6 +59,11 @@ class TileLang:
                 given |= {"cu": call.cu_seqlens, "boundaries": call.sequences + 1}
             run(given, grid)
         return launch
+
+    def generated(self, kernel: Kernel, source: Source, arch: str) -> str:
+        from gdn_ir.backends.tilelang.runtime import cross_compile
+        function = getattr(load_source(self.name, source.kernel, source.hash, source.text), source.kernel)
+        return f"{function.script()}\n\n{cross_compile(function, arch)}"
 
     def clear_tail(self, x: torch.Tensor, call: Call) -> None:
         """Zero the rows of a packed tensor past the last sequence."""

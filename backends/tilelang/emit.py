@@ -16,14 +16,17 @@ SIZES = {"T": "tokens", "N": "sequences", "X": "slots"}    # of tensors' dimensi
 
 @dataclass(frozen=True)
 class Target:
-    """How TileLang's tiles are written for a machine. kernel: what follows the number of blocks in T.Kernel."""
-    kind: str
+    """How TileLang's tiles are written for a machine. tile: where they lie; product: where a product's sums do, and a carried
+    matrix; loop: over the elements of a tile; lone: over those of a tile with one axis; threads: whether blocks have them."""
     tile: str
+    product: str
     loop: str
-    kernel: str = ""
+    lone: str
+    threads: bool
 
 
-C = Target("c", "T.alloc_local", "T.grid")
+C = Target("T.alloc_local", "T.alloc_local", "T.grid", "T.serial", threads=False)
+CUDA = Target("T.alloc_shared", "T.alloc_fragment", "T.Parallel", "T.Parallel", threads=True)
 
 
 def coordinate(axis: str) -> str:
@@ -58,7 +61,8 @@ class TileLangPrinter(Printer):
                "cu", "block", "i", "j", "turn"}
         own |= set(symbols(kernel)) | set(numbers(kernel)) | {f"{t.name}_" for t in kernel.tensors()}
         own |= {f"i_{h}" for h in heads(kernel)} | {coordinate(a) for n in kernel.program.nodes() for a in n.axes}
-        super().__init__(kernel, {}, own, frozenset({Op.DOT, Op.TRI_SOLVE}), masks=False)
+        named = {Op.DOT, Op.TRI_SOLVE} | ({Op.CUMSUM} if target.threads else set())
+        super().__init__(kernel, {}, own, frozenset(named), masks=False)
         self.target = target
         self.buffers: list[str] = []
         self.length = "length" if kernel.varlen else "L"   # a second name for an argument would rename it
@@ -73,10 +77,11 @@ class TileLangPrinter(Printer):
         kinds = shapes | {p: "T.float32" for p in k.program.params()}
         arguments = [f"{name}: {kinds.get(name, 'T.int32')}" for name in signature(k)]
         names = symbols(k)
+        threads = f", threads={32 * k.options.num_warps}" if self.target.threads else ""
         lines = ["import tilelang.language as T", "",
                  f'{", ".join(names)} = T.dynamic("{", ".join(names)}")', "", "", "@T.prim_func", f"def {k.name}(",
                  *(f"{INDENT}{a}," for a in arguments), "):",
-                 f"{INDENT}with T.Kernel(blocks{self.target.kernel}) as block:",
+                 f"{INDENT}with T.Kernel(blocks{threads}) as block:",
                  *(INDENT * 2 + b for b in self.buffers), *body, *self.lines]
         return Source(k.name, k.header() + "\n".join(lines) + "\n")
 
@@ -166,15 +171,16 @@ class TileLangPrinter(Printer):
     def here(self, axes: tuple[str, ...]) -> dict[str, str]:
         return {a: coordinate(a) for a in axes}
 
-    def allocate(self, name: str, node: Node) -> None:
+    def allocate(self, name: str, node: Node, product: bool = False) -> None:
+        where = "T.alloc_local" if not node.axes else self.target.product if product else self.target.tile
         shape = listed([str(self.kernel.tile(a)) for a in node.axes] or ["1"])
-        self.buffers.append(f'{name} = {self.target.tile}({shape}, "{DTYPES[node.type.dtype]}")')
+        self.buffers.append(f'{name} = {where}({shape}, "{DTYPES[node.type.dtype]}")')
 
     def over(self, axes: tuple[str, ...], depth: int, serial: str = "") -> int:
         """Open loops over the coordinates of a tile; returns the depth inside."""
         if axes:
             names, extents = ", ".join(coordinate(a) for a in axes), ", ".join(str(self.kernel.tile(a)) for a in axes)
-            self.put(depth, f"for {names} in {serial or (self.target.loop if len(axes) > 1 else 'T.serial')}({extents}):")
+            self.put(depth, f"for {names} in {serial or (self.target.loop if len(axes) > 1 else self.target.lone)}({extents}):")
         return depth + bool(axes)
 
     def statement(self, s: Assign | Write, depth: int) -> None:
@@ -187,7 +193,7 @@ class TileLangPrinter(Printer):
             self.put(inside + bool(condition), f"{text} = {self.element(value, self.here(value.axes))}")
             return
         name, n = s.name, s.node
-        self.allocate(name, n)
+        self.allocate(name, n, n.op is Op.DOT and n not in self.linear.operands)
         write = {Op.DOT: self.dot, Op.REDUCE: self.reduce, Op.CUMSUM: self.cumsum, Op.TRI_SOLVE: self.tri_solve}.get(n.op)
         if write:
             write(name, n, depth)
@@ -195,9 +201,19 @@ class TileLangPrinter(Printer):
             self.fill(name, n, depth)
 
     def fill(self, name: str, n: Node, depth: int) -> None:
-        """A tile from an expression of its elements."""
+        """A tile from an expression of its elements; of a tile in memory, those that exist, and zeros."""
         inside, here = self.over(n.axes, depth), self.here(n.axes)
-        self.put(inside, f"{name}[{', '.join(here.values()) or '0'}] = {RULES[n.op](self.element, n, here, self.kernel)}")
+        target = f"{name}[{', '.join(here.values()) or '0'}]"
+        source = n.args[0] if n.op is Op.CAST and n.args[0].op is Op.LOAD and n.args[0] not in self.linear.names else n
+        text, condition = where(source, here, self.kernel) if source.op is Op.LOAD else ("", "")
+        if not condition:
+            self.put(inside, f"{target} = {RULES[n.op](self.element, n, here, self.kernel)}")
+            return
+        cast = n.op is Op.CAST and DTYPES[n.type.dtype] != DTYPES[source.type.dtype]
+        self.put(inside, f"if {condition}:")
+        self.put(inside + 1, f"{target} = " + (f'T.cast({text}, "{DTYPES[n.type.dtype]}")' if cast else text))
+        self.put(inside, "else:")
+        self.put(inside + 1, f"{target} = 0.0")
 
     def operand(self, node: Node) -> tuple[str, tuple[str, ...]]:
         """The buffer behind a product's operand, and its axes in the order of the buffer's dimensions."""
@@ -213,20 +229,30 @@ class TileLangPrinter(Printer):
         (left, rows), (right, columns) = self.operand(a), self.operand(b)
         flags = ", transpose_A=True" if rows[0] == n["over"] else ""
         flags += ", transpose_B=True" if columns[1] == n["over"] else ""
-        self.put(depth, f"T.clear({name})")
-        self.put(depth, f"T.gemm({left}, {right}, {name}{flags})")
+        sums = name
+        if self.target.threads and n in self.linear.operands:        # the sums of one product, multiplied again
+            sums = self.linear.fresh(f"{name}_sums")
+            self.allocate(sums, n, product=True)
+        self.put(depth, f"T.clear({sums})")
+        self.put(depth, f"T.gemm({left}, {right}, {sums}{flags})")
+        if sums != name:
+            self.put(depth, f"T.copy({sums}, {name})")
 
     def reduce(self, name: str, n: Node, depth: int) -> None:
         here, x = self.here(n.axes), n.args[0]
         target = f"{name}[{', '.join(here.values()) or '0'}]"
         inside = self.over(n.axes, depth)
         self.put(inside, f"{target} = " + ("0.0" if n["fn"] == "sum" else '-T.infinity("float32")'))
-        last = self.over((n["over"],), inside)
+        last = self.over((n["over"],), inside, serial="T.serial")
         value = self.element(x, self.here(x.axes))
         self.put(last, f"{target} += {value}" if n["fn"] == "sum" else f"{target} = T.max({target}, {value})")
 
     def cumsum(self, name: str, n: Node, depth: int) -> None:
         axis, last = n["axis"], self.kernel.tile(n["axis"]) - 1
+        if self.target.threads:
+            (source, order), reverse = self.operand(n.args[0]), ", reverse=True" if n["reverse"] else ""
+            self.put(depth, f"T.cumsum({source}, {name}, dim={order.index(axis)}{reverse})")
+            return
         inside = self.over(tuple(a for a in n.axes if a != axis), depth)
         here = self.here(n.axes)
         c, first = coordinate(axis), str(last) if n["reverse"] else "0"
@@ -252,8 +278,12 @@ class TileLangPrinter(Printer):
         count = "i + 1" if block == size else f"T.truncmod({row}, {block})"
         if flipped and block != size:
             raise NotImplementedError("the transposed solve in blocks")
-        self.put(depth + 1, f"for j in T.serial({count}):")
-        deepest = self.over(rest, depth + 2)
+        if self.target.threads:                            # a thread owns a column, and waits for no other
+            deepest = self.over(rest, depth + 1) + 1
+            self.put(deepest - 1, f"for j in T.serial({count}):")
+        else:
+            self.put(depth + 1, f"for j in T.serial({count}):")
+            deepest = self.over(rest, depth + 2)
 
         def cell(at: str) -> str:
             return f"{name}[{', '.join(at if a == axis else coordinate(a) for a in n.axes)}]"
@@ -264,7 +294,7 @@ class TileLangPrinter(Printer):
     def loop(self, s: Loop, depth: int) -> None:
         scan = s.scan
         for name, start in zip(s.carries, s.starts, strict=True):
-            self.allocate(name, start)
+            self.allocate(name, start, product=len(start.axes) > 1)
             self.copy(name, start, depth)
         outermost = scan.axis == scan.chain[0]
         trips = f"T.ceildiv({self.length}, {self.span(scan)})" if outermost else str(self.kernel.extents[scan.axis])
@@ -286,7 +316,7 @@ class TileLangPrinter(Printer):
         if len(s.carries) > 1 or any(self.turns(x) for x in s.scan.nexts):
             targets = [self.linear.fresh(f"{c}_next") for c in s.carries]
             for name, x in zip(targets, s.scan.nexts, strict=True):
-                self.allocate(name, x)
+                self.allocate(name, x, product=len(x.axes) > 1)
         for name, x in zip(targets, s.scan.nexts, strict=True):
             if self.linear.names.get(x) != name:
                 self.copy(name, x, depth)

@@ -1,4 +1,4 @@
-"""Compiles TileLang's C target and calls it: a shared library, its blocks shared out among threads."""
+"""Compiles with TileLang: for CPUs a shared library, blocks shared out among threads; CUDA for a GPU that need not be here."""
 from __future__ import annotations
 
 import ctypes
@@ -27,21 +27,40 @@ def processor() -> str:
     return hashlib.sha256("".join(x for x in lines if x.startswith(("flags", "model name"))).encode()).hexdigest()[:12]
 
 
+def compiler() -> tuple[Any, Any]:
+    """TileLang and its TVM."""
+    # read when TileLang is first imported: what it compiles is kept beside the emitted sources
+    os.environ.setdefault("TILELANG_CACHE_DIR", str(folder() / "tilelang_cache"))
+    import tilelang
+    import tvm                                             # can be imported only after TileLang, which brings it
+    tilelang.set_log_level("ERROR")
+    return tilelang, tvm
+
+
+def cross_compile(function: Any, arch: str) -> str:
+    """Compile a prim_func for "sm_80" or "sm_90"; returns the CUDA that nvcc accepted. For "cpu", the C that g++ did."""
+    if arch == "cpu":
+        return str(native(function).get_kernel_source())
+    target = {"kind": "cuda", "arch": {"sm_90": "sm_90a"}.get(arch, arch)}
+    return str(compiler()[0].compile(function, target=target, execution_backend="tvm_ffi").get_kernel_source())
+
+
+def native(function: Any) -> Any:
+    """A prim_func as a shared library for this processor."""
+    tilelang, tvm = compiler()
+    options = {"tl.disable_safe_memory_legalize": True}    # every access is masked where it can leave its tensor
+    with tvm.target.Target("c"):
+        return tilelang.compile(function, target="c", target_host="c", execution_backend="cython", pass_configs=options,
+                                compile_flags=[*FLAGS, f"-DGDN_IR_CPU={processor()}"])
+
+
 def build(function: Any, names: list[str], sizes: list[str]) -> Callable[[Mapping[str, torch.Tensor | int | float], int], None]:
     """Compile a prim_func; returns what calls it with arguments by name and a number of blocks.
 
     names: of its arguments, in order; sizes: of tensors' dimensions that are known at the call, in the order in which they
     first occur: TileLang passes them after the arguments.
     """
-    # TileLang reads this when it is first imported: what it compiles is kept beside the emitted sources
-    os.environ.setdefault("TILELANG_CACHE_DIR", str(folder() / "tilelang_cache"))
-    import tilelang
-    import tvm
-    tilelang.set_log_level("ERROR")
-    options = {"tl.disable_safe_memory_legalize": True}    # every access is masked where it can leave its tensor
-    with tvm.target.Target("c"):
-        built = tilelang.compile(function, target="c", target_host="c", execution_backend="cython", pass_configs=options,
-                                 compile_flags=[*FLAGS, f"-DGDN_IR_CPU={processor()}"])
+    built = native(function)
     entry, order = ctypes.CDLL(built.adapter.libpath).call, [*names, *sizes]
     source = built.adapter.lib_code                        # absent where the library came from TileLang's cache
     if source:
@@ -59,7 +78,7 @@ def build(function: Any, names: list[str], sizes: list[str]) -> Callable[[Mappin
         if parts == 1:
             part(0, blocks)
         else:
-            list(pool(parts).map(part, bounds[:-1], bounds[1:]))
+            list(pool(parts, os.getpid()).map(part, bounds[:-1], bounds[1:]))
     return call
 
 
@@ -71,5 +90,6 @@ def pack(x: torch.Tensor | int | float) -> Any:
 
 
 @lru_cache(maxsize=4)
-def pool(threads: int) -> ThreadPoolExecutor:
+def pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads of this process (a fork has none of its parent's)."""
     return ThreadPoolExecutor(threads, thread_name_prefix="gdn_ir")

@@ -19,7 +19,7 @@ class Torch:
     def supports(self, kernel: Kernel, arch: str) -> Reason | None:
         return None
 
-    def tile(self, axis: str, extent: int) -> int:
+    def tile(self, axis: str, extent: int, arch: str) -> int:
         return extent
 
     def products(self, io: str, arch: str) -> str:
@@ -41,6 +41,9 @@ class Torch:
                      call.length, call.sequences, *(call.heads[h] for h in sizes))
             return {name: place.value() for name, place in places.items() if name in written}
         return launch
+
+    def generated(self, kernel: Kernel, source: Source, arch: str) -> str:
+        return f"# {kernel.name}: torch runs the source as it stands\n"
 
     def clear_tail(self, x: torch.Tensor, call: Call) -> None:
         raise AssertionError("a functional backend returns zeros where nothing is written")

@@ -42,7 +42,7 @@ class Triton:
             return Reason("triton: one split axis a kernel, and one scan where its iterations go to the grid")
         return None if interpreting() else denied(kernel, arch)
 
-    def tile(self, axis: str, extent: int) -> int:
+    def tile(self, axis: str, extent: int, arch: str) -> int:
         # not under 64: products with fewer columns are where Hopper's miscompiles are (denylist.py)
         return max(64, 1 << (extent - 1).bit_length()) if extent > 1 else 1
 
@@ -72,6 +72,9 @@ class Triton:
             if aligned and not interpreting():
                 ready[first] = compiled
         return launch
+
+    def generated(self, kernel: Kernel, source: Source, arch: str) -> str:
+        return str(cross_compile(kernel, source, arch).asm["ptx"])
 
     def clear_tail(self, x: torch.Tensor, call: Call) -> None:
         """Zero the rows of a packed tensor past the last sequence, without reading cu_seqlens on the host."""
