@@ -90,7 +90,7 @@ class TileLangPrinter(Printer):
     def prologue(self) -> int:
         """The tile, head, sequence and chunk of this block; returns the depth at which its work is written."""
         k, grid, chunk = self.kernel, self.kernel.program.grid, self.kernel.chunk
-        left = "(block + block0)"
+        left = "block + block0"
         for a in reversed([g for g in grid if g != "N"]):
             count = str(-(-k.extents[a[:-1]] // k.tile(a[:-1]))) if a.endswith("#") else a
             at = f"T.truncmod({left}, {count})"
@@ -153,7 +153,7 @@ class TileLangPrinter(Printer):
 
     def chunk(self, scan: ScanView, depth: int) -> None:
         size, at = self.kernel.extents[scan.tile], self.trip(scan)
-        self.put(depth, f"t0 = first + {at} * {size}")
+        self.put(depth, f"t0 = first + {at} * {size}" if size > 1 else f"t0 = first + {at}")
         if self.slots:
             self.put(depth, f"slot = T.truncdiv(first, {size}) + n + {at}")
         if not self.single:
@@ -297,7 +297,9 @@ class TileLangPrinter(Printer):
             self.allocate(name, start, product=len(start.axes) > 1)
             self.copy(name, start, depth)
         outermost = scan.axis == scan.chain[0]
-        trips = f"T.ceildiv({self.length}, {self.span(scan)})" if outermost else str(self.kernel.extents[scan.axis])
+        span = self.span(scan)
+        chunks = f"T.ceildiv({self.length}, {span})" if span > 1 else self.length
+        trips = chunks if outermost else str(self.kernel.extents[scan.axis])
         counter = "turn" if scan.reverse else f"i_{scan.axis}"
         self.put(depth, f"for {counter} in T.serial({trips}):")
         if scan.reverse:
