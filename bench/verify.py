@@ -99,24 +99,26 @@ def main() -> None:
     p.add_argument("--out", required=True)
     p.add_argument("--commit", required=True)
     p.add_argument("--arch", default="sm_90", help="sm_80 runs from PTX")
+    p.add_argument("--backend", default="triton", help="triton or tilelang (with GDN_IR_UNVERIFIED=1)")
     p.add_argument("--part", default="0/1", help="i/n: the i-th of n parts, to run in n processes")
     a = p.parse_args()
-    backend = "triton" if a.arch == "sm_90" else "triton-ptx"
-    BACKENDS[backend] = BACKENDS["triton"] if a.arch == "sm_90" else TritonPtx()
+    backend = a.backend if a.arch == "sm_90" else f"{a.backend}-ptx"
+    if a.arch != "sm_90":
+        BACKENDS["triton-ptx"] = TritonPtx()
     part, parts = (int(i) for i in a.part.split("/"))
     rows: list[dict[str, Any]] = []
-    jobs = [(cell, default(a.arch, cell.instance, 1, scans, sum(cell.layout.lengths))[0], "model")
+    jobs = [(cell, default(a.arch, cell.instance, 1, scans, sum(cell.layout.lengths), a.backend)[0], "model")
             for cell, scans in shipped(a.arch)]
     for io in DTYPES:
         cell = Cell(f"accuracy, {io}", replace(FULL, initial_state=False), io, PEERS)
-        jobs += [(cell, default(a.arch, cell.instance, 1, 4, 768)[0], kind) for kind in inputs.KINDS]
+        jobs += [(cell, default(a.arch, cell.instance, 1, 4, 768, a.backend)[0], kind) for kind in inputs.KINDS]
     for io in DTYPES if a.arch == "sm_90" else ():
         jobs += [(Cell(f"naive, {io}", FULL, io, replace(PACKED, K=k, V=k)), Schedule("naive"), "model") for k in (64, 128)]
     for i, (cell, schedule, kind) in enumerate(jobs):
         if i % parts == part:
             rows.append(check(cell, schedule, backend, a.arch, kind))
             about = {"commit": a.commit, "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
-                     "backend": BACKENDS["triton"].version()}
+                     "backend": BACKENDS[a.backend].version()}
             Path(a.out).write_text(json.dumps(about | {"rows": rows}, indent=0))
 
 

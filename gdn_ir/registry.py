@@ -62,7 +62,7 @@ def options(instance: Instance, arch: str, sequences: int, heads: int, tokens: i
     for name in PREFERENCE[kind]:
         target = "torch" if name == "torch" else arch       # it has one schedule, wherever it runs
         try:
-            schedule, why = default(target, instance, sequences, heads, tokens)
+            schedule, why = default(target, instance, sequences, heads, tokens, name)
             found.append(Option(name, variant(instance, schedule, name, target), why))
         except ValueError as e:                            # Unsupported, an illegal step, an architecture without a default
             found.append(Option(name, None, str(e)))

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132}
 
 
-def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: int) -> tuple[Schedule, str]:
+def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: int, backend: str = "triton") \
+        -> tuple[Schedule, str]:
     """The schedule, and the reason for it. arch: "sm_80", "sm_90", "cpu" (native code) or "torch" (any device); sequences,
     heads (HV), tokens: of the call."""
     erase, io = instance.switches.erase, instance.io
@@ -26,6 +27,10 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
         return Schedule("fused", steps=plan("fused", erase, io)), "any device: one pass over the chunks, the whole grid at once"
     if arch not in MULTIPROCESSORS:
         raise ValueError(f"arch: got {arch!r}; accepts cpu, {', '.join(MULTIPROCESSORS)}")
+    if backend == "tilelang":
+        steps, one = plan("states", erase, io, sums=instance.switches.decay != "none"), KernelOptions(64, 4, 1)
+        parts = {"scan": one, "output": one} | ({"solve": KernelOptions(None, 4, 1)} if erase else {})
+        return Schedule("states-64", steps=steps).with_options(**parts), f"{arch}: chunks in parallel, untuned"
     width = scan_width(arch, instance, sequences * heads)
     steps = plan("states", erase, io, sums=instance.switches.decay != "none")
     chosen = {k: o for k, o in options(arch, instance, width).items() if erase or k != "solve"}      # nothing to solve

@@ -16,8 +16,8 @@ TILELANG = BACKENDS["tilelang"]
 FULL = Switches(initial_state=True, final_state=True)
 
 
-@pytest.mark.parametrize(("io", "arch", "why"), [("bf16", "cpu", "bf16 is torch's"), ("f64", "cpu", "f64 is torch's"),
-                                                 ("bf16", "sm_90", "has not run on a GPU yet")])
+@pytest.mark.parametrize(("io", "arch", "why"), [("bf16", "cpu", "no bfloat16 on cpu"), ("f64", "cpu", "no float64 on cpu"),
+                                                 ("bf16", "sm_90", "has not run on a GPU yet"), ("f32", "sm_75", "to sm_75")])
 def test_declines(io: str, arch: str, why: str) -> None:
     with pytest.raises(Unsupported, match=why):
         variant(Instance(FULL, 64, 64, io, io, True), Schedule("naive"), "tilelang", arch)

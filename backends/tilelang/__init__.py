@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 from collections.abc import Mapping
 
@@ -19,32 +20,39 @@ class TileLang:
     splits_grid = True
 
     def supports(self, kernel: Kernel, arch: str) -> Reason | None:
-        if arch != "cpu":
-            return Reason(f"tilelang's CUDA compiles (sm_80, sm_90) but has not run on a GPU yet: it serves cpu, not {arch}")
+        if arch not in ("cpu", "sm_80", "sm_90"):
+            return Reason(f"tilelang lowers to cpu, sm_80 and sm_90, not to {arch}")
+        if arch != "cpu" and os.environ.get("GDN_IR_UNVERIFIED") != "1":
+            return Reason("tilelang's CUDA compiles but has not run on a GPU yet (GDN_IR_UNVERIFIED=1 lets it)")
+        refused = {"f64": "float64"} | ({"bf16": "bfloat16", "f16": "float16"} if arch == "cpu" else {})
         for n in kernel.program.nodes():
-            if n.type.dtype in ("f64", "bf16", "f16"):
-                return Reason(f"tilelang's C target computes in float32; {n.type.dtype} is torch's")
+            if n.type.dtype in refused:
+                return Reason(f"tilelang has no {refused[n.type.dtype]} on {arch}; torch has")
+            if n.op is Op.DOT and arch != "cpu" and n.args[0].type.dtype in ("f32", "tf32x3"):
+                return Reason(f"tilelang's products of float32 are tf32 on {arch}")
             if n.op is Op.STORE and n["sum"]:
                 return Reason(f"tilelang does not lower a store summed over {', '.join(n['sum'])} yet ({n['tensor'].name})")
         if len(kernel.splits) > 1 or (kernel.parallel and len(kernel.parallel.chain) > 1):
             return Reason("tilelang: one split axis a kernel, and one scan where its iterations go to the grid")
-        if importlib.util.find_spec("tilelang") is None or shutil.which("g++") is None:
-            return Reason("tilelang's C target needs tilelang and g++")
+        if importlib.util.find_spec("tilelang") is None or (arch == "cpu" and shutil.which("g++") is None):
+            return Reason("tilelang's native code needs tilelang and g++")
         return None
 
     def tile(self, axis: str, extent: int, arch: str) -> int:
-        return extent if arch == "cpu" or extent == 1 else max(16, 1 << (extent - 1).bit_length())
+        # on a GPU four warps share a product's rows
+        return extent if arch == "cpu" or extent == 1 else max(64, 1 << (extent - 1).bit_length())
 
     def products(self, io: str, arch: str) -> str:
-        return "f32" if io == "f32" else io
+        return io
 
     def emit(self, kernel: Kernel, arch: str) -> Source:
         return printer.emit(kernel, printer.C if arch == "cpu" else printer.CUDA)
 
     def compile(self, kernel: Kernel, source: Source, arch: str) -> Launch:
-        from gdn_ir.backends.tilelang.runtime import build
+        from gdn_ir.backends.tilelang.runtime import for_cpu, for_gpu
         function = getattr(load_source(self.name, source.kernel, source.hash, source.text), source.kernel)
-        run = build(function, printer.signature(kernel), printer.symbols(kernel))
+        names = printer.signature(kernel)
+        run = for_cpu(function, names, printer.symbols(kernel)) if arch == "cpu" else for_gpu(function, names, arch)
         tensors, params, sizes = kernel.tensors(), kernel.program.params(), heads(kernel)
 
         def launch(memory: Mapping[str, torch.Tensor], values: Mapping[str, float], call: Call) -> None:
@@ -66,9 +74,10 @@ class TileLang:
         return f"{function.script()}\n\n{cross_compile(function, arch)}"
 
     def clear_tail(self, x: torch.Tensor, call: Call) -> None:
-        """Zero the rows of a packed tensor past the last sequence."""
+        """Zero the rows of a packed tensor past the last sequence, without reading cu_seqlens on the host."""
         assert call.cu_seqlens is not None
-        x[int(call.cu_seqlens[-1]):].zero_()
+        owned = torch.arange(x.shape[0], device=x.device) < call.cu_seqlens[-1]
+        x.masked_fill_(~owned.view(-1, *[1] * (x.ndim - 1)), 0.0)
 
     def version(self) -> str:
         from importlib.metadata import version

@@ -102,8 +102,9 @@ class TileLangPrinter(Printer):
         if k.parallel and k.varlen:
             self.locate(chunk)
         elif k.parallel:
-            self.put(2, f"i_{k.parallel.axis} = T.truncmod(pid, T.ceildiv(L, {chunk}))")
-            self.put(2, f"n = T.truncdiv(pid, T.ceildiv(L, {chunk}))")
+            chunks = f"T.max(T.ceildiv(L, {chunk}), 1)"    # TVM refuses what it thinks could divide by zero
+            self.put(2, f"i_{k.parallel.axis} = T.truncmod(pid, {chunks})")
+            self.put(2, f"n = T.truncdiv(pid, {chunks})")
         else:
             self.put(2, "n = pid")
         self.bounds()

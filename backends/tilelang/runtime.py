@@ -41,8 +41,12 @@ def cross_compile(function: Any, arch: str) -> str:
     """Compile a prim_func for "sm_80" or "sm_90"; returns the CUDA that nvcc accepted. For "cpu", the C that g++ did."""
     if arch == "cpu":
         return str(native(function).get_kernel_source())
+    return str(cuda(function, arch).get_kernel_source())
+
+
+def cuda(function: Any, arch: str) -> Any:
     target = {"kind": "cuda", "arch": {"sm_90": "sm_90a"}.get(arch, arch)}
-    return str(compiler()[0].compile(function, target=target, execution_backend="tvm_ffi").get_kernel_source())
+    return compiler()[0].compile(function, target=target, execution_backend="tvm_ffi")
 
 
 def native(function: Any) -> Any:
@@ -54,8 +58,21 @@ def native(function: Any) -> Any:
                                 compile_flags=[*FLAGS, f"-DGDN_IR_CPU={processor()}"])
 
 
-def build(function: Any, names: list[str], sizes: list[str]) -> Callable[[Mapping[str, torch.Tensor | int | float], int], None]:
-    """Compile a prim_func; returns what calls it with arguments by name and a number of blocks.
+Run = Callable[[Mapping[str, "torch.Tensor | int | float"], int], None]
+
+
+def for_gpu(function: Any, names: list[str], arch: str) -> Run:
+    """Compile a prim_func for the GPU at hand; returns what calls it with arguments by name and a number of blocks."""
+    built = cuda(function, arch)
+
+    def call(given: Mapping[str, torch.Tensor | int | float], blocks: int) -> None:
+        mine = {**given, "block0": 0, "blocks": blocks}
+        built(*(mine[name] for name in names))
+    return call
+
+
+def for_cpu(function: Any, names: list[str], sizes: list[str]) -> Run:
+    """The same for this processor, the blocks shared out among threads.
 
     names: of its arguments, in order; sizes: of tensors' dimensions that are known at the call, in the order in which they
     first occur: TileLang passes them after the arguments.
