@@ -91,7 +91,7 @@ def check(cell: Cell, schedule: Schedule, backend: str, arch: str, kind: str = "
         state = outputs["final_state"]
         errors["final_state"] = relative(state.mT if cell.switches.state_v_first else state, S)
     return {"cell": cell.name, "backend": backend, "arch": arch, "inputs": kind, "schedule": schedule.name, "errors": errors,
-            "sources": hashes}
+            "sources": hashes, "launched": {k: str(schedule.options(k)) for k in hashes}}
 
 
 def main() -> None:

@@ -51,7 +51,7 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch")]
     switches = Switches("scalar" if decay else "none", erase, l2norm, initial_state=initial_state, final_state=final_state)
     instance = Instance(switches, K, V, dtype, dtype, varlen)
     if schedule == "default":
-        wanted = default("torch" if backend == "torch" else arch, instance, sequences, HV, T)[0]
+        wanted = default("torch" if backend == "torch" else arch, instance, sequences, HV, T, backend)[0]
     elif Path(schedule).is_file():
         try:
             wanted = Schedule.from_json(Path(schedule).read_text())

@@ -27,12 +27,12 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
         return Schedule("fused", steps=plan("fused", erase, io)), "any device: one pass over the chunks, the whole grid at once"
     if arch not in MULTIPROCESSORS:
         raise ValueError(f"arch: got {arch!r}; accepts cpu, {', '.join(MULTIPROCESSORS)}")
+    steps = plan("states", erase, io, sums=instance.switches.decay != "none")
     if backend == "tilelang":
-        steps, one = plan("states", erase, io, sums=instance.switches.decay != "none"), KernelOptions(64, 4, 1)
+        one = KernelOptions(64, 4, 1)
         parts = {"scan": one, "output": one} | ({"solve": KernelOptions(None, 4, 1)} if erase else {})
         return Schedule("states-64", steps=steps).with_options(**parts), f"{arch}: chunks in parallel, untuned"
     width = scan_width(arch, instance, sequences * heads)
-    steps = plan("states", erase, io, sums=instance.switches.decay != "none")
     chosen = {k: o for k, o in options(arch, instance, width).items() if erase or k != "solve"}      # nothing to solve
     schedule = Schedule(f"states-{width}", steps=steps).with_options(**chosen)
     return schedule, (f"{arch}: chunks in parallel but for the state; {sequences * heads} serial scans, each cut into "

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from bench.errors import worst
 from gdn_ir.backends import BACKENDS
 from gdn_ir.backends.base import Call, Reason
 from gdn_ir.compiler import Compiled, lower
@@ -43,11 +44,7 @@ def by_backend(case: Case, backend: str, io: str, arch: str, schedule: Schedule 
 
 def distance(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> float:
     """The largest difference, relative to the largest value of each output; infinite where one holds a NaN."""
-    worst = 0.0
-    for n, w in want.items():
-        gap = (got[n] - w).abs().max() / w.abs().max().clamp(min=1e-3) if w.numel() else torch.tensor(0.0)
-        worst = max(worst, float(gap) if bool(gap == gap) else float("inf"))
-    return worst
+    return worst(float((got[n] - w).abs().max() / w.abs().max().clamp(min=1e-3)) for n, w in want.items() if w.numel())
 
 
 def interpreted(cases: list[list[object]]) -> dict[str, dict[str, object]]:

@@ -28,11 +28,16 @@ def test_every_shipped_default_was_measured(arch: str) -> None:
     """As one pipeline: the kernels that ship together ran together, on model-like inputs, within the bound of their dtype."""
     measured = {(r["cell"], tuple(sorted(r["sources"].items()))): r["errors"]
                 for r in records(arch) if "failed" not in r and r["inputs"] == "model"}
+    # how kernels are launched is in no hash; verify.py records it, though the pages of 2026-11-24 do not have it yet
+    launched = {(r["cell"], tuple(sorted(r["sources"].items()))): r["launched"] for r in records(arch) if "launched" in r}
     missing, wrong = [], []
     for cell, scans in shipped(arch):
         schedule = default(arch, cell.instance, 1, scans, sum(cell.layout.lengths))[0]
         sources = {s.kernel: s.hash for s in variant(cell.instance, schedule, "triton", arch).sources}
-        errors = measured.get((cell.name, tuple(sorted(sources.items()))))
+        key = (cell.name, tuple(sorted(sources.items())))
+        errors = measured.get(key)
+        options = {k: str(schedule.options(k)) for k in sources}
+        assert launched.get(key, options) == options, cell.name
         if errors is None:
             missing.append((cell.name, sources))
         elif not worst(errors.values()) <= BOUNDS[cell.io]:
@@ -46,12 +51,12 @@ def test_nothing_failed_on_the_gpu() -> None:
 
 
 def test_hard_inputs_are_no_worse_than_the_better_peer() -> None:
-    """On the same inputs in the same run (bench/compare.py): o within the peers' smallest error, and 1% for the draw."""
+    """On the same inputs in the same run (bench/compare.py): o within the peers' smallest error."""
     rows = [row for p in RESULTS.glob("*/compare.json") for row in json.loads(p.read_text())["accuracy"]]
     assert {r["inputs"] for r in rows} == {"model", "no_decay", "strong_decay", "correlated"}
     for r in rows:
         ours, peers = r["errors"]["gdn-ir"], [e for n, e in r["errors"].items() if n != "gdn-ir" and "failed" not in e]
-        assert peers and ours["o"] <= 1.01 * min(e["o"] for e in peers), r
+        assert peers and ours["o"] <= min(e["o"] for e in peers), r
 
 
 def test_no_row_is_slower_than_fla() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 
 import gdn_ir
 from gdn_ir.ops import chunk_gated_delta_rule
@@ -145,8 +146,8 @@ def _reference(x: dict[str, torch.Tensor], S0: torch.Tensor, cu: torch.Tensor | 
 def test_opcheck() -> None:
     x = make()
     op = torch.ops.gdn_ir.chunk_forward
-    torch.library.opcheck(op, (*x.values(), 0.1, None, None, None, True, False, False, False, False))
-    torch.library.opcheck(op, (*x.values(), 0.1, torch.randn(2, 2, 32, 32), torch.tensor([0, 30, 90]), None, True, True, True,
+    library.opcheck(op, (*x.values(), 0.1, None, None, None, True, False, False, False, False))
+    library.opcheck(op, (*x.values(), 0.1, torch.randn(2, 2, 32, 32), torch.tensor([0, 30, 90]), None, True, True, True,
                                True, True))
 
 

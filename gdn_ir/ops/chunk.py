@@ -4,6 +4,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import library
 
 from gdn_ir import registry
 from gdn_ir.compiler import NAMES, Instance, Variant
@@ -24,9 +25,8 @@ def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, be
     S_t = exp(g_t) S_{t-1} + k_t beta_t (v_t - exp(g_t) S_{t-1}^T k_t)^T.
 
     q, k [B, T, H, K]; v [B, T, HV, V], HV a multiple of H; all bfloat16, float16 or float32 (float64 on the torch backend);
-    K and V multiples of 16 up to 256. g [B, T, HV]: natural log of the decay (None: no decay); below -100,
-    where exp(g) is 0 in float32, it counts as -100. beta [B, T, HV]: write
-    strength.
+    K and V multiples of 16 up to 256. g [B, T, HV]: natural log of the decay (None: no decay); below -100, where exp(g) is 0 in
+    float32, it counts as -100. beta [B, T, HV]: write strength.
     scale: of q, K^-1/2 if None. initial_state [N, HV, K, V] float32 ([N, HV, V, K] with state_v_first), float64 where q is.
     use_qk_l2norm_in_kernel: q and k are normalised over K first. use_beta_sigmoid_in_kernel: beta comes as a logit; with
     allow_neg_eigval it is doubled. cu_seqlens [N + 1], int32 or int64: boundaries of N packed sequences (B = 1); rows past the
@@ -76,7 +76,7 @@ def _empty(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, final_state: bool, s
     return torch.empty_like(v, memory_format=torch.contiguous_format), q.new_empty(state, dtype=wide)
 
 
-@torch.library.custom_op("gdn_ir::chunk_forward", mutates_args=())
+@library.custom_op("gdn_ir::chunk_forward", mutates_args=())
 def _chunk_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float, initial_state: Tensor | None,
                    cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, final_state: bool, l2norm: bool,
                    beta_sigmoid: bool, neg_eigval: bool, state_v_first: bool) -> tuple[Tensor, Tensor]:
@@ -130,7 +130,8 @@ def _bind(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initi
     return chosen, tensors, sequences, None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
 
 
-@torch.compiler.disable                                    # type: ignore[untyped-decorator]   # Dynamo would unroll every chunk, and again for each length
+# Dynamo would unroll every chunk, and again for each length
+@torch.compiler.disable                                    # type: ignore[untyped-decorator]
 def _differentiable(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float, initial_state: Tensor | None,
                     cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, final_state: bool, l2norm: bool,
                     beta_sigmoid: bool, neg_eigval: bool, state_v_first: bool) -> tuple[Tensor, Tensor | None]:
