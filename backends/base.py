@@ -167,6 +167,9 @@ class Backend(Protocol):
     def products(self, io: str, arch: str) -> str:
         """The dtype that products' operands take when the schedule leaves it to the inputs' dtype."""
 
+    def reads_tf32(self, arch: str) -> bool:
+        """Whether its products of float32 are tf32 at best, so that better ones must be made of several."""
+
     def emit(self, kernel: Kernel, arch: str) -> Source:
         """The source, readable on its own."""
 

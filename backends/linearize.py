@@ -37,9 +37,25 @@ class Loop:
 
 
 Stmt = Assign | Write | Loop
+
+
+@dataclass(frozen=True)
+class Style:
+    """Which values a backend wants by name. named: operands of these operations; masks: conditions that are used again;
+    rows: what a larger tile would compute again for each of its rows; loads: tiles as they lie in memory, so that a cast stands
+    where they are used; rounded: dtypes whose casts it writes out where the value meets more than products."""
+    named: frozenset[Op] = frozenset()
+    masks: bool = True
+    rows: bool = False
+    loads: bool = False
+    rounded: frozenset[str] = frozenset()
+
+
 INLINE = (Op.ELEM, Op.CAST, Op.SELECT, Op.TWIN, Op.BROADCAST, Op.CONST, Op.PARAM, Op.INDEX, Op.VALID)
 FREE = (Op.CONST, Op.PARAM, Op.INDEX, Op.VALID)            # written wherever used, however often
 
+
+COSTLY = ("exp", "log", "rsqrt", "sigmoid", "softplus", "div")
 
 Table = dict[Op, Callable[["Linear", Node], str]]
 
@@ -47,14 +63,13 @@ Table = dict[Op, Callable[["Linear", Node], str]]
 class Linear:
     """The statements of a program, and the text of any value within them.
 
-    table: op -> rule(linear, node) -> text, the backend's. reserved: names the backend uses itself. named: operations whose
-    operands the backend needs by name, never written in place. masks: whether conditions that are used again get names.
+    table: op -> rule(linear, node) -> text, the backend's. reserved: names the backend uses itself.
     A scan that carries nothing has no loop: the grid runs its chunks, so its body is the kernel's.
     """
 
     def __init__(self, kernel: Kernel, table: Table, reserved: frozenset[str] = frozenset(),
-                 named: frozenset[Op] = frozenset(), masks: bool = True) -> None:
-        self.kernel, self.program, self.table = kernel, kernel.program, table
+                 style: Style = Style()) -> None:
+        self.kernel, self.program, self.table, self.style = kernel, kernel.program, table, style
         program, parallel = kernel.program, kernel.parallel
         self.rest = ""                                     # the printer's name for the dtype of plain arithmetic
         self.names: dict[Node, str] = {}
@@ -63,8 +78,7 @@ class Linear:
         self._nodes = program.nodes()
         self.tokens = token_chains(self._nodes)
         self._uses = uses(self._nodes)
-        self._masks = masks
-        self.operands = {self.bare(a) for n in self._nodes if n.op in named for a in n.args}
+        self.operands = {self.bare(a) for n in self._nodes if n.op in style.named for a in n.args}
         self._blocks: list[tuple[str | None, list[Stmt]]] = [(None, [])]
         for r in parallel.effects if parallel else program.roots:
             self._effect(r)
@@ -128,24 +142,35 @@ class Linear:
         return node
 
     def inlined(self, node: Node) -> bool:
-        if node.op in FREE or self._silent(node) or (node.type.dtype == "bool" and not self._masks):
+        if node.op in FREE or self._silent(node) or (node.type.dtype == "bool" and not self.style.masks):
             return True
         if node in self.operands:
             return False
         users = self._uses.get(node, [])
         once = len(users) == 1 and users[0].args.count(node) == 1
+        loads = self.style.loads and bool(node.axes)
         if node.op is Op.LOAD:                             # a tile that is only widened is loaded and widened in one line
-            return once and users[0].op is Op.CAST and self._same_block(node, users[0])
+            return not loads and once and users[0].op is Op.CAST and self._same_block(node, users[0])
+        if loads and node.op is Op.CAST and node.args[0].op is Op.LOAD:
+            return True
+        if self.style.rows and node.op is Op.ELEM and node["fn"] in COSTLY and any(len(u.axes) > len(node.axes) for u in users):
+            return False
         return node.op in INLINE and once and self.program.name_of(node) is None and self._same_block(node, users[0])
 
-    @staticmethod
-    def _silent(node: Node) -> bool:
+    def _silent(self, node: Node) -> bool:
         """Values that cost nothing to write again: arithmetic on coordinates, casts that change no bit, other axis names."""
         if node.op is Op.TWIN and len(node.axes) <= 2:
             return not set(node.axes) >= {node["axis"], twin(node["axis"])}
         same = ("f32", "tf32", "tf32x3", "real")
+        if node.op is Op.CAST and node["dtype"] in self.style.rounded and not self._multiplied(node):
+            return False
         return (node.op is Op.CAST and node.type.dtype in same and node.args[0].type.dtype in same) or \
             (node.op is Op.ELEM and node["fn"] == "floordiv" and all(a.op in FREE for a in node.args))
+
+    def _multiplied(self, node: Node) -> bool:
+        """Whether a value is an operand of products and nothing else."""
+        users = self._uses.get(node, [])
+        return all(u.op is Op.DOT or (u.op is Op.TWIN and self._multiplied(u)) for u in users)
 
     def _same_block(self, node: Node, user: Node) -> bool:
         loops = {a for a, _ in self._blocks if a}

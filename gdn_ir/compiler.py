@@ -7,7 +7,7 @@ from functools import cached_property, lru_cache
 import torch
 
 from gdn_ir.backends.base import TORCH, Backend, Call, Kernel, Launch, Source
-from gdn_ir.legalize import collapse, small_products
+from gdn_ir.legalize import collapse, small_products, split_products
 from gdn_ir.nodes import IRError, Tensor
 from gdn_ir.padding import pad
 from gdn_ir.precision import precision, storage
@@ -88,6 +88,7 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
         options = schedule.options(p.name)
         p = small_products(p, extents)
         p = precision(storage(p, **dtypes), products, rest)
+        p = split_products(p) if backend.reads_tf32(arch) else p
         p = simplify(p)
         tiles = {a: e if a in tokens else backend.tile(a, e, arch) for a, e in extents.items()}
         used = set(tile_axes(p))

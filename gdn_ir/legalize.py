@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from gdn_ir.build import broadcast, reduce_sum
+from gdn_ir.build import broadcast, cast, dot, reduce_sum
 from gdn_ir.nodes import Node, Op, Rows, as_node, base
 from gdn_ir.program import Program
 from gdn_ir.rewrite import simplify
@@ -60,3 +60,21 @@ def small_products(program: Program, extents: Mapping[str, int], least: int = 16
     return verify(program.rebuild(change))
 
 
+def split_products(program: Program) -> Program:
+    """Products of float32 for matrix units that read tf32: dot(x, y) -> dot(X, Y) + (dot(X, y - Y) + dot(x - X, Y)), capitals
+    rounded to tf32. What is dropped is smaller than float32 resolves."""
+    def change(old: Node, args: tuple[Node, ...]) -> Node | None:
+        if old.op is not Op.DOT or old.args[0].type.dtype != "tf32x3":
+            return None
+        (X, x), (Y, y) = (parts(a) for a in args)
+        over = old["over"]
+        return dot(X, Y, over) + (dot(X, y, over) + dot(x, Y, over))
+
+    def parts(a: Node) -> tuple[Node, Node]:
+        if a.op is Op.TWIN:
+            high, low = parts(a.args[0])
+            return a.but((high,)), a.but((low,))
+        value = a.args[0] if a.op is Op.CAST else a
+        high = cast(value, "tf32")
+        return high, cast(value - cast(high, value.type.dtype), "tf32")
+    return verify(program.rebuild(change))

@@ -29,7 +29,7 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
         raise ValueError(f"arch: got {arch!r}; accepts cpu, {', '.join(MULTIPROCESSORS)}")
     steps = plan("states", erase, io, sums=instance.switches.decay != "none")
     if backend == "tilelang":
-        one = KernelOptions(64, 4, 1)
+        one = KernelOptions(64, 4, 2)
         parts = {"scan": one, "output": one} | ({"solve": KernelOptions(None, 4, 1)} if erase else {})
         return Schedule("states-64", steps=steps).with_options(**parts), f"{arch}: chunks in parallel, untuned"
     width = scan_width(arch, instance, sequences * heads)

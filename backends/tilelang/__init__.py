@@ -10,8 +10,11 @@ import torch
 
 from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, blocks, heads
 from gdn_ir.backends.tilelang import emit as printer
+from gdn_ir.backends.tilelang.statements import SM_80, SM_90, C
 from gdn_ir.cache import load_source
 from gdn_ir.nodes import Op
+
+TARGETS = {"cpu": C, "sm_80": SM_80, "sm_90": SM_90}
 
 
 class TileLang:
@@ -28,8 +31,8 @@ class TileLang:
         for n in kernel.program.nodes():
             if n.type.dtype in refused:
                 return Reason(f"tilelang has no {refused[n.type.dtype]} on {arch}; torch has")
-            if n.op is Op.DOT and arch != "cpu" and n.args[0].type.dtype in ("f32", "tf32x3"):
-                return Reason(f"tilelang's products of float32 are tf32 on {arch}")
+            if n.op is Op.DOT and arch != "cpu" and n.args[0].type.dtype == "f32":
+                return Reason(f"tilelang's products of float32 are tf32 on {arch} (a schedule may ask for tf32x3)")
             if n.op is Op.STORE and n["sum"]:
                 return Reason(f"tilelang does not lower a store summed over {', '.join(n['sum'])} yet ({n['tensor'].name})")
         if len(kernel.splits) > 1 or (kernel.parallel and len(kernel.parallel.chain) > 1):
@@ -43,10 +46,13 @@ class TileLang:
         return extent if arch == "cpu" or extent == 1 else max(64, 1 << (extent - 1).bit_length())
 
     def products(self, io: str, arch: str) -> str:
-        return io
+        return "tf32x3" if io == "f32" and arch != "cpu" else io
+
+    def reads_tf32(self, arch: str) -> bool:
+        return arch != "cpu"
 
     def emit(self, kernel: Kernel, arch: str) -> Source:
-        return printer.emit(kernel, printer.C if arch == "cpu" else printer.CUDA)
+        return printer.emit(kernel, TARGETS[arch])
 
     def compile(self, kernel: Kernel, source: Source, arch: str) -> Launch:
         from gdn_ir.backends.tilelang.runtime import for_cpu, for_gpu

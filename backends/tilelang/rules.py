@@ -34,6 +34,8 @@ def elem(l: Element, n: Node, at: At_, k: Kernel) -> str:
 
 def cast(l: Element, n: Node, at: At_, k: Kernel) -> str:
     (x,) = n.args
+    if n["dtype"] == "tf32":                               # to the nearest number of 10 bits; matrix units would cut the rest off
+        return f'T.reinterpret((T.reinterpret({l(x, at)}, "int32") + 4096) & -8192, "float32")'
     same = x.const is not None or DTYPES[x.type.dtype] == DTYPES[n["dtype"]]
     return l(x, at) if same else f'T.cast({l(x, at)}, "{DTYPES[n["dtype"]]}")'
 
@@ -53,9 +55,37 @@ def place(axis: str, at: At_, k: Kernel) -> str:
     return f"start + {at[axis]}" if base(axis) in k.splits else at[axis]
 
 
-def where(n: Node, at: At_, k: Kernel, first: str = "t0", rows: str = "rows") -> tuple[str, str]:
+def guarded(condition: Node, k: Kernel) -> bool:
+    """Whether a condition holds in every chunk that has all of its rows."""
+    return condition.op is Op.ELEM and condition["fn"] == "lt" and condition.args[0].op is Op.INDEX \
+        and condition.args[1].op is Op.VALID and base(condition.args[0]["axis"]) in k.tokens
+
+
+def region(n: Node, k: Kernel) -> str:
+    """The box of a LOAD's tensor that a whole chunk's tile is, "" if it is none: padded, or in another order of axes."""
+    box, order = [], []
+    for term in n["index"]:
+        match term:
+            case Tile(axis):
+                order.append(axis)
+                box.append(f"start:start + {k.tile(axis)}" if base(axis) in k.splits else f"0:{k.tile(axis)}")
+            case At(grid, share):
+                box.append("n" if grid == "N" else f"i_{share or grid}")
+            case Rows(_, axis, False):
+                order.append(axis)
+                box.append(f"t0:t0 + {k.tile(axis)}")
+            case Slot():
+                box.append("slot")
+            case Turn(scan):
+                box.append(f"i_{scan}")
+            case _:
+                return ""
+    return "" if tuple(order) != n.axes or any(k.padded(a) for a in order) else f"{n['tensor'].name}_[{', '.join(box)}]"
+
+
+def where(n: Node, at: At_, k: Kernel, whole: bool = False, first: str = "t0", rows: str = "rows") -> tuple[str, str]:
     """A LOAD's or STORE's element: the indices of its tensor, and the condition under which it exists ("" where always).
-    first and rows: the chunk's first token, and how many it has."""
+    whole: whether the chunk has all of its rows; first and rows: its first token, and how many it has."""
     indices, inside = [], []
     for term in n["index"]:
         match term:
@@ -67,7 +97,7 @@ def where(n: Node, at: At_, k: Kernel, first: str = "t0", rows: str = "rows") ->
                 indices.append("n" if grid == "N" else f"i_{share or grid}")
             case Rows(_, axis, single):
                 indices.append(first if single else f"{first} + {at[axis]}")
-                if not single:
+                if not single and not whole:
                     inside.append(f"{at[axis]} < {rows}")
             case Slot():
                 indices.append("slot")

@@ -25,6 +25,9 @@ class Torch:
     def products(self, io: str, arch: str) -> str:
         return "f64" if io == "f64" else "f32"
 
+    def reads_tf32(self, arch: str) -> bool:
+        return False
+
     def emit(self, kernel: Kernel, arch: str) -> Source:
         return printer.emit(kernel)
 

@@ -49,6 +49,9 @@ class Triton:
     def products(self, io: str, arch: str) -> str:
         return "tf32x3" if io == "f32" else io
 
+    def reads_tf32(self, arch: str) -> bool:
+        return False
+
     def emit(self, kernel: Kernel, arch: str) -> Source:
         return printer.emit(kernel)
 
