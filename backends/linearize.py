@@ -51,6 +51,9 @@ class Style:
     rounded: frozenset[str] = frozenset()
 
 
+PLAIN = Style()
+
+
 INLINE = (Op.ELEM, Op.CAST, Op.SELECT, Op.TWIN, Op.BROADCAST, Op.CONST, Op.PARAM, Op.INDEX, Op.VALID)
 FREE = (Op.CONST, Op.PARAM, Op.INDEX, Op.VALID)            # written wherever used, however often
 
@@ -68,7 +71,7 @@ class Linear:
     """
 
     def __init__(self, kernel: Kernel, table: Table, reserved: frozenset[str] = frozenset(),
-                 style: Style = Style()) -> None:
+                 style: Style = PLAIN) -> None:
         self.kernel, self.program, self.table, self.style = kernel, kernel.program, table, style
         program, parallel = kernel.program, kernel.parallel
         self.rest = ""                                     # the printer's name for the dtype of plain arithmetic

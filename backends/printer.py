@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from gdn_ir.backends.base import Kernel
-from gdn_ir.backends.linearize import Assign, Linear, Loop, Stmt, Style, Table, Write
+from gdn_ir.backends.linearize import Assign, Linear, PLAIN, Loop, Stmt, Style, Table, Write
 from gdn_ir.nodes import At, Node, Op, Rows, Slot, base
 from gdn_ir.program import ScanView
 
@@ -13,7 +13,7 @@ class Printer:
     """Walks the linearizer's statements. A backend says how a loop is written (`loop`) and what stands before the first
     statement; its table of rules says the rest. reserved: names that the backend uses itself."""
 
-    def __init__(self, kernel: Kernel, table: Table, reserved: set[str], style: Style = Style()) -> None:
+    def __init__(self, kernel: Kernel, table: Table, reserved: set[str], style: Style = PLAIN) -> None:
         self.kernel = kernel
         self.axes = sorted({base(a) for n in kernel.program.nodes() for a in n.axes})
         names = reserved | set(self.axes) | {f"in_{a}" for a in self.axes}

@@ -16,6 +16,7 @@ from bench.errors import relative
 from gdn_ir.backends import BACKENDS
 from gdn_ir.backends.base import TORCH
 from gdn_ir.coverage import DTYPES, Cell, Layout, table
+from gdn_ir.backends.tilelang.ptx import TileLangPtx
 from gdn_ir.backends.triton.ptx import TritonPtx
 from gdn_ir.compiler import variant
 from gdn_ir.programs.gated_delta import Switches
@@ -99,12 +100,12 @@ def main() -> None:
     p.add_argument("--out", required=True)
     p.add_argument("--commit", required=True)
     p.add_argument("--arch", default="sm_90", help="sm_80 runs from PTX")
-    p.add_argument("--backend", default="triton", help="triton or tilelang (with GDN_IR_UNVERIFIED=1)")
+    p.add_argument("--backend", default="triton", help="triton or tilelang")
     p.add_argument("--part", default="0/1", help="i/n: the i-th of n parts, to run in n processes")
     a = p.parse_args()
     backend = a.backend if a.arch == "sm_90" else f"{a.backend}-ptx"
     if a.arch != "sm_90":
-        BACKENDS["triton-ptx"] = TritonPtx()
+        BACKENDS.update({b.name: b for b in (TritonPtx(), TileLangPtx())})
     part, parts = (int(i) for i in a.part.split("/"))
     rows: list[dict[str, Any]] = []
     jobs = [(cell, default(a.arch, cell.instance, 1, scans, sum(cell.layout.lengths), a.backend)[0], "model")

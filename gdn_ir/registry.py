@@ -14,7 +14,7 @@ from gdn_ir.compiler import Instance, Unsupported, Variant, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.schedules.defaults import default
 
-PREFERENCE = {"cuda": ("triton", "torch", "tilelang"), "cpu": ("tilelang", "torch", "triton")}
+PREFERENCE = {"cuda": ("triton", "tilelang", "torch"), "cpu": ("tilelang", "torch", "triton")}
 _forced: ContextVar[str | None] = ContextVar("gdn_ir_backend", default=None)
 
 

@@ -34,7 +34,7 @@ def elem(l: Element, n: Node, at: At_, k: Kernel) -> str:
 
 def cast(l: Element, n: Node, at: At_, k: Kernel) -> str:
     (x,) = n.args
-    if n["dtype"] == "tf32":                               # to the nearest number of 10 bits; matrix units would cut the rest off
+    if n["dtype"] == "tf32":                               # to the nearest of 10 bits; matrix units would cut the rest off
         return f'T.reinterpret((T.reinterpret({l(x, at)}, "int32") + 4096) & -8192, "float32")'
     same = x.const is not None or DTYPES[x.type.dtype] == DTYPES[n["dtype"]]
     return l(x, at) if same else f'T.cast({l(x, at)}, "{DTYPES[n["dtype"]]}")'

@@ -61,13 +61,18 @@ def native(function: Any) -> Any:
 Run = Callable[[Mapping[str, "torch.Tensor | int | float"], int], None]
 
 
-def for_gpu(function: Any, names: list[str], arch: str) -> Run:
-    """Compile a prim_func for the GPU at hand; returns what calls it with arguments by name and a number of blocks."""
+def for_gpu(function: Any, names: list[str], written: frozenset[str], arch: str) -> Run:
+    """Compile a prim_func for the GPU at hand; returns what calls it with arguments by name and a number of blocks.
+    written: names of the tensors that it writes."""
     built = cuda(function, arch)
 
     def call(given: Mapping[str, torch.Tensor | int | float], blocks: int) -> None:
-        mine = {**given, "block0": 0, "blocks": blocks}
+        # copy engines want addresses that are multiples of 16 bytes
+        moved = {n: x.clone() for n, x in given.items() if isinstance(x, torch.Tensor) and x.data_ptr() % 16}
+        mine = {**given, **moved, "block0": 0, "blocks": blocks}
         built(*(mine[name] for name in names))
+        for name in written & moved.keys():
+            given[name].copy_(moved[name])                 # type: ignore[union-attr]
     return call
 
 

@@ -9,7 +9,7 @@ from gdn_ir.backends.base import Kernel
 from gdn_ir.backends.linearize import Assign, Loop, Stmt, Style, Write, listed, paren
 from gdn_ir.backends.printer import Printer
 from gdn_ir.backends.tilelang.rules import DTYPES, RULES, guarded, region, where
-from gdn_ir.nodes import Node, Op, base, twin
+from gdn_ir.nodes import Node, Op
 from gdn_ir.program import ScanView, uses
 
 
@@ -95,8 +95,10 @@ class Statements(Printer):
         if len(node.axes) != 2 or node.op not in (Op.ELEM, Op.SELECT, Op.CAST) or node in self.linear.operands:
             return False
 
+        same = (Op.ELEM, Op.SELECT, Op.CAST, Op.STORE)
+
         def alike(n: Node) -> bool:
-            return all(u.op in (Op.ELEM, Op.SELECT, Op.CAST, Op.STORE) and (self.named(u) or alike(u)) for u in self.users.get(n, []))
+            return all(u.op in same and (self.named(u) or alike(u)) for u in self.users.get(n, []))
         return alike(node)
 
     def named(self, node: Node) -> bool:
