@@ -29,9 +29,10 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
         raise ValueError(f"arch: got {arch!r}; accepts cpu, {', '.join(MULTIPROCESSORS)}")
     steps = plan("states", erase, io, sums=instance.switches.decay != "none")
     if backend == "tilelang":
-        one = KernelOptions(64, 4, 2)
-        parts = {"scan": one, "output": one} | ({"solve": KernelOptions(None, 4, 1)} if erase else {})
-        return Schedule("states-64", steps=steps).with_options(**parts), f"{arch}: chunks in parallel, untuned"
+        width = 64 if io != "f32" else 32 if arch == "sm_90" else 16       # float32 tiles lie in shared memory in three parts
+        parts = {"scan": KernelOptions(width, 4, 2), "output": KernelOptions(min(width, 32) if io == "f32" else 64, 4, 1)}
+        parts |= {"solve": KernelOptions(None, 4, 1)} if erase else {}
+        return Schedule(f"states-{width}", steps=steps).with_options(**parts), f"{arch}: chunks in parallel, untuned"
     width = scan_width(arch, instance, sequences * heads)
     chosen = {k: o for k, o in options(arch, instance, width).items() if erase or k != "solve"}      # nothing to solve
     schedule = Schedule(f"states-{width}", steps=steps).with_options(**chosen)

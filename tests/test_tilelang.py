@@ -17,10 +17,11 @@ FULL = Switches(initial_state=True, final_state=True)
 
 
 @pytest.mark.parametrize(("io", "arch", "why"), [("bf16", "cpu", "no bfloat16 on cpu"), ("f64", "cpu", "no float64 on cpu"),
-                                                 ("bf16", "sm_90", "has not run on a GPU yet"), ("f32", "sm_75", "to sm_75")])
+                                                 ("f64", "sm_90", "no float64 on sm_90"), ("f32", "sm_75", "to sm_75"),
+                                                 ("f32", "sm_80", "do not fit sm_80's shared memory")])
 def test_declines(io: str, arch: str, why: str) -> None:
     with pytest.raises(Unsupported, match=why):
-        variant(Instance(FULL, 64, 64, io, io, True), Schedule("naive"), "tilelang", arch)
+        variant(Instance(FULL, 128, 128, io, io, True), Schedule("naive"), "tilelang", arch)
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def signature(kernel: Kernel) -> list[str]:
 class TileLangPrinter(Statements):
     def __init__(self, kernel: Kernel, target: Target) -> None:
         own = {"T", "n", "slot", "t0", "first", "length", "rows", "pid", "start", "low", "high", "middle", "tail", "beyond",
-               "cu", "block", "i", "j", "turn"}
+               "cu", "block", "b", "i", "j", "turn"}
         own |= set(symbols(kernel)) | set(numbers(kernel)) | {f"{t.name}_" for t in kernel.tensors()}
         own |= {f"i_{h}" for h in heads(kernel)} | {coordinate(a) for n in kernel.program.nodes() for a in n.axes}
         super().__init__(kernel, target, own)
@@ -67,25 +67,28 @@ class TileLangPrinter(Statements):
         for a in reversed([g for g in grid if g != "N"]):
             count = str(-(-k.extents[a[:-1]] // k.tile(a[:-1]))) if a.endswith("#") else a
             at = f"T.truncmod({left}, {count})"
-            self.put(2, f"start = {at} * {k.tile(a[:-1])}" if a.endswith("#") else f"i_{a} = {at}")
+            if a.endswith("#"):
+                self.put(2, f"start = {at} * {k.tile(a[:-1])}")            # no variable: it is seen to be a multiple
+            else:
+                self.bind(f"i_{a}", at)
             left = f"T.truncdiv({left}, {count})"
-        self.put(2, f"pid = {left}")
+        self.bind("pid", left)
         for h, a in self.shared_heads():
-            self.put(2, f"i_{h} = T.truncdiv(i_{a}, T.truncdiv({a}, {h}))")
+            self.bind(f"i_{h}", f"T.truncdiv(i_{a}, T.truncdiv({a}, {h}))")
         if k.parallel and k.varlen:
             self.locate(chunk)
         elif k.parallel:
             chunks = f"T.max(T.ceildiv(L, {chunk}), 1)"    # TVM refuses what it thinks could divide by zero
-            self.put(2, f"i_{k.parallel.axis} = T.truncmod(pid, {chunks})")
-            self.put(2, f"n = T.truncdiv(pid, {chunks})")
+            self.bind(f"i_{k.parallel.axis}", f"T.truncmod(pid, {chunks})")
+            self.bind("n", f"T.truncdiv(pid, {chunks})")
         else:
-            self.put(2, "n = pid")
+            self.bind("n", "pid")
         self.bounds()
         if k.parallel:
             turn = f"i_{k.parallel.axis}"
             if k.varlen:
                 self.tail(chunk)
-                self.put(2, f"{turn} = pid - T.truncdiv(first, {chunk}) - n")
+                self.bind(turn, f"pid - T.truncdiv(first, {chunk}) - n")
                 self.put(2, f"if T.And({turn} >= 0, {turn} * {chunk} < length):")
             self.chunk(k.parallel, 2 + k.varlen)
         return 2 + bool(k.parallel and k.varlen)
@@ -94,8 +97,8 @@ class TileLangPrinter(Statements):
         """Slots past those of the last sequence are of the rows that no sequence owns, which come back as zeros."""
         if not self.kernel.owns_tail:
             return
-        self.put(2, "tail = T.min(T.max(cu[N], 0), L)")
-        self.put(2, f"beyond = pid - T.truncdiv(tail, {chunk}) - N")
+        self.bind("tail", "T.min(T.max(cu[N], 0), L)")
+        self.bind("beyond", f"pid - T.truncdiv(tail, {chunk}) - N")
         self.put(2, "if beyond >= 0:")
         for store in self.kernel.row_outputs:
             axes = store.args[0].axes
@@ -107,10 +110,10 @@ class TileLangPrinter(Statements):
 
     def bounds(self) -> None:
         if not self.kernel.varlen:
-            self.put(2, "first = n * L")
+            self.bind("first", "n * L")
             return
-        self.put(2, "first = T.min(T.max(cu[n], 0), L)")
-        self.put(2, "length = T.min(T.max(cu[n + 1], first), L) - first")
+        self.bind("first", "T.min(T.max(cu[n], 0), L)")
+        self.bind("length", "T.min(T.max(cu[n + 1], first), L) - first")
 
     def locate(self, chunk: int) -> None:
         """The sequence n that owns a chunk slot: by binary search, for sequence n owns the slots from cu[n] // chunk + n on."""
@@ -123,7 +126,7 @@ class TileLangPrinter(Statements):
         self.put(4, "low[0] = middle")
         self.put(3, "else:")
         self.put(4, "high[0] = middle")
-        self.put(2, "n = low[0]")
+        self.bind("n", "low[0]")
 
 
 def emit(kernel: Kernel, target: Target) -> Source:

@@ -76,6 +76,12 @@ class Statements(Printer):
     def here(self, axes: tuple[str, ...]) -> dict[str, str]:
         return {a: coordinate(a) for a in axes}
 
+    def bind(self, name: str, value: str) -> None:
+        """Give a number a name. Threads keep it in a variable: TVM would write its divisions out again wherever it is used."""
+        if self.target.threads:
+            self.buffers[name] = 'T.alloc_var("int32")'
+        self.put(2, f"{name} = {value}")
+
     # -- tiles
 
     def allocate(self, name: str, node: Node, product: bool = False) -> None:
@@ -212,31 +218,39 @@ class Statements(Printer):
         self.put(inside + 1, f"{cell(to)} = {cell(source)} + {paren(self.element(n.args[0], {**here, axis: to}))}")
 
     def tri_solve(self, name: str, n: Node, depth: int) -> None:
-        """Forward substitution, row after row (backward for the transposed solve)."""
+        """Forward substitution, row after row (backward for the transposed solve); in all diagonal blocks at once."""
         axis, size = n["axis"], self.kernel.tile(n["axis"])
         (m, order), rest = self.operand(n.args[0]), tuple(a for a in n.axes if a != axis)
         inside, here = self.over(n.axes, depth), self.here(n.axes)
         self.put(inside, f"{name}[{', '.join(here.values())}] = {self.element(n.args[1], here)}")
-        flipped = bool(dict(n.attr).get("transpose"))
-        block = n["block"] or size
-        self.put(depth, f"for i in T.serial({size - 1}):")
-        row = f"{size - 2} - i" if flipped else "i + 1"
-        known = f"{row} + 1 + j" if flipped else "j" if block == size else f"T.truncdiv({row}, {block}) * {block} + j"
-        count = "i + 1" if block == size else f"T.truncmod({row}, {block})"
+        flipped, block = bool(dict(n.attr).get("transpose")), n["block"] or size
         if flipped and block != size:
             raise NotImplementedError("the transposed solve in blocks")
-        if self.target.threads:                            # a thread owns a column, and waits for no other
-            deepest = self.over(rest, depth + 1) + 1
-            self.put(deepest - 1, f"for j in T.serial({count}):")
-        else:
-            self.put(depth + 1, f"for j in T.serial({count}):")
-            deepest = self.over(rest, depth + 2)
+        first = "" if block == size else f"b * {block} + "     # of the block's rows
+        row = f"{size - 2} - i" if flipped else f"{first}i + 1"
+        known = f"{row} + 1 + j" if flipped else f"{first}j"
 
         def cell(at: str) -> str:
             return f"{name}[{', '.join(at if a == axis else coordinate(a) for a in n.axes)}]"
-        i, j = (known, row) if flipped else (row, known)
-        at = ", ".join(i if a == axis else j for a in order)
-        self.put(deepest, f"{cell(row)} -= {m}[{at}] * {cell(known)}")
+        term = f"{m}[{', '.join((known if flipped else row) if a == axis else (row if flipped else known) for a in order)}]"
+        extents = [*([str(size // block)] if first else []), *(str(self.kernel.tile(a)) for a in rest)]
+        names = [*(["b"] if first else []), *(coordinate(a) for a in rest)]
+        self.put(depth, f"for i in T.serial({block - 1}):")
+        if not self.target.threads:
+            self.put(depth + 1, f"for {', '.join([*names[:bool(first)], 'j'])} in " +
+                     (f"T.grid({extents[0]}, i + 1):" if first else "T.serial(i + 1):"))
+            deepest = self.over(rest, depth + 2)
+            self.put(deepest, f"{cell(row)} -= {term} * {cell(known)}")
+            return
+        sums = self.beside(f"{name}_known")                # a thread adds up in registers, and rows change only in between
+        self.buffers[sums] = f'{self.target.product}({listed(extents)}, "{DTYPES[n.type.dtype]}")'
+        loop, cells = f"for {', '.join(names)} in T.Parallel({', '.join(extents)}):", ", ".join(names)
+        self.put(depth + 1, loop)
+        self.put(depth + 2, f"{sums}[{cells}] = 0.0")
+        self.put(depth + 2, "for j in T.serial(i + 1):")
+        self.put(depth + 3, f"{sums}[{cells}] += {term} * {cell(known)}")
+        self.put(depth + 1, loop)
+        self.put(depth + 2, f"{cell(row)} -= {sums}[{cells}]")
 
     # -- loops
 
@@ -255,9 +269,11 @@ class Statements(Printer):
         self.each(s, f"T.serial({trips})", trips, depth)
 
     def ring(self, s: Loop) -> int:
-        """How many chunks are loaded ahead: none unless this is the one scan over chunks, and has whole tiles to copy."""
-        loads = any(isinstance(x, Assign) and self.copied(x.node) for x in s.body)
-        return min(self.kernel.options.num_stages, self.target.ring) if loads and len(s.scan.chain) == 1 else 0
+        """How many chunks are loaded ahead: none unless this is the one scan over chunks, and all it loads are boxes to copy."""
+        tiles = [x.node for x in s.body if isinstance(x, Assign) and x.node.op is Op.LOAD and x.node.axes]
+        sums = any(isinstance(x, Assign) and x.node.op is Op.CUMSUM for x in s.body)       # T.cumsum counts on all threads
+        fits = tiles and all(self.copied(t) for t in tiles) and not sums and len(s.scan.chain) == 1
+        return min(self.kernel.options.num_stages, self.target.ring) if fits else 0
 
     def pipelined(self, s: Loop, depth: int) -> None:
         """The chunks that are whole, their tiles copied ahead; and the last one, if it is not, element by element."""
