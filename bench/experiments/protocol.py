@@ -9,8 +9,9 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-RINGS = {"q": (2, 32, 12), "k": (3, 32, 12), "v0": (2, 32, 4), "v1": (2, 32, 4), "gates": (3, 32, 12), "t": (2, 128, 8), "p": (2, 128, 8),
-         "o0": (1, 128, 32), "o1": (1, 128, 32)}           # slots, arrivals that fill a slot, arrivals that free it
+# slots, arrivals that fill one, arrivals that free it
+RINGS = {"q": (2, 32, 12), "k": (3, 32, 12), "v0": (2, 32, 4), "v1": (2, 32, 4), "gates": (3, 32, 12), "t": (2, 128, 8),
+         "p": (2, 128, 8), "o0": (1, 128, 32), "o1": (1, 128, 32)}
 Step = tuple[str, str, int, int]                           # wait or arrive, the barrier, chunk, arrivals
 
 
@@ -75,13 +76,14 @@ def store(chunks: int) -> Iterator[Step]:
 
 
 def run(chunks: int, seed: int) -> None:
-    """One random interleaving. A wait passes as mbarrier.try_wait.parity does: when the phase in progress is not of that parity."""
+    """One random interleaving. A wait passes as mbarrier.try_wait.parity does: if the phase in progress has another parity."""
     choose = random.Random(seed)
     phase: dict[tuple[str, int], int] = dict.fromkeys(((f"{r}.{e}", i) for r, (n, *_) in RINGS.items()
                                                        for e in ("full", "free") for i in range(n)), 0)
     pending = dict.fromkeys(phase, 0)
-    roles: dict[str, Any] = {"state 0": state(0, chunks), "state 1": state(1, chunks), "aux": aux(chunks), "load qk": load(("k", "q"), chunks),
-                             "load v": load(("v0", "v1"), chunks), "load gates": load(("gates",), chunks), "store": store(chunks)}
+    roles: dict[str, Any] = {
+        "state 0": state(0, chunks), "state 1": state(1, chunks), "aux": aux(chunks), "load qk": load(("k", "q"), chunks),
+        "load v": load(("v0", "v1"), chunks), "load gates": load(("gates",), chunks), "store": store(chunks)}
     at = {name: next(role, None) for name, role in roles.items()}
     while any(at.values()):
         ready = []

@@ -1,30 +1,31 @@
 """The forward pass of the gated delta rule as one kernel of cooperating roles, written by hand in TileLang for sm_90a.
 
-An experiment: the text that a printer of roles would have to produce. One block of 512 threads serves one sequence and one value
-head, in chunks of 64 tokens, K = V = 128, bfloat16. Its warps have four jobs:
+An experiment: the text that a printer of roles would have to produce. One block of 512 threads serves one sequence and one
+value head, in chunks of 64 tokens, K = V = 128, bfloat16. Its warps have four jobs:
 
   threads    role        per chunk
   0..127     state 0     rows   0..63 of the transposed state S^T [V, K], which never leave their registers
   128..255   state 1     rows 64..127 of it; the two exchange nothing, and each hides the other's waits
-  256..383   aux         what needs no state: T = (I + M)^-1 diag(beta) and P = scale Gamma * Q K^T, a chunk or two ahead
+  256..383   aux         what needs no state, up to two chunks ahead: T = (I + M)^-1 diag(beta), P = scale Gamma * Q K^T
   384..511   load        one warp each: TMA of q and k; TMA of v; running sums of the decay; TMA store of o
 
-With the state transposed, V is the M of every product, so each left operand is made of an accumulator of the same warpgroup and goes
-to the next product from registers. (. is elementwise; gamma is one factor for each token, here a column.)
+With the state transposed, V is the M of every product, so each left operand is made of an accumulator of the same warpgroup
+and goes to the next product from registers. (. multiplies by one factor for each token, a column here.)
 
-    SK = S^T K^T                R = V^T - gamma . SK                 U = R T^T
-    O  = S^T Q^T                O = scale gamma . O + U P^T          S^T = gamma_L S^T + ((gamma_L / gamma) . U) K
+    SK = S^T K^T          R = V^T - gamma . SK               U = R T^T
+    O  = S^T Q^T          O = scale gamma . O + U P^T        S^T = gamma_L S^T + ((gamma_L / gamma) . U) K
 
-ptxas takes everything from a warpgroup.arrive to the next wait for *all* products as one stage: registers in it are not reused, and an
-accumulator of the stage must not be touched in it, or it serialises every product (notes C7512, C7514, C7517). So a chunk has three
-stages, each ended by wait_wgmma(0), and what runs under them touches none of their accumulators:
+ptxas takes all from a warpgroup.arrive to the next wait for *every* product as one stage: it does not reuse registers in it,
+and if something else touches an accumulator of the stage in it, or registers run short, it serialises every product of the
+kernel (its notes C7512, C7514, C7517). So a chunk has three stages, each ended by wait_wgmma(0), and what runs under them
+touches none of their accumulators:
 
-    SK                  under it: the last chunk's O goes to shared memory, V^T comes from it (stmatrix, ldmatrix, both transposing)
-    U, then O           under it: S is scaled
-    S, then O           under it: nothing; the other warpgroup has the tensor cores
+    SK              under it: the last chunk's O goes to shared memory, V^T comes from it (stmatrix, ldmatrix, transposing)
+    U, then O       under it: S is scaled
+    S, then O       under it: nothing; the other warpgroup has the tensor cores
 
-Barriers. A ring of n slots has a pair for each slot: chunk c waits for `full` with parity c // n % 2 and, to refill the slot, for `free`
-with parity (c // n + 1) % 2, which a fresh barrier passes. Every role walks chunks 0, 1, .. in order and arrives once a chunk at:
+Barriers. A ring of n slots has two for each slot: chunk c waits for `full` with parity c // n % 2 and, to refill the slot, for
+`free` with parity (c // n + 1) % 2, which a fresh barrier passes. Every role walks chunks 0, 1, .. and arrives once a chunk:
 
   ring   slots  full: arrivals, by             free: arrivals (lane 0 of each warp), by
   q      2      32, load warp 0 (+ TMA bytes)  12, states and aux
@@ -34,12 +35,12 @@ with parity (c // n + 1) % 2, which a fresh barrier passes. Every role walks chu
   T P    2      128, aux                       8, states
   o0 o1  1      128, its state                 32, load warp 3
 
-No cycle: load waits for nothing but free slots, aux for q, k, gates and free T and P slots, a state for all of these and a free o slot,
-load warp 3 for o; slots are freed in order of chunks. `protocol.py` runs these roles as coroutines to see that none starves.
+No cycle: load waits for free slots only; aux for q, k, gates and free T and P slots; a state for all of these and a free o
+slot; load warp 3 for o. Slots are freed in order of chunks. `protocol.py` runs the roles as coroutines: none starves.
 
-Writes to shared memory that the asynchronous proxy reads (T, P, o, and the tail chunks of q and k, which ordinary stores fill) are
-followed by fence.proxy.async in each writing thread before it arrives. TileLang's ThreadSync pass is off: it would put block-level
-barriers into roles. Rows of a tail chunk past the end of the sequence are zeros in q, k, v and beta, and their decay is 1, so that
+Writes to shared memory that the asynchronous proxy reads (T, P, o, and tails of q and k, which ordinary stores fill) are
+followed by fence.proxy.async in each writing thread before it arrives. TileLang's ThreadSync pass is off: it would put
+barriers into roles. A tail's rows past the end of its sequence are zeros in q, k, v and beta, and their decay is 1, so that
 nothing of the next sequence is read, and o is stored up to the end only.
 """
 import functools
@@ -51,9 +52,9 @@ import torch
 
 C, D, HALF = 64, 128, 64                                   # tokens in a chunk; K and V; rows of S^T in one warpgroup
 BF16, F16, F32 = "bfloat16", "float16", "float32"
-SUM, GAMMA, REST, BETA = range(4)                          # rows of a slot of gates: log2 of gamma, gamma, gamma_L / gamma, beta
+SUM, GAMMA, REST, BETA = range(4)                          # rows of gates: log2 of gamma, gamma, gamma_L / gamma, beta
 LOG2E = 1.4426950408889634
-REGISTERS = (208, 72, 24)                                  # of a thread: state, aux, load; 2 * 208 + 72 + 24 = 512 = 65536 / 128
+REGISTERS = (208, 72, 24)                                  # of a thread: state, aux, load; 2 * 208 + 72 + 24 = 65536 / 128
 
 
 class Ring(NamedTuple):
@@ -84,7 +85,7 @@ def state(half, q, k, v, t, p, o, gates, chunks, lane, scale, final, n, hv):
     U = T.alloc_fragment((HALF, C), F32)
     U16 = T.alloc_fragment((HALF, C), BF16)
     W16 = T.alloc_fragment((HALF, C), BF16)
-    O = T.alloc_fragment((HALF, C), F32)                   # noqa: E741
+    O = T.alloc_fragment((HALF, C), F32)
     V16 = T.alloc_fragment((C, HALF), BF16)                # tokens by rows of V: what ldmatrix and stmatrix transpose
     O16 = T.alloc_fragment((C, HALF), BF16)
     transposed = T.Fragment((C, HALF), forward_thread_fn=lambda j, i: i // 16 * 32 + i % 8 * 4 + j % 8 // 2,
@@ -153,7 +154,7 @@ def state(half, q, k, v, t, p, o, gates, chunks, lane, scale, final, n, hv):
         final[n, hv, j, half * HALF + i] = S[i, j]
 
 
-def load_matrix(dst: Any, at: int, tile: Any, row: Any, col: Any, lane: Any, transpose: bool) -> Any:
+def load_matrix(dst: Any, at: Any, tile: Any, row: Any, col: Any, lane: Any, transpose: bool) -> Any:
     """A 16 x 16 block as the left operand of m16n8k16, or (transposed) as two right operands side by side."""
     return T.ptx_ldmatrix(T.bool(transpose), 4, T.access_ptr(tile[row + lane % 16, col + lane // 16 * 8], "r", extent=8),
                           T.access_ptr(dst[at], "w", extent=8))
@@ -161,13 +162,14 @@ def load_matrix(dst: Any, at: int, tile: Any, row: Any, col: Any, lane: Any, tra
 
 def multiply(acc: Any, at: int, a: Any, a_at: Any, b: Any, b_at: int) -> Any:
     """acc (16 x 8) += a (16 x 16) b (16 x 8), each at its place in a thread's registers."""
-    return T.ptx_mma(F32, "m16n8k16", "row", "col", "fp16", "fp16", "fp32", a.data, a_at, b.data, b_at, acc.data, at, T.bool(False))
+    return T.ptx_mma(F32, "m16n8k16", "row", "col", "fp16", "fp16", "fp32", a.data, a_at, b.data, b_at, acc.data, at,
+                     T.bool(False))
 
 
 @T.macro
 def aux(q, k, t, p, gates, diag, m, a, chunks, warp, lane, scale):
-    """T: 16 x 16 diagonal blocks by substitution in float32, a warp each; merged to 32 and to 64 by fp16 products of m16n8k16. The
-    blocks above the diagonal of t and a are zeroed once and never written again."""
+    """T: 16 x 16 diagonal blocks by substitution in float32, a warp each; merged to 32 and to 64 by fp16 products (m16n8k16).
+    The blocks above the diagonal of t and a are zeroed once and never written again."""
     KK = T.alloc_fragment((C, C), F32)
     QK = T.alloc_fragment((C, C), F32)
     x = T.alloc_local((16,), F32)                          # a column of the inverse of a diagonal block
@@ -393,12 +395,14 @@ def build(H: int, HV: int, q_slots: int = 2, k_slots: int = 3, v_slots: int = 2,
                 T.set_max_nreg(registers[0], 1)
                 state(0, Ring(q_s, q_full, q_free, q_slots), Ring(k_s, k_full, k_free, k_slots),
                       Ring(v0_s, v0_full, v0_free, v_slots), Ring(t_s, t_full, t_free, slots), Ring(p_s, p_full, p_free, slots),
-                      Ring(o0_s, o0_full, o0_free, 1), Ring(gates_s, g_full, g_free, k_slots), chunks, lane, scale, final_state, n, hv)
+                      Ring(o0_s, o0_full, o0_free, 1), Ring(gates_s, g_full, g_free, k_slots), chunks, lane, scale,
+                      final_state, n, hv)
             elif tx < 256:
                 T.set_max_nreg(registers[0], 1)
                 state(1, Ring(q_s, q_full, q_free, q_slots), Ring(k_s, k_full, k_free, k_slots),
                       Ring(v1_s, v1_full, v1_free, v_slots), Ring(t_s, t_full, t_free, slots), Ring(p_s, p_full, p_free, slots),
-                      Ring(o1_s, o1_full, o1_free, 1), Ring(gates_s, g_full, g_free, k_slots), chunks, lane, scale, final_state, n, hv)
+                      Ring(o1_s, o1_full, o1_free, 1), Ring(gates_s, g_full, g_free, k_slots), chunks, lane, scale,
+                      final_state, n, hv)
             elif tx < 384:
                 T.set_max_nreg(registers[1], 0)
                 aux(Ring(q_s, q_full, q_free, q_slots), Ring(k_s, k_full, k_free, k_slots), Ring(t_s, t_full, t_free, slots),
@@ -435,8 +439,8 @@ def kernel(H: int, HV: int, **options: Any) -> Any:
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, cu_seqlens: torch.Tensor,
             scale: float | None = None, o: torch.Tensor | None = None, final_state: torch.Tensor | None = None,
             **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """q, k [T, H, 128], v [T, HV, 128], beta [T, HV] bfloat16; g [T, HV] float32, log decay; cu_seqlens [N + 1] int32. Returns o and
-    the final state [N, HV, K, V], float32. Rows of o past the last sequence are not written."""
+    """q, k [T, H, 128], v [T, HV, 128], beta [T, HV] bfloat16; g [T, HV] float32, log decay; cu_seqlens [N + 1] int32. Returns
+    o and the final state [N, HV, K, V], float32. Rows of o past the last sequence are not written."""
     H, HV, N = q.shape[1], v.shape[1], len(cu_seqlens) - 1
     o = torch.empty_like(v) if o is None else o
     final_state = torch.empty(N, HV, D, D, device=v.device) if final_state is None else final_state
