@@ -108,7 +108,10 @@ def state(half, q, k, v, t, p, o, gates, chunks, lane, scale, final, n, hv):
             o.fill(c - 1)
         v.wait_full(c)
         gates.wait_full(c)
-        T.copy(v.tile[c % v.slots * C:c % v.slots * C + C, :], V16)
+        if c % 2 == 0:                                     # slots of v are buffers: ldmatrix drops a slice's offset
+            T.copy(v.tile[0], V16)
+        else:
+            T.copy(v.tile[1], V16)
         T.wait_wgmma(0)
         for i, j in T.Parallel(HALF, C):
             SK[i, j] = V16[j, i] - gates.tile[c % gates.slots, GAMMA, j] * SK[i, j]
@@ -292,18 +295,17 @@ def load_rows(src, head, ring, c, left, end):
 
 
 @T.macro
-def load_half(src, head, first, ring, c, left, end):
-    """One chunk of 64 columns of v."""
+def load_half(src, head, first, ring, tile, c, left, end):
+    """One chunk of 64 columns of v, to the slot that is `tile`."""
     ring.wait_free(c)
     if left + C <= end:
-        T.tma_copy(src[left:left + C, head, first:first + HALF], ring.tile[c % ring.slots * C:c % ring.slots * C + C, :],
-                   barrier=ring.full[c % ring.slots])
+        T.tma_copy(src[left:left + C, head, first:first + HALF], tile, barrier=ring.full[c % ring.slots])
     else:
         for i, j in T.Parallel(C, HALF):
             if left + i < end:
-                ring.tile[c % ring.slots * C + i, j] = src[left + i, head, first + j]
+                tile[i, j] = src[left + i, head, first + j]
             else:
-                ring.tile[c % ring.slots * C + i, j] = 0
+                tile[i, j] = 0
     ring.fill(c)
 
 
@@ -345,7 +347,7 @@ def store_half(o, head, first, ring, c, left, end):
     ring.release(c)
 
 
-def build(H: int, HV: int, q_slots: int = 2, k_slots: int = 3, v_slots: int = 2, slots: int = 2,
+def build(H: int, HV: int, q_slots: int = 2, k_slots: int = 3, slots: int = 2,
           registers: tuple[int, int, int] = REGISTERS) -> Any:
     """The kernel for H key heads and HV value heads. The slots are those of the rings; `slots` is for T and P."""
     tokens, ends = T.dynamic("tokens"), T.dynamic("ends")
@@ -366,8 +368,8 @@ def build(H: int, HV: int, q_slots: int = 2, k_slots: int = 3, v_slots: int = 2,
 
             q_s = T.alloc_shared((q_slots, C, D), BF16)
             k_s = T.alloc_shared((k_slots, C, D), BF16)
-            v0_s = T.alloc_shared((v_slots * C, HALF), BF16)
-            v1_s = T.alloc_shared((v_slots * C, HALF), BF16)
+            v00_s, v01_s = T.alloc_shared((C, HALF), BF16), T.alloc_shared((C, HALF), BF16)
+            v10_s, v11_s = T.alloc_shared((C, HALF), BF16), T.alloc_shared((C, HALF), BF16)
             t_s = T.alloc_shared((slots, C, C), BF16)
             p_s = T.alloc_shared((slots, C, C), BF16)
             o0_s = T.alloc_shared((C, HALF), BF16)
@@ -377,12 +379,12 @@ def build(H: int, HV: int, q_slots: int = 2, k_slots: int = 3, v_slots: int = 2,
             m_s = T.alloc_shared((C, C + 8), F16)          # rows of 144 bytes: ldmatrix without bank conflicts
             a_s = T.alloc_shared((C, C + 8), F16)
             swizzled = tilelang.layout.make_swizzled_layout
-            T.annotate_layout({x: swizzled(x) for x in (v0_s, v1_s, o0_s, o1_s)})
+            T.annotate_layout({x: swizzled(x) for x in (v00_s, v01_s, v10_s, v11_s, o0_s, o1_s)})
 
             q_full, q_free = T.alloc_barrier([32] * q_slots), T.alloc_barrier([12] * q_slots)
             k_full, k_free = T.alloc_barrier([32] * k_slots), T.alloc_barrier([12] * k_slots)
-            v0_full, v0_free = T.alloc_barrier([32] * v_slots), T.alloc_barrier([4] * v_slots)
-            v1_full, v1_free = T.alloc_barrier([32] * v_slots), T.alloc_barrier([4] * v_slots)
+            v0_full, v0_free = T.alloc_barrier([32] * 2), T.alloc_barrier([4] * 2)
+            v1_full, v1_free = T.alloc_barrier([32] * 2), T.alloc_barrier([4] * 2)
             g_full, g_free = T.alloc_barrier([32] * k_slots), T.alloc_barrier([12] * k_slots)
             t_full, t_free = T.alloc_barrier([128] * slots), T.alloc_barrier([8] * slots)
             p_full, p_free = T.alloc_barrier([128] * slots), T.alloc_barrier([8] * slots)
@@ -394,13 +396,13 @@ def build(H: int, HV: int, q_slots: int = 2, k_slots: int = 3, v_slots: int = 2,
             if tx < 128:
                 T.set_max_nreg(registers[0], 1)
                 state(0, Ring(q_s, q_full, q_free, q_slots), Ring(k_s, k_full, k_free, k_slots),
-                      Ring(v0_s, v0_full, v0_free, v_slots), Ring(t_s, t_full, t_free, slots), Ring(p_s, p_full, p_free, slots),
+                      Ring((v00_s, v01_s), v0_full, v0_free, 2), Ring(t_s, t_full, t_free, slots), Ring(p_s, p_full, p_free, slots),
                       Ring(o0_s, o0_full, o0_free, 1), Ring(gates_s, g_full, g_free, k_slots), chunks, lane, scale,
                       final_state, n, hv)
             elif tx < 256:
                 T.set_max_nreg(registers[0], 1)
                 state(1, Ring(q_s, q_full, q_free, q_slots), Ring(k_s, k_full, k_free, k_slots),
-                      Ring(v1_s, v1_full, v1_free, v_slots), Ring(t_s, t_full, t_free, slots), Ring(p_s, p_full, p_free, slots),
+                      Ring((v10_s, v11_s), v1_full, v1_free, 2), Ring(t_s, t_full, t_free, slots), Ring(p_s, p_full, p_free, slots),
                       Ring(o1_s, o1_full, o1_free, 1), Ring(gates_s, g_full, g_free, k_slots), chunks, lane, scale,
                       final_state, n, hv)
             elif tx < 384:
@@ -416,8 +418,12 @@ def build(H: int, HV: int, q_slots: int = 2, k_slots: int = 3, v_slots: int = 2,
                         load_rows(q, h, Ring(q_s, q_full, q_free, q_slots), c, start + c * C, end)
                 elif tx < 448:
                     for c in T.serial(chunks):
-                        load_half(v, hv, 0, Ring(v0_s, v0_full, v0_free, v_slots), c, start + c * C, end)
-                        load_half(v, hv, HALF, Ring(v1_s, v1_full, v1_free, v_slots), c, start + c * C, end)
+                        if c % 2 == 0:
+                            load_half(v, hv, 0, Ring(None, v0_full, v0_free, 2), v00_s, c, start + c * C, end)
+                            load_half(v, hv, HALF, Ring(None, v1_full, v1_free, 2), v10_s, c, start + c * C, end)
+                        else:
+                            load_half(v, hv, 0, Ring(None, v0_full, v0_free, 2), v01_s, c, start + c * C, end)
+                            load_half(v, hv, HALF, Ring(None, v1_full, v1_free, 2), v11_s, c, start + c * C, end)
                 elif tx < 480:
                     load_gates(g, beta, hv, Ring(gates_s, g_full, g_free, k_slots), chunks, start, end, lane)
                 else:

@@ -45,7 +45,7 @@ def flashinfer(x: Tensors, **_: Any) -> Callable[[], Tensors]:
     """It takes the decay itself, not its log, and keeps states V-major."""
     from flashinfer.gdn_prefill import chunk_gated_delta_rule
     decay, beta, ends = torch.exp(x["g"]), x["beta"].float(), x["cu_seqlens"].long()
-    T, HV, V = x["v"].shape
+    _, HV, V = x["v"].shape
     out, state = torch.empty_like(x["v"]), torch.empty(len(ends) - 1, HV, V, x["q"].shape[2], device=x["v"].device)
 
     def call() -> Tensors:
