@@ -397,14 +397,14 @@ def build(H: int, HV: int, q_slots: int = 2, k_slots: int = 3, slots: int = 2,
                 T.set_max_nreg(registers[0], 1)
                 state(0, Ring(q_s, q_full, q_free, q_slots), Ring(k_s, k_full, k_free, k_slots),
                       Ring((v00_s, v01_s), v0_full, v0_free, 2), Ring(t_s, t_full, t_free, slots),
-                      Ring(p_s, p_full, p_free, slots), Ring(o0_s, o0_full, o0_free, 1), Ring(gates_s, g_full, g_free, k_slots), chunks, lane, scale,
-                      final_state, n, hv)
+                      Ring(p_s, p_full, p_free, slots), Ring(o0_s, o0_full, o0_free, 1),
+                      Ring(gates_s, g_full, g_free, k_slots), chunks, lane, scale, final_state, n, hv)
             elif tx < 256:
                 T.set_max_nreg(registers[0], 1)
                 state(1, Ring(q_s, q_full, q_free, q_slots), Ring(k_s, k_full, k_free, k_slots),
                       Ring((v10_s, v11_s), v1_full, v1_free, 2), Ring(t_s, t_full, t_free, slots),
-                      Ring(p_s, p_full, p_free, slots), Ring(o1_s, o1_full, o1_free, 1), Ring(gates_s, g_full, g_free, k_slots), chunks, lane, scale,
-                      final_state, n, hv)
+                      Ring(p_s, p_full, p_free, slots), Ring(o1_s, o1_full, o1_free, 1),
+                      Ring(gates_s, g_full, g_free, k_slots), chunks, lane, scale, final_state, n, hv)
             elif tx < 384:
                 T.set_max_nreg(registers[1], 0)
                 aux(Ring(q_s, q_full, q_free, q_slots), Ring(k_s, k_full, k_free, k_slots), Ring(t_s, t_full, t_free, slots),
