@@ -269,7 +269,7 @@ class Statements(Printer):
         self.each(s, f"T.serial({trips})", trips, depth)
 
     def ring(self, s: Loop) -> int:
-        """How many chunks are loaded ahead: none unless this is the one scan over chunks, and all it loads are boxes to copy."""
+        """How many chunks are loaded ahead: none unless this is the one scan over chunks, and loads boxes alone."""
         tiles = [x.node for x in s.body if isinstance(x, Assign) and x.node.op is Op.LOAD and x.node.axes]
         sums = any(isinstance(x, Assign) and x.node.op is Op.CUMSUM for x in s.body)       # T.cumsum counts on all threads
         fits = tiles and all(self.copied(t) for t in tiles) and not sums and len(s.scan.chain) == 1
