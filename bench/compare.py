@@ -1,6 +1,6 @@
 """Forward passes of gdn-ir and FLA on the same inputs in one run: milliseconds by CUDA-graph replay, errors against float64.
 
-    python -m bench.compare --out FILE --commit HASH
+    python -m gdn_ir.bench.compare --out FILE --commit HASH
 """
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ os.environ.setdefault("FLA_FLASH_QLA", "0")                # measure FLA itself,
 
 import torch
 
-from bench import cases, inputs
-from bench.errors import relative
+from gdn_ir.bench import cases, inputs
+from gdn_ir.bench.errors import relative
 from gdn_ir.autotune.measure import copies_beyond_l2, graph_ms
 from gdn_ir.compiler import NAMES, Instance, Variant, variant
 from gdn_ir.programs.gated_delta import Switches

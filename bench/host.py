@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bench import inputs
+from gdn_ir.bench import inputs
 from gdn_ir.ops import chunk_gated_delta_rule
 
 

@@ -10,7 +10,8 @@ def make(lengths: list[int], H: int, HV: int, K: int = 128, V: int = 128, dtype:
          device: str = "cuda", kind: str = "model", seed: int = 0) -> dict[str, torch.Tensor]:
     """q, k [T, H, K] (unit length); v [T, HV, V]; g (log decay, float32), beta [T, HV]; initial_state [N, HV, K, V]; cu_seqlens
     [N + 1] int32. kind: "model" (decays as Gated DeltaNet initialises them), "no_decay" (g = 0), "strong_decay" (g near -5),
-    "correlated" (keys of cosine about 0.99, beta 0.5 to 1)."""
+    "correlated" (keys of cosine about 0.99, beta 0.5 to 1), "real" (as "model", but one head in sixteen, and at least one,
+    hardly decays: g about -1e-5, as trained models keep them)."""
     generator = torch.Generator(device=device).manual_seed(seed)
     T, N = sum(lengths), len(lengths)
 
@@ -25,7 +26,12 @@ def make(lengths: list[int], H: int, HV: int, K: int = 128, V: int = 128, dtype:
         k = normal(1, H, K) + 0.1 * k
     rate = 16 * uniform(HV)
     bias = torch.log(torch.expm1(torch.exp(uniform(HV) * 4.6 - 6.9)))                # steps from 1e-3 to 0.1 after softplus
-    g = {"model": lambda: -rate * torch.nn.functional.softplus(normal(T, HV) + bias),
+    if kind == "real":
+        rate[::16] = 1e-4                                  # as a trained A_log may make it: over 32768 tokens about half is left
+
+    def gates() -> torch.Tensor:
+        return -rate * torch.nn.functional.softplus(normal(T, HV) + bias)
+    g = {"model": gates, "real": gates,
          "no_decay": lambda: torch.zeros(T, HV, device=device),
          "strong_decay": lambda: -4 - 2 * uniform(T, HV),
          "correlated": lambda: -0.02 * uniform(T, HV)}[kind]()

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from bench.errors import worst
+from gdn_ir.bench.errors import worst
 
 
 def main() -> None:

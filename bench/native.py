@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from bench import inputs
-from bench.errors import relative
+from gdn_ir.bench import inputs
+from gdn_ir.bench.errors import relative
 from gdn_ir.compiler import Instance, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.reference import recurrence

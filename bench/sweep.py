@@ -19,8 +19,8 @@ from gdn_ir.reference import recurrence
 from gdn_ir.schedules.plans import plan
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
-from bench import cases, inputs
-from bench.errors import relative, worst
+from gdn_ir.bench import cases, inputs
+from gdn_ir.bench.errors import relative, worst
 
 CHECK = [300, 0, 64, 129]
 

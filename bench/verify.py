@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from bench import inputs
-from bench.errors import relative
+from gdn_ir.bench import inputs
+from gdn_ir.bench.errors import relative
 from gdn_ir.backends import BACKENDS
 from gdn_ir.backends.base import TORCH
 from gdn_ir.coverage import DTYPES, Cell, Layout, table

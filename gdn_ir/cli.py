@@ -1,4 +1,4 @@
-"""The command line: gdn-ir demo, emit, explain."""
+"""The command line: gdn-ir demo, emit, explain, bench, report."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -83,6 +83,49 @@ def explain(H: int = 16, HV: int = 32, K: int = 128, V: int = 128, T: int = 8192
     """Say which variant serves a shape, and why."""
     from gdn_ir.registry import explain as say
     print(say(H=H, HV=HV, K=K, V=V, T=T, B=B, sequences=sequences, dtype=dtype, arch=arch))
+
+
+@app.command()
+def bench(suite: Annotated[str, typer.Argument(help="forward, forward-core, train, train-core, break-even or break-even-train")]
+          = "forward-core",
+          shapes: Annotated[str, typer.Option(help='only these: "8x1024:16/32", "3000+5192:16/32" or the index of a row, separated '
+                                              "by commas")] = "",
+          backends: Annotated[str, typer.Option(help="of ours: triton, tilelang, torch, all or none (all; on a GPU without torch)")]
+          = "",
+          peers: Annotated[str, typer.Option(help="fla, flashqla, flashinfer, attention-cudnn, attention-flash, all or none")]
+          = "all",
+          dtype: Annotated[str, typer.Option(help="bf16, f16 or f32 (bf16; f32 on a CPU)")] = "",
+          device: Annotated[str, typer.Option(help="cuda or cpu (cuda where there is one)")] = "",
+          K: int = 128, V: int = 128,
+          out: Annotated[Path, typer.Option(help="a folder: results go to OUT/GPU/SUITE.json")] = Path("bench/results"),
+          resume: Annotated[bool, typer.Option("--resume", help="keep what the file has, skip rows of the same commit and GPU")]
+          = False,
+          seconds: Annotated[float, typer.Option(help="of replays, for each contender and row")] = 0.15,
+          energy: Annotated[float, typer.Option(help="seconds of replays for the energy counter (0: not read)")] = 0.0,
+          cold: Annotated[bool, typer.Option("--cold", help="also first calls in fresh processes, with empty and warm caches")]
+          = False,
+          warm: Annotated[bool, typer.Option("--warm", help="first compile for all rows in parallel processes")] = False,
+          workers: Annotated[int, typer.Option(help="of --warm")] = 14,
+          accuracy: Annotated[bool, typer.Option(help="also errors on four kinds of input")] = True,
+          commit: Annotated[str, typer.Option(help="what is measured (the checkout's)")] = "") -> None:
+    """Measure gdn-ir beside its peers and the physical limit, in one run, interleaved."""
+    from gdn_ir.bench.command import bench as run
+    from gdn_ir.bench.command import plan
+    from gdn_ir.bench.results import commit_here
+    if workers < 1:
+        raise ValueError(f"--workers: got {workers}; accepts a number from 1 on")
+    planned = plan(suite, shapes, backends, peers, dtype, device, out, seconds, energy, K, V)
+    if not run(planned, commit or commit_here(), resume, warm, cold, workers, accuracy):
+        raise SystemExit(130)
+
+
+@app.command()
+def report(results: Annotated[Path, typer.Argument(help="the folder that bench wrote to")] = Path("bench/results"),
+           out: Annotated[Path, typer.Option(help="performance.md and performance.html go here")] = Path("docs")) -> None:
+    """Turn results into a page to read, with plots."""
+    from gdn_ir.bench.report import write
+    for path in write(results, out):
+        print(path)
 
 
 def main() -> None:

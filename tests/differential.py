@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bench.errors import worst
+from gdn_ir.bench.errors import worst
 from gdn_ir.backends import BACKENDS
 from gdn_ir.backends.base import Call, Reason
 from gdn_ir.compiler import Compiled, lower

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from bench.errors import relative as error
+from gdn_ir.bench.errors import relative as error
 from gdn_ir.reference import recurrence
 
 __all__ = ["correlated", "error", "expected", "make"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.errors import worst
+from gdn_ir.bench.errors import worst
 from gdn_ir.backends.base import TORCH, Reason
 from gdn_ir.coverage import Cell, table
 from gdn_ir.compiler import Instance, Unsupported, variant

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.errors import worst
+from gdn_ir.bench.errors import worst
 from gdn_ir.autodiff import backward
 from gdn_ir.build import Tensor, Tracer, dot, exp, reduce_max
 from gdn_ir.interp import Sizes, run

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from bench.cases import FORWARD_CORE
-from bench.errors import worst
-from bench.verify import shipped
+from gdn_ir.bench.cases import FORWARD_CORE
+from gdn_ir.bench.errors import worst
+from gdn_ir.bench.verify import shipped
 from gdn_ir.compiler import variant
 from gdn_ir.schedules.defaults import default
 
