@@ -1,6 +1,6 @@
 """The barriers of roles.py as coroutines: does any role starve, and is a slot ever rewritten while it is still to be read?
 
-    python -m bench.experiments.protocol
+    python -m gdn_ir.bench.experiments.protocol
 """
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Checks and times the role kernel beside FlashInfer's and gdn-ir's own; results as JSON.
 
-    python -m bench.experiments.run_roles --out FILE --commit HASH [--only check|time] [--options '{"q_slots": 3}' ...]
+    python -m gdn_ir.bench.experiments.run_roles --out FILE --commit HASH [--only check|time] [--options '{"q_slots": 3}' ...]
 
 Everything on the GPU happens in a child process with a time limit, because roles that wait for each other for ever would hang
 it. A kernel that fails its check is not timed.
@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from bench import inputs
-from bench.errors import relative, worst
-from bench.experiments import roles
+from gdn_ir.bench import inputs
+from gdn_ir.bench.errors import relative, worst
+from gdn_ir.bench.experiments import roles
 from gdn_ir.autotune.measure import copies_beyond_l2, graph_ms
 from gdn_ir.reference import recurrence
 
@@ -37,7 +37,7 @@ def ours(x: Tensors, **options: Any) -> Callable[[], Tensors]:
 
 
 def triton(x: Tensors, **_: Any) -> Callable[[], Tensors]:
-    from bench import compare
+    from gdn_ir.bench import compare
     return compare.ours(x)[0]
 
 
@@ -99,7 +99,7 @@ def check(options: dict[str, Any]) -> dict[str, Any]:
 
 def speed(options: dict[str, Any]) -> list[dict[str, Any]]:
     """Milliseconds of each, interleaved; an error is the distance from gdn-ir's float32 kernels on these very inputs."""
-    from bench import compare
+    from gdn_ir.bench import compare
     out = []
     for lengths, H, HV in SHAPES:
         xs = [inputs.make(lengths, H, HV, seed=i) for i in range(copies_beyond_l2(sum(lengths) * (2 * H + 2 * HV) * 256))]
@@ -131,7 +131,7 @@ def speed(options: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def child(what: str, options: dict[str, Any], seconds: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "bench.experiments.run_roles", "--child", what, "--options", json.dumps(options)]
+    command = [sys.executable, "-m", "gdn_ir.bench.experiments.run_roles", "--child", what, "--options", json.dumps(options)]
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=seconds)
     except subprocess.TimeoutExpired as e:
