@@ -108,7 +108,7 @@ def accuracy(run: Run, kind: str, told: Callable[[str], None] = lambda _: None) 
         found = c.prepare(ACCURACY, x, run.train)()
         settle(run.device)
         return {"errors": expected.errors(found)} | about(run, c, ACCURACY, x)
-    return {"contenders": {c.name: attempt(run, c, errors) for c in run.contenders if c.kind != "attention"}}
+    return {"served": served(run, ACCURACY), "contenders": {c.name: attempt(run, c, errors) for c in run.contenders if c.kind != "attention"}}
 
 
 def measure(run: Run, row: Row, rates: Rates, told: Callable[[str], None] = lambda _: None) -> Record:
