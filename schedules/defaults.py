@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gdn_ir.schedules.plans import plan
+from gdn_ir.schedules.plans import Steps, plan
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 if TYPE_CHECKING:
@@ -29,15 +29,23 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
         raise ValueError(f"arch: got {arch!r}; accepts cpu, {', '.join(MULTIPROCESSORS)}")
     steps = plan("states", erase, io, sums=instance.switches.decay != "none")
     if backend == "tilelang":
-        width = 64 if io != "f32" else 32 if arch == "sm_90" else 16       # float32 tiles lie in shared memory in three parts
-        parts = {"scan": KernelOptions(width, 4, 2), "output": KernelOptions(min(width, 32) if io == "f32" else 64, 4, 1)}
-        parts |= {"solve": KernelOptions(None, 4, 1)} if erase else {}
-        return Schedule(f"states-{width}", steps=steps).with_options(**parts), f"{arch}: chunks in parallel, untuned"
+        return of_tilelang(arch, instance, steps)
     width = scan_width(arch, instance, sequences * heads)
     chosen = {k: o for k, o in options(arch, instance, width).items() if erase or k != "solve"}      # nothing to solve
     schedule = Schedule(f"states-{width}", steps=steps).with_options(**chosen)
     return schedule, (f"{arch}: chunks in parallel but for the state; {sequences * heads} serial scans, each cut into "
                       f"{-(-instance.V // width)} tiles of {width} columns to fill {MULTIPROCESSORS[arch]} multiprocessors")
+
+
+def of_tilelang(arch: str, instance: Instance, steps: Steps) -> tuple[Schedule, str]:
+    """The same plan in TileLang: on Hopper what won a sweep, elsewhere and in float32, whose tiles lie in shared memory in three
+    parts, what fits."""
+    width = 32 if instance.io != "f32" or arch == "sm_90" else 16
+    wide = KernelOptions(128, 8, 1) if arch == "sm_90" else KernelOptions(64, 4, 1)
+    output = KernelOptions(32, 4, 1) if instance.io == "f32" else wide
+    parts = {"scan": KernelOptions(width, 4, 3), "output": output}
+    parts |= {"solve": KernelOptions(None, 4, 1)} if instance.switches.erase else {}
+    return Schedule(f"states-{width}", steps=steps).with_options(**parts), f"{arch}: chunks in parallel but for the state"
 
 
 def scan_width(arch: str, instance: Instance, scans: int) -> int:

@@ -14,7 +14,7 @@ from gdn_ir.cache import load_source
 from gdn_ir.nodes import Op
 
 TARGETS = {"cpu": C, "sm_80": SM_80, "sm_90": SM_90}
-SPLIT = {"sm_80": 64, "sm_90": 128}                        # the widest tile of float32 products, which are made of three
+SPLIT = 64                                                 # the widest tile of float32 products, which are made of three
 
 
 class TileLang:
@@ -31,9 +31,9 @@ class TileLang:
                 return Reason(f"tilelang has no {refused[n.type.dtype]} on {arch}; torch has")
             if n.op is Op.DOT and arch != "cpu" and n.args[0].type.dtype == "f32":
                 return Reason(f"tilelang's products of float32 are tf32 on {arch} (a schedule may ask for tf32x3)")
-            if n.op is Op.DOT and arch in SPLIT and n.args[0].type.dtype == "tf32" \
-                    and max(kernel.tile(a) for a in {*n.axes, n["over"]}) > SPLIT[arch]:
-                return Reason(f"tilelang's float32 tiles, in three parts, of more than {SPLIT[arch]} do not fit {arch}'s shared memory")
+            if n.op is Op.DOT and arch != "cpu" and n.args[0].type.dtype == "tf32" \
+                    and max(kernel.tile(a) for a in {*n.axes, n["over"]}) > SPLIT:
+                return Reason(f"tilelang's float32 tiles wider than {SPLIT}, each in three parts, do not fit {arch}'s shared memory")
             if n.op is Op.STORE and n["sum"]:
                 return Reason(f"tilelang does not lower a store summed over {', '.join(n['sum'])} yet ({n['tensor'].name})")
         if len(kernel.splits) > 1 or (kernel.parallel and len(kernel.parallel.chain) > 1):

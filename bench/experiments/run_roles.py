@@ -17,10 +17,13 @@ from typing import Any
 
 import torch
 
+from gdn_ir import registry
 from gdn_ir.bench import inputs
+from gdn_ir.bench.contenders import op_call
 from gdn_ir.bench.errors import relative, worst
 from gdn_ir.bench.experiments import roles
 from gdn_ir.autotune.measure import copies_beyond_l2, graph_ms
+from gdn_ir.ops import chunk_gated_delta_rule
 from gdn_ir.reference import recurrence
 
 Tensors = dict[str, torch.Tensor]
@@ -37,8 +40,12 @@ def ours(x: Tensors, **options: Any) -> Callable[[], Tensors]:
 
 
 def triton(x: Tensors, **_: Any) -> Callable[[], Tensors]:
-    from gdn_ir.bench import compare
-    return compare.ours(x)[0]
+    call = op_call(chunk_gated_delta_rule, x, train=False)
+
+    def forced() -> Tensors:
+        with registry.use("triton"):
+            return call()
+    return forced
 
 
 def flashinfer(x: Tensors, **_: Any) -> Callable[[], Tensors]:
@@ -99,11 +106,10 @@ def check(options: dict[str, Any]) -> dict[str, Any]:
 
 def speed(options: dict[str, Any]) -> list[dict[str, Any]]:
     """Milliseconds of each, interleaved; an error is the distance from gdn-ir's float32 kernels on these very inputs."""
-    from gdn_ir.bench import compare
     out = []
     for lengths, H, HV in SHAPES:
         xs = [inputs.make(lengths, H, HV, seed=i) for i in range(copies_beyond_l2(sum(lengths) * (2 * H + 2 * HV) * 256))]
-        exact = compare.ours({n: t.float() if n in ("q", "k", "v", "beta") else t for n, t in xs[0].items()})[0]()
+        exact = triton({n: t.float() if n in ("q", "k", "v", "beta") else t for n, t in xs[0].items()})()
         calls: dict[str, list[Callable[[], Tensors]]] = {}
         ms: dict[str, list[float]] = {}
         row: dict[str, Any] = {"lengths": lengths, "heads": [H, HV], "errors_against_float32": {}, "failed": {}}
