@@ -52,8 +52,8 @@ def page_for(run: Run, resume: bool) -> Page:
         return Page(run.suite, run.gpu, run.dtype)
     page = results.read(run.path)
     if page.gpu != run.gpu:
-        raise ValueError(f"--resume: {run.path} is of {page.gpu}, and this is {run.gpu}; accepts a page of this GPU: name another "
-                         "folder with --out")
+        raise ValueError(f"--resume: {run.path} is of {page.gpu}, and this is {run.gpu}; accepts a page of this GPU: name "
+                         "another folder with --out")
     return page
 
 
@@ -63,7 +63,8 @@ def bench(run: Run, commit: str, resume: bool = False, warm: bool = False, with_
     console = console or Console()
     page = page_for(run, resume)
     told = versions(run.contenders)
-    console.print(f"{run.suite} on {run.gpu}, {run.dtype}, commit {commit}: {len(run.rows)} rows, into {run.path}", highlight=False)
+    console.print(f"{run.suite} on {run.gpu}, {run.dtype}, commit {commit}: {len(run.rows)} rows, into {run.path}",
+                  highlight=False)
     console.print(", ".join(f"{n} {v}" for n, v in told.items()), highlight=False)
     active = [c for c in run.contenders if c.name not in run.skipped]
     try:

@@ -1,6 +1,8 @@
 """Inputs for checks and timings: as a model makes them, and hard ones."""
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 KINDS = ("model", "no_decay", "strong_decay", "correlated")
@@ -27,10 +29,11 @@ def make(lengths: list[int], H: int, HV: int, K: int = 128, V: int = 128, dtype:
     rate = 16 * uniform(HV)
     bias = torch.log(torch.expm1(torch.exp(uniform(HV) * 4.6 - 6.9)))                # steps from 1e-3 to 0.1 after softplus
     if kind == "real":
-        rate[::16] = 1e-4                                  # as a trained A_log may make it: over 32768 tokens about half is left
+        rate[::16] = 1e-4                                  # as a trained A_log may make it: half is left after 32768 tokens
 
     def gates() -> torch.Tensor:
-        return -rate * torch.nn.functional.softplus(normal(T, HV) + bias)
+        softplus: Callable[[torch.Tensor], torch.Tensor] = torch.nn.functional.softplus
+        return -rate * softplus(normal(T, HV) + bias)
     g = {"model": gates, "real": gates,
          "no_decay": lambda: torch.zeros(T, HV, device=device),
          "strong_decay": lambda: -4 - 2 * uniform(T, HV),

@@ -108,7 +108,8 @@ def accuracy(run: Run, kind: str, told: Callable[[str], None] = lambda _: None) 
         found = c.prepare(ACCURACY, x, run.train)()
         settle(run.device)
         return {"errors": expected.errors(found)} | about(run, c, ACCURACY, x)
-    return {"served": served(run, ACCURACY), "contenders": {c.name: attempt(run, c, errors) for c in run.contenders if c.kind != "attention"}}
+    entries = {c.name: attempt(run, c, errors) for c in run.contenders if c.kind != "attention"}
+    return {"served": served(run, ACCURACY), "contenders": entries}
 
 
 def measure(run: Run, row: Row, rates: Rates, told: Callable[[str], None] = lambda _: None) -> Record:
@@ -145,8 +146,8 @@ def measure(run: Run, row: Row, rates: Rates, told: Callable[[str], None] = lamb
     for e in entries.values():
         if "ms" in e and e["kind"] != "attention":
             e["of_floor"] = lower["ms"] / e["ms"]
-    record: Record = {"train": run.train, "copies": copies, "floor": lower, "served": served(run, row), "reference": expected.about,
-                      "contenders": entries}
+    record: Record = {"train": run.train, "copies": copies, "floor": lower, "served": served(run, row),
+                      "reference": expected.about, "contenders": entries}
     return record | {"best_peer": results.best(record, "peer"), "ratio": results.ratio(record)}
 
 
@@ -164,7 +165,8 @@ def line(name: str, record: Record) -> str:
     """A record in some lines, for who watches: milliseconds (and where they are not of a graph, how), and errors of o."""
     lines = [name]
     if "floor" in record:
-        lines[0] += f": floor {record['floor']['ms']:.3f} ms" + (f"; best peer / ours {record['ratio']:.2f}" if record["ratio"] else "")
+        lines[0] += f": floor {record['floor']['ms']:.3f} ms"
+        lines[0] += f"; best peer / ours {record['ratio']:.2f}" if record["ratio"] else ""
     for contender, c in record["contenders"].items():
         found = [f"{c['ms']:.3f} ms" + (f" ({c['how']})" if c["how"] != "cuda graph" else "")] if "ms" in c else []
         found += [f"error {c['errors']['o']:.2e}"] if c.get("errors") else []
@@ -191,7 +193,8 @@ class Part:
 def parts_of(run: Run, rates: Rates, kinds: tuple[str, ...]) -> list[Part]:
     found = [Part(f"accuracy, {kind}", "accuracy", {"inputs": kind, "dtype": run.dtype}, partial(accuracy, run, kind))
              for kind in kinds]
-    return found + [Part(str(row), "rows", results.key_of(row, run.dtype), partial(measure, run, row, rates)) for row in run.rows]
+    return found + [Part(str(row), "rows", results.key_of(row, run.dtype), partial(measure, run, row, rates))
+                    for row in run.rows]
 
 
 def perform(run: Run, page: Page, index: int, rates: Rates, console: Console, kinds: tuple[str, ...] = inputs.KINDS) -> bool:

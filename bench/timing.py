@@ -38,8 +38,9 @@ class Timer:
 
     def summary(self) -> dict[str, Any]:
         """ms: the median; low and high: the 10th and 90th percentile (of `samples` runs)."""
-        found: dict[str, Any] = {"ms": statistics.median(self.ms), "low": quantile(self.ms, 0.1), "high": quantile(self.ms, 0.9),
-                                 "samples": len(self.ms), "how": self.how, "launches": self.launches}
+        found: dict[str, Any] = {"ms": statistics.median(self.ms), "low": quantile(self.ms, 0.1),
+                                 "high": quantile(self.ms, 0.9), "samples": len(self.ms), "how": self.how,
+                                 "launches": self.launches}
         return found | ({"note": self.note} if self.note else {})
 
 
