@@ -14,7 +14,7 @@ from gdn_ir.bench import floor as floors
 from gdn_ir.bench.cases import Row
 from gdn_ir.bench.contenders import Contender, chosen, versions
 from gdn_ir.bench.results import Page
-from gdn_ir.bench.suite import Run, attempt, gpu_name, perform
+from gdn_ir.bench.suite import ACCURACY, Run, attempt, gpu_name, perform
 from gdn_ir.compiler import Instance
 from gdn_ir.programs.gated_delta import Switches
 
@@ -69,7 +69,7 @@ def bench(run: Run, commit: str, resume: bool = False, warm: bool = False, with_
     active = [c for c in run.contenders if c.name not in run.skipped]
     try:
         if warm:
-            cold.warm_up(active, run.rows, run.dtype, run.device, run.train, workers,
+            cold.warm_up(active, [*run.rows, *([ACCURACY] if accuracy else [])], run.dtype, run.device, run.train, workers,
                          lambda text: console.print(text, highlight=False, markup=False))
         rates = floors.measure(run.device, TORCH[run.dtype])
     except KeyboardInterrupt:

@@ -22,7 +22,8 @@ def main() -> None:
     found = {}
     for name, packed in (("dense", False), ("packed", True)):
         x = inputs.make([256], 16, 32)
-        args: dict[str, Any] = {n: x[n][None] for n in ("q", "k", "v", "g", "beta")} | ({"cu_seqlens": x["cu_seqlens"]} if packed else {})
+        args: dict[str, Any] = {n: x[n][None] for n in ("q", "k", "v", "g", "beta")}
+        args |= ({"cu_seqlens": x["cu_seqlens"]} if packed else {})
         times = []
         with torch.no_grad():
             for _ in range(300):

@@ -136,7 +136,7 @@ def break_even(pages: list[Page], train: bool = False) -> Figure | None:
     by_heads: dict[tuple[int, ...], list[Record]] = {}
     for r in rows:
         by_heads.setdefault(tuple(r["heads"]), []).append(r)
-    rows = sorted(max(by_heads.values(), key=len, default=[]), key=lambda r: r["lengths"][0])
+    rows = sorted(max(by_heads.values(), key=len) if by_heads else [], key=lambda r: r["lengths"][0])
     if len(rows) < 2 or not contenders_of(rows, kinds=("attention",)):
         return None
     fig, axes = figure()
@@ -159,7 +159,7 @@ def break_even(pages: list[Page], train: bool = False) -> Figure | None:
 def cold(pages: list[Page], train: bool = False) -> Figure | None:
     """A fresh process up to the end of the first call, with empty caches and with warm ones."""
     measured = [[r for r in p.cold if "cold_s" in r] for p in pages if trains(p.suite) == train]
-    records = max(measured, key=len, default=[])
+    records = max(measured, key=len) if measured else []
     if not records:
         return None
     fig, axes = figure(8.0, 1.4 + 0.55 * len(records))

@@ -44,15 +44,15 @@ def document(pages: list[Page]) -> list[Block]:
         ("p", "Written by `gdn-ir report` from `bench/results/`. Milliseconds are medians of interleaved runs of one process "
               "(CUDA-graph replays unless a cell says otherwise), inputs rotated past L2, q and k of unit length, decays as "
               "Gated DeltaNet makes them, with one head in sixteen that hardly decays. A pass's floor is the larger of its "
-              "least bytes over a measured copy's bandwidth and the chunk form's arithmetic over a measured matrix product's rate. Errors are "
-              "relative (L2). A contender without a number has its reason below the table.")]
+              "least bytes over a measured copy's bandwidth and the chunk form's arithmetic over a measured matrix product's "
+              "rate. Errors are relative (L2). A contender without a number has its reason below the table.")]
     for gpu in dict.fromkeys(p.gpu for p in pages):
         of_gpu = [p for p in pages if p.gpu == gpu]
         blocks.append(("h2", gpu))
         commits = {c for p in of_gpu for c in p.commits}
         if len(commits) > 1:
-            blocks.append(("warning", f"What follows mixes commits ({', '.join(sorted(commits))}): numbers of different ones do "
-                                      "not compare. Each table says what it holds."))
+            blocks.append(("warning", f"What follows mixes commits ({', '.join(sorted(commits))}): numbers of different ones "
+                                      "do not compare. Each table says what it holds."))
         for page in of_gpu:
             blocks += section(page)
         for name, (title, plot) in PLOTS.items():

@@ -83,9 +83,9 @@ def interleave(timers: Sequence[Timer], seconds: float) -> None:
             t.sample(seconds / ROUNDS, least=2)
 
 
-def peak_bytes(call: Callable[[], object]) -> int | None:
+def peak_bytes(call: Callable[[], object], device: str) -> int | None:
     """The most GPU memory that a warm call holds at once beyond its inputs: temporaries and outputs. None on a CPU."""
-    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+    if device == "cpu":
         return None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
