@@ -53,7 +53,7 @@ def elapsed_ms(run: Callable[[], object]) -> float:
     run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end)
+    return float(start.elapsed_time(end))
 
 
 def graph_ms(calls: Calls, replays: int = 20) -> float:

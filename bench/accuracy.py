@@ -1,5 +1,5 @@
-"""What a row's numbers should be. The recurrence is causal, so the first tokens of each sequence are compared with float64 at any
-length; whole rows too long for that, with our own float32 kernels, whose distance from float64 on those tokens is given beside."""
+"""What a row's numbers should be. The recurrence is causal, so the first tokens of each sequence are compared with float64 at
+any length; whole rows too long for that, with our own float32 kernels, whose distance from float64 is given beside."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -61,11 +61,13 @@ def reference(row: Row, x: Tensors, train: bool) -> Reference:
     part = {n: x[n][prefix].double().requires_grad_(train) for n in LEAVES}
     ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     with torch.set_grad_enabled(train):
-        o, state = recurrence(*(part[n][None] for n in LEAVES), cu_seqlens=ends)
+        q, k, v, g, beta = (part[n][None] for n in LEAVES)
+        o, state = recurrence(q, k, v, g, beta, cu_seqlens=ends)
         exact = {"o": o[0].detach()} | ({"final_state": state.detach()} if complete and not train else {})
         if train:
             leaves = list(part.values())
-            exact |= dict(zip((f"d{n}" for n in LEAVES), torch.autograd.grad(o[0], leaves, x["do"][prefix].double()), strict=True))
+            gradients = torch.autograd.grad(o[0], leaves, x["do"][prefix].double())
+            exact |= dict(zip((f"d{n}" for n in LEAVES), gradients, strict=True))
     found = Reference(each, prefix, exact, complete)
     found.about["exact"] = "the token recurrence in float64" + ("" if complete else f", first {each} tokens of each sequence")
     if not (complete or train):
@@ -81,8 +83,8 @@ def whole(row: Row, x: Tensors, found: Reference) -> None:
         chosen = registry.choose(instance(row, torch.float32, False), registry.architecture(x["q"].device), len(row.lengths),
                                  row.HV, row.tokens)
         with torch.no_grad():
-            o, state = chunk_gated_delta_rule(*(wide[n][None] for n in LEAVES), cu_seqlens=x["cu_seqlens"],
-                                              output_final_state=True)
+            q, k, v, g, beta = (wide[n][None] for n in LEAVES)
+            o, state = chunk_gated_delta_rule(q, k, v, g, beta, cu_seqlens=x["cu_seqlens"], output_final_state=True)
         assert state is not None
     except Exception as e:                                 # out of memory, or a kernel that does not fit
         found.about["whole"] = f"none: {type(e).__name__}: {e}"[:200]

@@ -48,7 +48,8 @@ def first_calls(task: Task) -> dict[str, Any]:
     from gdn_ir.bench.suite import Run, make
     from gdn_ir.bench.suite import reason as say
     run = Run("train" if task.train else "forward", list(task.rows), [], task.dtype, task.device, None)     # type: ignore[arg-type]
-    c, found = CONTENDERS[task.contender], []
+    c = CONTENDERS[task.contender]
+    found: list[float] = []
     for row in task.rows:
         x = make(run, row)
         if task.device == "cuda":
@@ -102,7 +103,8 @@ def warm_up(contenders: list[Contender], rows: list[Row], dtype: str, device: st
     groups: dict[tuple[int, int], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.H, row.HV), []).append(row)
-    together = [Task(c.name, tuple(g), dtype, device, train) for c in contenders if c.name not in ALONE for g in groups.values()]
+    together = [Task(c.name, tuple(g), dtype, device, train) for c in contenders if c.name not in ALONE
+                for g in groups.values()]
     alone = [Task(c.name, tuple(rows), dtype, device, train) for c in contenders if c.name in ALONE]
 
     def tell(task: Task, found: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from gdn_ir.bench import floor as floors
 from gdn_ir.bench.cases import Row
 from gdn_ir.bench.contenders import Contender, chosen, versions
 from gdn_ir.bench.results import Page
-from gdn_ir.bench.suite import Run, attempt, gpu_name, perform
+from gdn_ir.bench.suite import ACCURACY, Run, attempt, gpu_name, perform
 from gdn_ir.compiler import Instance
 from gdn_ir.programs.gated_delta import Switches
 
@@ -52,8 +52,8 @@ def page_for(run: Run, resume: bool) -> Page:
         return Page(run.suite, run.gpu, run.dtype)
     page = results.read(run.path)
     if page.gpu != run.gpu:
-        raise ValueError(f"--resume: {run.path} is of {page.gpu}, and this is {run.gpu}; accepts a page of this GPU: name another "
-                         "folder with --out")
+        raise ValueError(f"--resume: {run.path} is of {page.gpu}, and this is {run.gpu}; accepts a page of this GPU: name "
+                         "another folder with --out")
     return page
 
 
@@ -63,12 +63,13 @@ def bench(run: Run, commit: str, resume: bool = False, warm: bool = False, with_
     console = console or Console()
     page = page_for(run, resume)
     told = versions(run.contenders)
-    console.print(f"{run.suite} on {run.gpu}, {run.dtype}, commit {commit}: {len(run.rows)} rows, into {run.path}", highlight=False)
+    console.print(f"{run.suite} on {run.gpu}, {run.dtype}, commit {commit}: {len(run.rows)} rows, into {run.path}",
+                  highlight=False)
     console.print(", ".join(f"{n} {v}" for n, v in told.items()), highlight=False)
     active = [c for c in run.contenders if c.name not in run.skipped]
     try:
         if warm:
-            cold.warm_up(active, run.rows, run.dtype, run.device, run.train, workers,
+            cold.warm_up(active, [*run.rows, *([ACCURACY] if accuracy else [])], run.dtype, run.device, run.train, workers,
                          lambda text: console.print(text, highlight=False, markup=False))
         rates = floors.measure(run.device, TORCH[run.dtype])
     except KeyboardInterrupt:

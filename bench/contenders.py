@@ -168,7 +168,7 @@ CONTENDERS: dict[str, Contender] = {c.name: c for c in (
     Contender("attention cuDNN", "attention", partial(attention, "cudnn"), "torch", "torch"),
     Contender("attention flash", "attention", partial(attention, "flash"), "torch", "torch"))}
 NAMES_OF = {"--backends": {c.name.removeprefix("gdn-ir "): c for c in CONTENDERS.values() if c.kind == "gdn-ir"},
-            "--peers": {c.name.lower().replace("attention ", "attention-"): c for c in CONTENDERS.values() if c.kind != "gdn-ir"}}
+            "--peers": {c.name.lower().replace(" ", "-"): c for c in CONTENDERS.values() if c.kind != "gdn-ir"}}
 
 
 def chosen(option: str, text: str) -> list[Contender]:

@@ -6,6 +6,7 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +22,8 @@ def main() -> None:
     found = {}
     for name, packed in (("dense", False), ("packed", True)):
         x = inputs.make([256], 16, 32)
-        args = {n: x[n][None] for n in ("q", "k", "v", "g", "beta")} | ({"cu_seqlens": x["cu_seqlens"]} if packed else {})
+        args: dict[str, Any] = {n: x[n][None] for n in ("q", "k", "v", "g", "beta")}
+        args |= ({"cu_seqlens": x["cu_seqlens"]} if packed else {})
         times = []
         with torch.no_grad():
             for _ in range(300):

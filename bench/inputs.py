@@ -1,6 +1,8 @@
 """Inputs for checks and timings: as a model makes them, and hard ones."""
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 KINDS = ("model", "no_decay", "strong_decay", "correlated")
@@ -27,14 +29,16 @@ def make(lengths: list[int], H: int, HV: int, K: int = 128, V: int = 128, dtype:
     rate = 16 * uniform(HV)
     bias = torch.log(torch.expm1(torch.exp(uniform(HV) * 4.6 - 6.9)))                # steps from 1e-3 to 0.1 after softplus
     if kind == "real":
-        rate[::16] = 1e-4                                  # as a trained A_log may make it: over 32768 tokens about half is left
+        rate[::16] = 1e-4                                  # as a trained A_log may make it: half is left after 32768 tokens
 
     def gates() -> torch.Tensor:
-        return -rate * torch.nn.functional.softplus(normal(T, HV) + bias)
-    g = {"model": gates, "real": gates,
-         "no_decay": lambda: torch.zeros(T, HV, device=device),
-         "strong_decay": lambda: -4 - 2 * uniform(T, HV),
-         "correlated": lambda: -0.02 * uniform(T, HV)}[kind]()
+        return torch.as_tensor(-rate * torch.nn.functional.softplus(normal(T, HV) + bias))
+    makers: dict[str, Callable[[], torch.Tensor]] = {
+        "model": gates, "real": gates,
+        "no_decay": lambda: torch.zeros(T, HV, device=device),
+        "strong_decay": lambda: -4 - 2 * uniform(T, HV),
+        "correlated": lambda: -0.02 * uniform(T, HV)}
+    g = makers[kind]()
     beta = 0.5 + 0.5 * uniform(T, HV) if kind == "correlated" else torch.sigmoid(normal(T, HV))
     unit = torch.nn.functional.normalize
     ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)

@@ -32,7 +32,8 @@ def main() -> None:
         instance = Instance(FULL, size, size, "f32", "f32", False)
         for T in (1, 8, 64, 512, 2048):
             x = inputs.make([T], H, HV, size, size, torch.float32, "cpu")
-            want, _ = recurrence(*(x[n][None] for n in ("q", "k", "v", "g", "beta")), None, x["initial_state"])
+            q, k, v, g, beta = (x[n][None] for n in ("q", "k", "v", "g", "beta"))
+            want, _ = recurrence(q, k, v, g, beta, None, x["initial_state"])
             x |= {"o": torch.empty_like(x["v"]), "final_state": torch.empty_like(x["initial_state"])}
             row: dict[str, Any] = {"tokens": T, "heads": [H, HV], "K": size, "V": size, "ms": {}, "errors": {}}
             candidates = [("torch", default("torch", instance, 1, HV, T)[0]), ("tilelang", Schedule("recurrent", 1))]

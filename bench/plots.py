@@ -1,4 +1,4 @@
-"""Plots of pages of results. Each takes the pages of one GPU and gives a figure, or None where they do not hold what it shows."""
+"""Plots of pages of results. Each takes the pages of one GPU and gives a figure, or None where they lack what it shows."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
@@ -37,7 +37,8 @@ def rows_of(pages: Iterable[Page], train: bool | None = None, most: int | None =
     return rows if most is None else rows[:most]
 
 
-def contenders_of(rows: Iterable[Record], has: str = "ms", kinds: tuple[str, ...] = ("gdn-ir", "peer", "attention")) -> list[str]:
+def contenders_of(rows: Iterable[Record], has: str = "ms",
+                  kinds: tuple[str, ...] = ("gdn-ir", "peer", "attention")) -> list[str]:
     """Names that some row has this value of, in the order of STYLES."""
     found = {n for r in rows for n, c in r["contenders"].items() if c["kind"] in kinds and c.get(has) is not None}
     return sorted(found, key=lambda n: (list(STYLES).index(n) if n in STYLES else len(STYLES), n))
@@ -91,7 +92,8 @@ def ratio(pages: list[Page], train: bool = False) -> Figure | None:
     edge = max(1.05, *values)
     for i, (v, r) in enumerate(zip(values, rows)):
         peer = str(results.best(r, "peer"))                # beside the bars, clear of the line at 1
-        axes.text(edge * 1.02, i, f"{v:.2f}   {peer} {r['contenders'][peer]['ms']:.3f} ms", fontsize=6 if many else 8, va="center")
+        text = f"{v:.2f}   {peer} {r['contenders'][peer]['ms']:.3f} ms"
+        axes.text(edge * 1.02, i, text, fontsize=6 if many else 8, va="center")
     axes.axvline(1.0, color="#333333", linewidth=1.0)
     axes.set_yticks(range(len(rows)), [label_of(r) for r in rows], fontsize=6 if many else 9)
     axes.set_ylim(len(rows) - 0.5, -0.6)
@@ -134,7 +136,7 @@ def break_even(pages: list[Page], train: bool = False) -> Figure | None:
     by_heads: dict[tuple[int, ...], list[Record]] = {}
     for r in rows:
         by_heads.setdefault(tuple(r["heads"]), []).append(r)
-    rows = sorted(max(by_heads.values(), key=len, default=[]), key=lambda r: r["lengths"][0])
+    rows = sorted(max(by_heads.values(), key=len) if by_heads else [], key=lambda r: r["lengths"][0])
     if len(rows) < 2 or not contenders_of(rows, kinds=("attention",)):
         return None
     fig, axes = figure()
@@ -156,8 +158,8 @@ def break_even(pages: list[Page], train: bool = False) -> Figure | None:
 
 def cold(pages: list[Page], train: bool = False) -> Figure | None:
     """A fresh process up to the end of the first call, with empty caches and with warm ones."""
-    page = max((p for p in pages if trains(p.suite) == train), key=lambda p: sum("cold_s" in r for r in p.cold), default=None)
-    records = [r for r in page.cold if "cold_s" in r] if page else []
+    measured = [[r for r in p.cold if "cold_s" in r] for p in pages if trains(p.suite) == train]
+    records = max(measured, key=len) if measured else []
     if not records:
         return None
     fig, axes = figure(8.0, 1.4 + 0.55 * len(records))

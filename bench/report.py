@@ -15,8 +15,9 @@ MISSING = {"ratio": "no row holds both a peer and gdn-ir", "roofline": "nothing 
            "cold": "first calls were not measured: gdn-ir bench --cold", "memory": "peak memory is read on a GPU only",
            "energy": "the energy counter was not read: gdn-ir bench --energy 1"}
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse;font-size:14px;display:block;overflow-x:auto}th,td{padding:.25rem .6rem;border-bottom:1px solid #ddd;
-text-align:right;white-space:nowrap}th:first-child,td:first-child{text-align:left}td.best{font-weight:600}
+table{border-collapse:collapse;font-size:14px;display:block;overflow-x:auto}th,td{padding:.25rem .6rem;
+border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}
+th:first-child,td:first-child{text-align:left}td.best{font-weight:600}
 svg{max-width:100%;height:auto}.warning{background:#fff3cd;border:1px solid #e0c060;padding:.5rem 1rem}figure{margin:1rem 0}"""
 
 
@@ -41,17 +42,17 @@ def document(pages: list[Page]) -> list[Block]:
     blocks: list[Block] = [
         ("h1", "Performance"),
         ("p", "Written by `gdn-ir report` from `bench/results/`. Milliseconds are medians of interleaved runs of one process "
-              "(CUDA-graph replays unless a cell says otherwise), inputs rotated past L2, q and k of unit length, decays as Gated "
-              "DeltaNet makes them with one head in sixteen that hardly decays. The floor is the larger of the least bytes over "
-              "a measured copy's bandwidth and the chunk form's arithmetic over a measured matrix product's rate. Errors are "
-              "relative (L2). A contender without a number has its reason below the table.")]
+              "(CUDA-graph replays unless a cell says otherwise), inputs rotated past L2, q and k of unit length, decays as "
+              "Gated DeltaNet makes them, with one head in sixteen that hardly decays. A pass's floor is the larger of its "
+              "least bytes over a measured copy's bandwidth and the chunk form's arithmetic over a measured matrix product's "
+              "rate. Errors are relative (L2). A contender without a number has its reason below the table.")]
     for gpu in dict.fromkeys(p.gpu for p in pages):
         of_gpu = [p for p in pages if p.gpu == gpu]
         blocks.append(("h2", gpu))
         commits = {c for p in of_gpu for c in p.commits}
         if len(commits) > 1:
-            blocks.append(("warning", f"What follows mixes commits ({', '.join(sorted(commits))}): numbers of different commits do "
-                                      "not compare. Each table says what it holds."))
+            blocks.append(("warning", f"What follows mixes commits ({', '.join(sorted(commits))}): numbers of different ones "
+                                      "do not compare. Each table says what it holds."))
         for page in of_gpu:
             blocks += section(page)
         for name, (title, plot) in PLOTS.items():
@@ -171,8 +172,9 @@ def reasons(page: Page) -> list[Block]:
     for r in page.cold:
         if "reason" in r:
             found.setdefault((r["contender"], r["reason"]), []).append("first call")
-    return [("p", f"{name}, {'all rows' if len(where) == len(page.rows) else ', '.join(where[:4]) + (' ...' if len(where) > 4 else '')}"
-                  f": {why}") for (name, why), where in found.items()]
+    def places(where: list[str]) -> str:
+        return "all rows" if len(where) == len(page.rows) > 1 else ", ".join(where[:4]) + (" ..." if len(where) > 4 else "")
+    return [("p", f"{name}, {places(where)}: {why}") for (name, why), where in found.items()]
 
 
 def markdown(blocks: list[Block]) -> str:

@@ -17,8 +17,8 @@ Record = dict[str, Any]
 
 @dataclass
 class Page:
-    """runs: {commit, date, versions, rates}, one for each time that something was measured; rows, accuracy and cold: records that
-    hold the index of theirs as "run"."""
+    """runs: {commit, date, versions, rates}, one for each time that something was measured; rows, accuracy and cold: records,
+    each with the index of its run as "run"."""
     suite: str
     gpu: str
     dtype: str
@@ -74,7 +74,8 @@ def key_of(row: Row, dtype: str) -> Record:
 
 
 def row_of(record: Record) -> Row:
-    return Row(tuple(record["lengths"]), *record["heads"], record["K"], record["V"])
+    H, HV = record["heads"]
+    return Row(tuple(record["lengths"]), H, HV, record["K"], record["V"])
 
 
 def read(path: Path) -> Page:
@@ -112,7 +113,8 @@ def commit_here() -> str:
     if (root / ".git").exists():
         try:
             def git(*words: str) -> str:
-                return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
+                done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True)
+                return done.stdout.strip()
             changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results", ":!docs")
             return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
         except (OSError, subprocess.CalledProcessError):

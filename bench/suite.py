@@ -62,13 +62,13 @@ def reason(e: BaseException) -> str:
     return str(e) if isinstance(e, NotTimed) else " ".join(f"{type(e).__name__}: {e}".split())[:300]
 
 
-def settle(device: str) -> None:
-    """Raises Lost where an earlier kernel has broken the GPU's context."""
+def settle(device: str, why: str = "a kernel broke the GPU's context") -> None:
+    """Waits for the GPU. Raises Lost where an earlier kernel has broken its context: nothing more can run in this process."""
     if device == "cuda":
         try:
             torch.cuda.synchronize()
-        except RuntimeError as e:
-            raise Lost(reason(e)) from None
+        except RuntimeError:
+            raise Lost(why) from None
 
 
 def make(run: Run, row: Row, kind: str = "real", seed: int = 0) -> Tensors:
@@ -93,8 +93,10 @@ def attempt(run: Run, c: Contender, work: Callable[[Contender], Record]) -> Reco
         return {"kind": c.kind, "reason": run.skipped[c.name]}
     try:
         return {"kind": c.kind} | work(c)
+    except Lost:
+        raise
     except Exception as e:                                 # of a peer of another version, or none; out of memory; our own
-        settle(run.device)
+        settle(run.device, f"{c.name} broke the GPU's context: {reason(e)}")
         return {"kind": c.kind, "reason": reason(e)}
 
 
@@ -106,9 +108,10 @@ def accuracy(run: Run, kind: str, told: Callable[[str], None] = lambda _: None) 
     def errors(c: Contender) -> Record:
         told(c.name)
         found = c.prepare(ACCURACY, x, run.train)()
-        settle(run.device)
+        settle(run.device, f"{c.name} broke the GPU's context")
         return {"errors": expected.errors(found)} | about(run, c, ACCURACY, x)
-    return {"served": served(run, ACCURACY), "contenders": {c.name: attempt(run, c, errors) for c in run.contenders if c.kind != "attention"}}
+    entries = {c.name: attempt(run, c, errors) for c in run.contenders if c.kind != "attention"}
+    return {"served": served(run, ACCURACY), "contenders": entries}
 
 
 def measure(run: Run, row: Row, rates: Rates, told: Callable[[str], None] = lambda _: None) -> Record:
@@ -126,10 +129,10 @@ def measure(run: Run, row: Row, rates: Rates, told: Callable[[str], None] = lamb
         told(c.name)
         calls = [c.prepare(row, x, run.train) for x in xs]
         found = calls[0]()
-        settle(run.device)
+        settle(run.device, f"{c.name} broke the GPU's context")
         errors = {} if c.kind == "attention" else expected.errors(found)
         del found
-        entry = {"errors": errors, "peak_bytes": peak_bytes(calls[0])} | about(run, c, row, xs[0])
+        entry = {"errors": errors, "peak_bytes": peak_bytes(calls[0], run.device)} | about(run, c, row, xs[0])
         timers[c.name] = timer(calls, run.device)
         return entry
     entries = {c.name: attempt(run, c, ready) for c in run.contenders}
@@ -145,8 +148,8 @@ def measure(run: Run, row: Row, rates: Rates, told: Callable[[str], None] = lamb
     for e in entries.values():
         if "ms" in e and e["kind"] != "attention":
             e["of_floor"] = lower["ms"] / e["ms"]
-    record: Record = {"train": run.train, "copies": copies, "floor": lower, "served": served(run, row), "reference": expected.about,
-                      "contenders": entries}
+    record: Record = {"train": run.train, "copies": copies, "floor": lower, "served": served(run, row),
+                      "reference": expected.about, "contenders": entries}
     return record | {"best_peer": results.best(record, "peer"), "ratio": results.ratio(record)}
 
 
@@ -164,7 +167,8 @@ def line(name: str, record: Record) -> str:
     """A record in some lines, for who watches: milliseconds (and where they are not of a graph, how), and errors of o."""
     lines = [name]
     if "floor" in record:
-        lines[0] += f": floor {record['floor']['ms']:.3f} ms" + (f"; best peer / ours {record['ratio']:.2f}" if record["ratio"] else "")
+        lines[0] += f": floor {record['floor']['ms']:.3f} ms"
+        lines[0] += f"; best peer / ours {record['ratio']:.2f}" if record["ratio"] else ""
     for contender, c in record["contenders"].items():
         found = [f"{c['ms']:.3f} ms" + (f" ({c['how']})" if c["how"] != "cuda graph" else "")] if "ms" in c else []
         found += [f"error {c['errors']['o']:.2e}"] if c.get("errors") else []
@@ -191,7 +195,8 @@ class Part:
 def parts_of(run: Run, rates: Rates, kinds: tuple[str, ...]) -> list[Part]:
     found = [Part(f"accuracy, {kind}", "accuracy", {"inputs": kind, "dtype": run.dtype}, partial(accuracy, run, kind))
              for kind in kinds]
-    return found + [Part(str(row), "rows", results.key_of(row, run.dtype), partial(measure, run, row, rates)) for row in run.rows]
+    return found + [Part(str(row), "rows", results.key_of(row, run.dtype), partial(measure, run, row, rates))
+                    for row in run.rows]
 
 
 def perform(run: Run, page: Page, index: int, rates: Rates, console: Console, kinds: tuple[str, ...] = inputs.KINDS) -> bool:
@@ -216,7 +221,8 @@ def perform(run: Run, page: Page, index: int, rates: Rates, console: Console, ki
                 gc.collect()                               # graphs hold memory
                 if run.device == "cuda":
                     torch.cuda.empty_cache()
-    except KeyboardInterrupt:
-        console.print(f"stopped; {run.path} has what was measured, and --resume goes on from there")
+    except (KeyboardInterrupt, Lost) as e:
+        why = f"stopped: {e}, leave it out" if isinstance(e, Lost) else "stopped"
+        console.print(f"{why}; {run.path} has what was measured, and --resume goes on from there", markup=False)
         return False
     return True

@@ -37,6 +37,7 @@ def candidates(plans: list[str], space: dict[str, list[int]], erase: bool = True
         base = Schedule(name, chunk, plan(name, erase, io, chunk, **changes)).with_options(**rest)
         base = base if one else base.with_options(output=tiled)
         options = itertools.product(space["v_tile"], space["num_warps"], space["num_stages"])
+        vary: list[tuple[str, tuple[int | None, int, int]]]
         vary = [(k, o) for o in options for k in ((scan,) if one else (scan, "output"))]
         if name not in ("naive", "fused") and erase:
             vary += [("solve", (None, w, 1)) for w in (1, 2, 4, 8)]
@@ -75,8 +76,8 @@ ORACLE: list[tuple[torch.Tensor, torch.Tensor]] = []
 
 def oracle(x: dict[str, torch.Tensor], instance: Instance) -> tuple[torch.Tensor, torch.Tensor]:
     state = x["initial_state"] if instance.switches.initial_state else None
-    o, S = recurrence(*(x[n][None] for n in ("q", "k", "v", "g", "beta")), None, state, x["cu_seqlens"].cpu(),
-                      erase=instance.switches.erase)
+    q, k, v, g, beta = (x[n][None] for n in ("q", "k", "v", "g", "beta"))
+    o, S = recurrence(q, k, v, g, beta, None, state, x["cu_seqlens"].cpu(), erase=instance.switches.erase)
     ORACLE.append((o[0], S))
     return ORACLE[0]
 

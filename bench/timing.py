@@ -38,8 +38,9 @@ class Timer:
 
     def summary(self) -> dict[str, Any]:
         """ms: the median; low and high: the 10th and 90th percentile (of `samples` runs)."""
-        found: dict[str, Any] = {"ms": statistics.median(self.ms), "low": quantile(self.ms, 0.1), "high": quantile(self.ms, 0.9),
-                                 "samples": len(self.ms), "how": self.how, "launches": self.launches}
+        found: dict[str, Any] = {"ms": statistics.median(self.ms), "low": quantile(self.ms, 0.1),
+                                 "high": quantile(self.ms, 0.9), "samples": len(self.ms), "how": self.how,
+                                 "launches": self.launches}
         return found | ({"note": self.note} if self.note else {})
 
 
@@ -82,9 +83,9 @@ def interleave(timers: Sequence[Timer], seconds: float) -> None:
             t.sample(seconds / ROUNDS, least=2)
 
 
-def peak_bytes(call: Callable[[], object]) -> int | None:
+def peak_bytes(call: Callable[[], object], device: str) -> int | None:
     """The most GPU memory that a warm call holds at once beyond its inputs: temporaries and outputs. None on a CPU."""
-    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+    if device == "cpu":
         return None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

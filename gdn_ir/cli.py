@@ -88,9 +88,9 @@ def explain(H: int = 16, HV: int = 32, K: int = 128, V: int = 128, T: int = 8192
 @app.command()
 def bench(suite: Annotated[str, typer.Argument(help="forward, forward-core, train, train-core, break-even or break-even-train")]
           = "forward-core",
-          shapes: Annotated[str, typer.Option(help='only these: "8x1024:16/32", "3000+5192:16/32" or the index of a row, separated '
-                                              "by commas")] = "",
-          backends: Annotated[str, typer.Option(help="of ours: triton, tilelang, torch, all or none (all; on a GPU without torch)")]
+          shapes: Annotated[str, typer.Option(help='only these: "8x1024:16/32", "3000+5192:16/32" or the index of a row, '
+                                              "separated by commas")] = "",
+          backends: Annotated[str, typer.Option(help="of ours: triton, tilelang, torch, all or none (all; no torch on a GPU)")]
           = "",
           peers: Annotated[str, typer.Option(help="fla, flashqla, flashinfer, attention-cudnn, attention-flash, all or none")]
           = "all",

@@ -1,4 +1,4 @@
-"""The benchmark itself, on a CPU: what is listed, resumed, written and reported. Numbers in fixtures are made up, in temporary folders."""
+"""The benchmark itself, on a CPU: what is listed, resumed, written and reported. Numbers in fixtures are made up."""
 from __future__ import annotations
 
 import io
@@ -27,8 +27,8 @@ RATES = floors.Rates(1e10, 1e11)
 
 
 def planned(folder: Path, suite: str = "forward-core", shapes: str = "1x8:1/2,3+5:1/2", **options: Any) -> suite.Run:
-    wanted = {"backends": "torch", "peers": "all", "dtype": "f32", "device": "cpu", "out": folder, "seconds": 0.0, "energy": 0.0,
-              "K": 16, "V": 16} | options
+    wanted = {"backends": "torch", "peers": "all", "dtype": "f32", "device": "cpu", "out": folder, "seconds": 0.0,
+              "energy": 0.0, "K": 16, "V": 16} | options
     return command.plan(suite, shapes, **wanted)
 
 
@@ -54,9 +54,11 @@ def test_shapes_are_read_as_they_are_printed() -> None:
 
 @pytest.mark.parametrize("option, value, named", [
     ("suite", "fast", "suite: got 'fast'; accepts forward"), ("shapes", "8x:1/2", "--shapes: got '8x:1/2'"),
-    ("shapes", "7", "an index from 0 to 6"), ("shapes", "1x8:3/4", "HV a multiple of H"), ("shapes", "0x8:1/2", "at least one sequence"),
+    ("shapes", "7", "an index from 0 to 6"), ("shapes", "1x8:3/4", "HV a multiple of H"),
+    ("shapes", "0x8:1/2", "at least one sequence"),
     ("backends", "cuda", "--backends: got 'cuda'; accepts triton"), ("peers", "mamba", "--peers: got 'mamba'; accepts fla"),
-    ("dtype", "f64", "--dtype: got 'f64'; accepts bf16"), ("device", "tpu", "--device: got 'tpu'"), ("seconds", -1.0, "--seconds: got"),
+    ("dtype", "f64", "--dtype: got 'f64'; accepts bf16"), ("device", "tpu", "--device: got 'tpu'"),
+    ("seconds", -1.0, "--seconds: got"),
     ("energy", 1e9, "--energy: got"), ("K", 17, "K: got 17")])
 def test_a_bad_option_is_named_before_anything_runs(tmp_path: Path, option: str, value: Any, named: str) -> None:
     with pytest.raises(ValueError, match=re.escape(named)):
@@ -279,7 +281,8 @@ def made_up(suite: str, commits: tuple[str, ...] = ("aaaaaaa",)) -> Page:
         entries = {n: {"kind": k, "ms": lower["ms"] * f, "low": lower["ms"] * f, "high": lower["ms"] * f * 1.1, "samples": 9,
                        "how": "cuda graph", "launches": 3, "errors": {"o": 3e-3} if k != "attention" else {}, "of_floor": 1 / f,
                        "peak_bytes": 2 ** 24, "microjoules_per_token": f}
-                   for n, k, f in (("gdn-ir triton", "gdn-ir", 3.0), ("FLA", "peer", 6.0), ("attention cuDNN", "attention", 2.0))}
+                   for n, k, f in (("gdn-ir triton", "gdn-ir", 3.0), ("FLA", "peer", 6.0),
+                                   ("attention cuDNN", "attention", 2.0))}
         entries["FlashInfer"] = {"kind": "peer", "reason": "made up: <none>"}
         page.put("rows", results.key_of(row, "bf16"), {
             "run": i % len(commits), "train": train, "floor": lower, "served": "gdn-ir triton", "contenders": entries,
@@ -323,8 +326,8 @@ def test_a_report_of_a_cpu_says_what_is_missing(measured: tuple[suite.Run, Page]
 
 def test_commands(tmp_path: Path) -> None:
     runner = CliRunner()
-    done = runner.invoke(app, ["bench", "forward", "--shapes", "1x8:1/2", "--K", "16", "--V", "16", "--backends", "torch", "--peers",
-                               "none", "--no-accuracy", "--seconds", "0", "--device", "cpu", "--out", str(tmp_path), "--commit", "ccc"])
+    words = "bench forward --shapes 1x8:1/2 --K 16 --V 16 --backends torch --peers none --no-accuracy --seconds 0 --device cpu"
+    done = runner.invoke(app, [*words.split(), "--commit", "ccc", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert results.read(tmp_path / "cpu" / "forward-f32.json").commits == ["ccc"]
     assert runner.invoke(app, ["report", str(tmp_path), "--out", str(tmp_path)]).exit_code == 0

@@ -84,7 +84,7 @@ def test_hard_inputs_are_no_worse_than_the_better_peer() -> None:
 
 
 def test_no_row_is_slower_than_fla() -> None:
-    """No shape of the newest comparison on any GPU where FLA was timed; and on one GPU, all shapes of FORWARD_CORE in one run."""
+    """No shape of any GPU's newest comparison where FLA was timed; and on one GPU, all shapes of FORWARD_CORE in one run."""
     pages = list(compared())
     shapes = {(tuple(lengths), H, HV) for lengths, H, HV in FORWARD_CORE}
     assert any({r["shape"] for r in rows} == shapes for _, _, rows in pages)
