@@ -18,7 +18,7 @@ from gdn_ir.backends.base import TORCH
 from gdn_ir.coverage import DTYPES, Cell, Layout, table
 from gdn_ir.backends.tilelang.ptx import TileLangPtx
 from gdn_ir.backends.triton.ptx import TritonPtx
-from gdn_ir.compiler import variant
+from gdn_ir.compiler import Unsupported, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.reference import recurrence
 from gdn_ir.schedules.defaults import default
@@ -34,17 +34,31 @@ SIZES = ((16, 16), (16, 256), (48, 96), (128, 64), (192, 128), (160, 240),
 TAIL = 70                                                  # rows after the last packed sequence, which must come back as zeros
 
 
-def shipped(arch: str = "sm_90") -> Iterator[tuple[Cell, int]]:
-    """What is checked: cells, and how many scans (sequences x heads) to choose the default schedule for."""
+def shipped(arch: str = "sm_90", backend: str = "triton") -> Iterator[tuple[Cell, int]]:
+    """What is checked: cells, and how many scans (sequences x heads) to choose the default schedule for. Of sizes that are not
+    in the coverage table, those that the backend serves; of tilelang, whose schedules do not depend on scans, fewer."""
+    tilelang = backend == "tilelang"
     for cell in table():
         yield cell, 8
     for io in DTYPES:
         for size in (64, 128, 256):
-            for scans in (8, 512):
-                yield Cell(f"{size} x {size}, {io}, for {scans} scans", FULL, io, replace(PACKED, K=size, V=size)), scans
-    for K, V in SIZES if arch == "sm_90" else SIZES[:6]:
+            for scans in (8,) if tilelang else (8, 512):
+                cell = Cell(f"{size} x {size}, {io}, for {scans} scans", FULL, io, replace(PACKED, K=size, V=size))
+                if serves(backend, arch, cell):
+                    yield cell, scans
+    for K, V in SIZES if arch == "sm_90" and not tilelang else SIZES[:6]:
         for io in DTYPES:
-            yield Cell(f"{K} x {V}, {io}", FULL, io, replace(PACKED, K=K, V=V)), 8
+            cell = Cell(f"{K} x {V}, {io}", FULL, io, replace(PACKED, K=K, V=V))
+            if serves(backend, arch, cell):
+                yield cell, 8
+
+
+def serves(backend: str, arch: str, cell: Cell) -> bool:
+    try:
+        variant(cell.instance, default(arch, cell.instance, 1, 8, sum(cell.layout.lengths), backend)[0], backend, arch)
+    except Unsupported:
+        return False
+    return True
 
 
 def oracle(cell: Cell, x: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,11 +123,11 @@ def main() -> None:
     part, parts = (int(i) for i in a.part.split("/"))
     rows: list[dict[str, Any]] = []
     jobs = [(cell, default(a.arch, cell.instance, 1, scans, sum(cell.layout.lengths), a.backend)[0], "model")
-            for cell, scans in shipped(a.arch)]
-    for io in DTYPES:
+            for cell, scans in shipped(a.arch, a.backend)]
+    for io in DTYPES if a.backend == "triton" else ("bf16", "f16"):
         cell = Cell(f"accuracy, {io}", replace(FULL, initial_state=False), io, PEERS)
         jobs += [(cell, default(a.arch, cell.instance, 1, 4, 768, a.backend)[0], kind) for kind in inputs.KINDS]
-    for io in DTYPES if a.arch == "sm_90" else ():
+    for io in (DTYPES if a.backend == "triton" else ("bf16", "f16")) if a.arch == "sm_90" else ():
         jobs += [(Cell(f"naive, {io}", FULL, io, replace(PACKED, K=k, V=k)), Schedule("naive"), "model") for k in (64, 128)]
     for i, (cell, schedule, kind) in enumerate(jobs):
         if i % parts == part:

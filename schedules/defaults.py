@@ -38,11 +38,11 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
 
 
 def of_tilelang(arch: str, instance: Instance, steps: Steps) -> tuple[Schedule, str]:
-    """The same plan in TileLang: on Hopper what won a sweep, elsewhere and in float32, whose tiles lie in shared memory in three
-    parts, what fits."""
+    """The same plan in TileLang: on Hopper what won a sweep; elsewhere, and in float32, whose tiles lie in shared memory thrice,
+    what fits."""
     width = 32 if instance.io != "f32" or arch == "sm_90" else 16
-    wide = KernelOptions(128, 8, 1) if arch == "sm_90" else KernelOptions(64, 4, 1)
-    output = KernelOptions(32, 4, 1) if instance.io == "f32" else wide
+    whole = KernelOptions(128, 8, 1) if arch == "sm_90" else KernelOptions(64, 4, 1)
+    output = KernelOptions(32, 4, 1) if instance.io == "f32" else whole
     parts = {"scan": KernelOptions(width, 4, 3), "output": output}
     parts |= {"solve": KernelOptions(None, 4, 1)} if instance.switches.erase else {}
     return Schedule(f"states-{width}", steps=steps).with_options(**parts), f"{arch}: chunks in parallel but for the state"

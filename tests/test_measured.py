@@ -19,23 +19,26 @@ RESULTS = Path(__file__).parent.parent / "bench" / "results"
 BOUNDS = {"bf16": 4.5e-3, "f16": 4.5e-3, "f32": 1e-4}
 
 
-def records(arch: str) -> list[dict[str, Any]]:
-    pages = [json.loads(p.read_text()) for p in RESULTS.glob(f"*/verify_{arch}.json")]
+def records(arch: str, backend: str = "triton") -> list[dict[str, Any]]:
+    name = "verify" if backend == "triton" else f"verify_{backend}"
+    pages = [json.loads(p.read_text()) for p in RESULTS.glob(f"*/{name}_{arch}.json")]
     assert all(page["commit"] and page["gpu"] for page in pages)
     return [row for page in pages for row in page["rows"]]
 
 
+@pytest.mark.parametrize("backend", ["triton", "tilelang"])
 @pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
-def test_every_shipped_default_was_measured(arch: str) -> None:
+def test_every_shipped_default_was_measured(arch: str, backend: str) -> None:
     """As one pipeline: the kernels that ship together ran together, on model-like inputs, within the bound of their dtype."""
     measured = {(r["cell"], tuple(sorted(r["sources"].items()))): r["errors"]
-                for r in records(arch) if "failed" not in r and r["inputs"] == "model"}
+                for r in records(arch, backend) if "failed" not in r and r["inputs"] == "model"}
     # how kernels are launched is in no hash; verify.py records it, though the pages of 2026-11-24 do not have it yet
-    launched = {(r["cell"], tuple(sorted(r["sources"].items()))): r["launched"] for r in records(arch) if "launched" in r}
+    launched = {(r["cell"], tuple(sorted(r["sources"].items()))): r["launched"] for r in records(arch, backend)
+                if "launched" in r}
     missing, wrong = [], []
-    for cell, scans in shipped(arch):
-        schedule = default(arch, cell.instance, 1, scans, sum(cell.layout.lengths))[0]
-        sources = {s.kernel: s.hash for s in variant(cell.instance, schedule, "triton", arch).sources}
+    for cell, scans in shipped(arch, backend):
+        schedule = default(arch, cell.instance, 1, scans, sum(cell.layout.lengths), backend)[0]
+        sources = {s.kernel: s.hash for s in variant(cell.instance, schedule, backend, arch).sources}
         key = (cell.name, tuple(sorted(sources.items())))
         errors = measured.get(key)
         options = {k: str(schedule.options(k)) for k in sources}
@@ -49,7 +52,7 @@ def test_every_shipped_default_was_measured(arch: str) -> None:
 
 
 def test_nothing_failed_on_the_gpu() -> None:
-    assert not [r for arch in ("sm_90", "sm_80") for r in records(arch) if "failed" in r]
+    assert not [r for arch in ("sm_90", "sm_80") for b in ("triton", "tilelang") for r in records(arch, b) if "failed" in r]
 
 
 def compared() -> Iterator[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]]:

@@ -33,7 +33,7 @@ class TileLang:
                 return Reason(f"tilelang's products of float32 are tf32 on {arch} (a schedule may ask for tf32x3)")
             if n.op is Op.DOT and arch != "cpu" and n.args[0].type.dtype == "tf32" \
                     and max(kernel.tile(a) for a in {*n.axes, n["over"]}) > SPLIT:
-                return Reason(f"tilelang's float32 tiles wider than {SPLIT}, each in three parts, do not fit {arch}'s shared memory")
+                return Reason(f"tilelang: float32 tiles over {SPLIT}, each in three parts, do not fit {arch}'s shared memory")
             if n.op is Op.STORE and n["sum"]:
                 return Reason(f"tilelang does not lower a store summed over {', '.join(n['sum'])} yet ({n['tensor'].name})")
         if len(kernel.splits) > 1 or (kernel.parallel and len(kernel.parallel.chain) > 1):
