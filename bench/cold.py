@@ -42,7 +42,8 @@ class Task:
 
 def first_calls(task: Task) -> dict[str, Any]:
     """In a fresh process: seconds from importing the contender to the end of its first call on the first row (inputs are made
-    and torch is imported before), and of that call on each further row."""
+    and torch is imported before), and of that call on each further row; and the
+    last "reason" where a row was not served."""
     import torch
 
     from gdn_ir.bench.suite import Run, make
@@ -50,6 +51,7 @@ def first_calls(task: Task) -> dict[str, Any]:
     run = Run("train" if task.train else "forward", list(task.rows), [], task.dtype, task.device, None)     # type: ignore[arg-type]
     c = CONTENDERS[task.contender]
     found: list[float] = []
+    why: dict[str, str] = {}
     for row in task.rows:
         x = make(run, row)
         if task.device == "cuda":
@@ -59,10 +61,10 @@ def first_calls(task: Task) -> dict[str, Any]:
             c.prepare(row, x, task.train)()
             if task.device == "cuda":
                 torch.cuda.synchronize()
-        except Exception as e:
-            return {"seconds": found, "reason": say(e)}
-        found.append(round(time.perf_counter() - start, 3))
-    return {"seconds": found}
+            found.append(round(time.perf_counter() - start, 3))
+        except Exception as e:                             # the other rows may be served
+            why["reason"] = say(e)
+    return {"seconds": found} | why
 
 
 def spawn(task: Task, folder: str | None = None, limit: float = 900.0) -> dict[str, Any]:

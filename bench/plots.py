@@ -136,7 +136,8 @@ def break_even(pages: list[Page], train: bool = False) -> Figure | None:
     by_heads: dict[tuple[int, ...], list[Record]] = {}
     for r in rows:
         by_heads.setdefault(tuple(r["heads"]), []).append(r)
-    rows = sorted(max(by_heads.values(), key=len) if by_heads else [], key=lambda r: r["lengths"][0])
+    most = max(by_heads, key=lambda heads: len(by_heads[heads]), default=())
+    rows = sorted(by_heads.get(most, []), key=lambda r: r["lengths"][0])
     if len(rows) < 2 or not contenders_of(rows, kinds=("attention",)):
         return None
     fig, axes = figure()
