@@ -38,8 +38,8 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
 
 
 def of_tilelang(arch: str, instance: Instance, steps: Steps) -> tuple[Schedule, str]:
-    """The same plan in TileLang: on Hopper what won a sweep; elsewhere, and in float32, whose tiles lie in shared memory thrice,
-    what fits."""
+    """The same plan in TileLang: on Hopper what won a sweep; elsewhere, and in float32, whose tiles lie three times in memory,
+    what fits in shared memory."""
     width = 32 if instance.io != "f32" or arch == "sm_90" else 16
     whole = KernelOptions(128, 8, 1) if arch == "sm_90" else KernelOptions(64, 4, 1)
     output = KernelOptions(32, 4, 1) if instance.io == "f32" else whole
