@@ -18,12 +18,14 @@ def _solve(step: str, pipeline: Pipeline, name: str) -> tuple[int, Program, Node
 
 @step
 def invert(pipeline: Pipeline, name: str, inverse: str) -> Pipeline:
-    """u = (I + M)^-1 r, as the explicit inverse (called `inverse`) and a product with it."""
+    """u = (I + M)^-1 r, as the explicit inverse (called `inverse`) and a product with it; a transposed solve as a product with
+    the same inverse, transposed."""
     i, p, u = _solve("invert", pipeline, name)
     m, r = u.args
     a = u["axis"]
     inv = tri_solve(m, eye(a), a)
-    new = dot(inv, r.twin(a), over=twin(a))
+    transposed = dict(u.attr).get("transpose")
+    new = dot(inv, r, over=a).twin(a) if transposed else dot(inv, r.twin(a), over=twin(a))
     q = replace_node(p, u, new)
     return put(pipeline, i, q.with_note(inv, inverse, like=new))
 

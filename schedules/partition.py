@@ -40,23 +40,29 @@ def chunks_at_once(view: ScanView, effects: tuple[Node, ...]) -> Node:
     return view.with_parts(carries=(), inits=(), nexts=(), effects=effects, reverse=False)
 
 
-def _before(name: str, pipeline: Pipeline, i: int, kernel: str, roots: tuple[Node, ...]) -> int | None:
-    """The place of an earlier kernel of that name that effects can join; None if there is none. Refuses one that would read
-    what is written after it."""
+def _join(name: str, pipeline: Pipeline, i: int, kernel: str, effects: tuple[Node, ...]) -> tuple[int, Program] | None:
+    """The earlier kernel of that name with effects of the i-th added, and its place; None if there is none. What the kernel
+    itself stores is not read back. Refuses effects that read what is written later."""
     for j, earlier in enumerate(pipeline[:i]):
         if earlier.name == kernel:
+            if not parallel(earlier):
+                raise IllegalStep(f"{name}: {kernel} is a scan, not a kernel that runs all chunks at once")
+            view = ScanView.of(earlier.roots[0])
+            own = {make(Op.LOAD, (), tensor=e["tensor"], index=e["index"]): e.args[0] for e in view.effects}
+            memo = substitute(effects, own)
             late = {t for p in pipeline[j:] for t in p.written()}
-            for n in toposort(roots):
+            for n in toposort(memo[e] for e in effects):
                 if n.op is Op.LOAD and n["tensor"].name in late:
                     raise refuse(name, pipeline[i], n, f"{kernel} runs before {n['tensor'].name} is written")
-            return j
+            notes = {memo[n]: note for n, note in pipeline[i].notes.items() if n in memo and memo[n].op is not Op.LOAD}
+            root = view.with_parts(effects=(*view.effects, *(memo[e] for e in effects)))
+            return j, replace(earlier, roots=(root,), notes={**pipeline[i].notes, **notes, **earlier.notes})
     return None
 
 
-def _joined(earlier: Program, later: Program, effects: tuple[Node, ...]) -> Program:
-    view = ScanView.of(earlier.roots[0])
-    return replace(earlier, roots=(view.with_parts(effects=(*view.effects, *effects)),),
-                   notes={**later.notes, **earlier.notes})
+def parallel(p: Program) -> bool:
+    """Whether a program is one scan that carries nothing."""
+    return len(p.roots) == 1 and p.roots[0].op is Op.SCAN and not p.roots[0]["carries"]
 
 
 @step
@@ -77,17 +83,12 @@ def hoist(pipeline: Pipeline, name: str, dtype: str = "io", kernel: str = "") ->
     store = make(Op.STORE, (value,), tensor=tensor, index=where, sum=())
     load = make(Op.LOAD, (), tensor=tensor, index=where)
     first = next(j for j, q in enumerate(pipeline) if value in set(q.nodes()) and not parallel(q))
-    at = _before("hoist", pipeline, first, kernel, (store,))
-    rest = tuple(replace_node(q, value, load) if value in set(q.nodes()) else q for q in pipeline[at + 1 if at is not None else first:])
-    if at is not None:
-        return (*pipeline[:at], verify(_joined(pipeline[at], p, (store,))), *map(verify, rest))
+    joined = _join("hoist", pipeline, first, kernel, (store,))
     body = chunks_at_once(scan, (store,))
-    before = Program(kernel, p.grid, (body,), only(p.notes, (body,)))
-    return (*pipeline[:first], verify(before), *map(verify, rest))
-
-
-def parallel(p: Program) -> bool:
-    return len(p.roots) == 1 and p.roots[0].op is Op.SCAN and not p.roots[0]["carries"]
+    at, before = joined or (first, Program(kernel, p.grid, (body,), only(p.notes, (body,))))
+    rest = pipeline[at + 1 if joined else first:]
+    return (*pipeline[:at], verify(before),
+            *(verify(replace_node(q, value, load) if value in set(q.nodes()) else q) for q in rest))
 
 
 @step
@@ -104,9 +105,9 @@ def lift(pipeline: Pipeline, output: str, kernel: str) -> Pipeline:
         raise refuse("lift", p, value, f"{output} is not stored, so there is nothing to lift")
     left = scan.with_parts(effects=tuple(e for e in scan.effects if e not in stores))
     rest = p.rebuild(lambda n, args: left if n is scan.node else None)
-    at = _before("lift", pipeline, i, kernel, stores)
-    if at is not None:
-        return put(put(pipeline, at, _joined(pipeline[at], p, stores)), i, rest)
+    joined = _join("lift", pipeline, i, kernel, stores)
+    if joined:
+        return put(put(pipeline, i, rest), *joined)
     body = chunks_at_once(scan, stores)
     return put(pipeline, i, Program(kernel, p.grid, (body,), only(p.notes, (body,))), rest)
 

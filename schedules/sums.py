@@ -18,6 +18,7 @@ from gdn_ir.analysis import needs
 from gdn_ir.build import broadcast, dot, reduce_sum
 from gdn_ir.nodes import Node, Op, base, make, twin
 from gdn_ir.program import Program, toposort
+from gdn_ir.rewrite import constant as constant_of
 from gdn_ir.rewrite import simplify
 from gdn_ir.schedules.pipeline import Pipeline, find, put, refuse, replace_node, step
 from gdn_ir.verify import verify
@@ -249,17 +250,50 @@ def _merged(n: Node) -> Node | None:
 
 @step
 def peel(pipeline: Pipeline, name: str, constant: str) -> Pipeline:
-    """A value's addends that need no carry, as one value (called `constant`), which can then be hoisted."""
+    """A value's addends that need no carry, as one value (called `constant`), which can then be hoisted. Looked for under what
+    is linear too: sums, masks, scales."""
     i, value = find(pipeline, name, "peel")
     p = pipeline[i]
     depends = needs(p)
-    free = [x for x in addends(value) if not depends.get(x[1], depends[value])]
-    rest = [x for x in addends(value) if x not in free]
+
+    def serial(n: Node) -> bool:
+        if n not in depends:
+            for a in n.args:
+                serial(a)
+            depends[n] = frozenset().union(*(depends[a] for a in n.args))
+        return bool(depends[n])
+    parts = spread(value, serial)
+    free = [x for x in parts if not serial(x[1])]
+    rest = [x for x in parts if serial(x[1])]
     if not free or not rest:
         raise refuse("peel", p, value, f"{name} is not a sum of what needs a carry and what needs none")
-    const = total(free)
+    const = broadcast(total(free), value.axes)
     new = const + total(rest)
     return put(pipeline, i, replace_node(p, value, new).with_note(const, constant, like=value))
+
+
+def spread(n: Node, serial: Callable[[Node], bool]) -> list[tuple[int, Node]]:
+    """A value as two addends (or one), one that needs no carry and one that does: linear operations are applied to each."""
+    def two(parts: list[tuple[int, Node]]) -> list[tuple[int, Node]]:
+        groups = [[x for x in parts if serial(x[1]) == s] for s in (False, True)]
+        return [(1, total(g)) if len(g) > 1 else g[0] for g in groups if g]
+    if not serial(n):
+        return [(1, n)]
+    if is_elem(n, "add", "sub"):
+        second = -1 if n["fn"] == "sub" else 1
+        parts = [*spread(n.args[0], serial), *((s * second, x) for s, x in spread(n.args[1], serial))]
+        return two([(s, broadcast(x, n.axes)) for s, x in parts])
+    at = None
+    if is_elem(n, "neg") or n.op in (Op.TWIN, Op.BROADCAST) or (n.op is Op.REDUCE and n["fn"] == "sum"):
+        at = 0
+    elif is_elem(n, "mul") and serial(n.args[0]) != serial(n.args[1]):
+        at = 0 if serial(n.args[0]) else 1
+    elif n.op is Op.SELECT and constant_of(n.args[2]) == 0.0 and not serial(n.args[0]):
+        at = 1
+    if at is None:
+        return [(1, n)]
+    parts = spread(n.args[at], serial)
+    return [(s, n.but((*n.args[:at], x, *n.args[at + 1:]))) for s, x in parts] if len(parts) > 1 else [(1, n)]
 
 
 @step
@@ -280,14 +314,23 @@ def turn(pipeline: Pipeline, name: str) -> Pipeline:
 
 
 def _turned(n: Node) -> Node | None:
-    if n.op is not Op.TWIN or n.args[0].op is not Op.DOT:
+    """TWIN of a tree around such products, without the twin."""
+    if n.op is not Op.TWIN:
         return None
-    d = n.args[0]
-    a = d["over"]
-    for x, y in (d.args, d.args[::-1]):
-        if x.axes == (a, twin(a)) and x.op is not Op.LOAD and twin(a) not in y.axes:
-            return dot(lying(x, a), y.twin(a), over=twin(a))
-    return None
+    axis, found = n["axis"], False
+
+    def up(x: Node) -> Node:
+        nonlocal found
+        if x.op is Op.ELEM and twin(axis) in x.axes:
+            return x.but(tuple(up(a) for a in x.args))
+        if x.op is Op.DOT and x["over"] == axis:
+            for m, y in (x.args, x.args[::-1]):
+                if m.axes == (axis, twin(axis)) and m.op is not Op.LOAD and twin(axis) not in y.axes:
+                    found = True
+                    return dot(lying(m, axis), y.twin(axis), over=twin(axis))
+        return x.twin(axis) if twin(axis) in x.axes else x
+    turned = up(n.args[0])
+    return turned if found else None
 
 
 def lying(n: Node, axis: str) -> Node:
