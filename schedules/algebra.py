@@ -37,7 +37,7 @@ def merge(pipeline: Pipeline, inverse: str, size: int, block: int, dtype: str = 
     Products only ever join two finished blocks. (The product (I - M)(I + M^2)... is exact on paper and ruinous in
     float32; this is not it.) The products' operands are rounded to `dtype`.
     """
-    i, p, inv = _solve("merge", pipeline, inverse)
+    _, p, inv = _solve("merge", pipeline, inverse)
     m, r = inv.args
     a = inv["axis"]
     if r is not eye(a) or inv["block"]:
@@ -55,7 +55,7 @@ def merge(pipeline: Pipeline, inverse: str, size: int, block: int, dtype: str = 
         corner = select(elem("and", same, below), m, 0.0)
         x = x - times(times(x, corner), x)
         block *= 2
-    return put(pipeline, i, replace_node(p, inv, x))
+    return tuple(verify(replace_node(q, inv, x)) if inv in set(q.nodes()) else q for q in pipeline)
 
 
 @step
