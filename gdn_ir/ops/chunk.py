@@ -47,10 +47,6 @@ def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, be
                          "makes beta (otherwise pass a doubled beta)")
     scale = checks.number("scale", sizes["K"] ** -0.5 if scale is None else scale)
     flags = (output_final_state, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first)
-    if registry.forced() == "tilelang" and torch.is_grad_enabled() and any(
-            x is not None and x.requires_grad for x in (q, k, v, g, beta, initial_state)):
-        raise NotImplementedError("chunk_gated_delta_rule: an input requires a gradient, and the backend that "
-                                  "gdn_ir.use('tilelang') asks for has no backward yet; triton and torch have")
     o, state = torch.ops.gdn_ir.chunk_forward(q, k, v, g, beta, scale, initial_state, cu_seqlens, cu_seqlens_cpu, *flags)
     return o, state if output_final_state else None
 
