@@ -72,7 +72,8 @@ def hoist(pipeline: Pipeline, name: str, dtype: str = "io", kernel: str = "") ->
     Values hoisted into the same `kernel` share it; every kernel after it that computes the value reads it instead.
     """
     last, value = find(pipeline, name, "hoist")
-    p, kernel = pipeline[last], kernel or name
+    serial = [i for i, q in enumerate(pipeline) if value in set(q.nodes()) and not parallel(q)]
+    p, kernel = pipeline[serial[-1] if serial else last], kernel or name
     scan = scan_of("hoist", p, value)
     if not scan.carries:
         raise refuse("hoist", p, value, f"{name} is in a kernel that runs all chunks at once already")
@@ -82,7 +83,7 @@ def hoist(pipeline: Pipeline, name: str, dtype: str = "io", kernel: str = "") ->
     tensor, where = _temp(scan, f"{name}_kept" if name in p.tensors() else name, value.axes, dtype)
     store = make(Op.STORE, (value,), tensor=tensor, index=where, sum=())
     load = make(Op.LOAD, (), tensor=tensor, index=where)
-    first = next(j for j, q in enumerate(pipeline) if value in set(q.nodes()) and not parallel(q))
+    first = serial[0]
     joined = _join("hoist", pipeline, first, kernel, (store,))
     body = chunks_at_once(scan, (store,))
     at, before = joined or (first, Program(kernel, p.grid, (body,), only(p.notes, (body,))))

@@ -68,6 +68,7 @@ def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64
     if len(scans) == 2:
         steps += [("keep", "u", "u_again", "io")] if {"u", "u_again"} <= named else []
         steps += [("store_as", "S_kept", "io")]
+    steps += [("turn", "d_u")] if "d_u" in named and "d_r" not in named else []
     steps += [("factor",), ("regroup",), ("exchange",), ("symmetric",)]
     steps += [("invert", n, "A") for n in solves]
     if solves:
@@ -75,19 +76,16 @@ def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64
         steps += [("hoist", n, "f32", "solve") for n in ("G", "total") if n in named]
     out = {n["tensor"].name for n in stores}
     if not back:                                           # nothing is carried: all chunks at once already
-        return (*steps, *heads)
-    if "d_u" in named:
-        if "d_r" in named:
-            steps += [("peel", "d_u", "d_u_o"), ("turn", "d_u_o"), ("hoist", "d_u_o", "io", "local")]
-        else:
-            steps += [("turn", "d_u")]
+        return (*steps, ("move_scales",), *heads)
+    if "d_r" in named:
+        steps += [("peel", "d_u", "d_u_o"), ("turn", "d_u_o"), ("hoist", "d_u_o", "io", "local")]
     steps += [("hoist", "d_qk", "io", "local")] if "d_qk" in named else []
     steps += [("lift", "d_q", "local")] if "d_q" in out else []
     if "d_G" in named:
         steps += [("peel", "d_G", "d_G_o"), ("hoist", "d_G_o", "f32", "local")]
     late = [n for n in ("d_k", "d_g", "d_beta", "d_v") if n in out]
     steps += [("sink", ",".join(late), "d_r" if "d_r" in named else "", "grads")] if late else []
-    return (*steps, *heads)
+    return (*steps, ("move_scales",), *heads)
 
 
 def program_values(scan: Node) -> list[Node]:
