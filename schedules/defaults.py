@@ -80,7 +80,7 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
     whole = instance.io == "f32"
     scan = KernelOptions(width, 4, 2)
     every = KernelOptions(None, 8, 1)
-    kernels = {"solve": KernelOptions(None, 4 if whole else 1, 1), "again": scan, "back": scan, "local": every, "grads": every,
+    kernels = {"solve": KernelOptions(None, 4 if whole else 1, 1), "again": scan, "back": scan, "local": every, "inner": every, "grads": every,
                "heads": KernelOptions(None, 4, 1)}
     made = {step[-1] for step in steps if step[0] in ("hoist", "lift", "sink", "sum_after")} | \
         {str(name) for step in steps if step[0] == "separate" for name in step[2:]}

@@ -69,15 +69,16 @@ def parallel(p: Program) -> bool:
 def hoist(pipeline: Pipeline, name: str, dtype: str = "io", kernel: str = "") -> Pipeline:
     """Compute a value of the scan in a kernel of its own, all chunks at once, and store it. Legal iff it needs no carry.
 
-    Values hoisted into the same `kernel` share it; every kernel after it that computes the value reads it instead.
+    Values hoisted into the same `kernel` share it; every kernel after it that computes the value reads it instead. Out of a
+    kernel that runs all chunks at once, a value goes into another named kernel, which halves what one block must hold.
     """
     last, value = find(pipeline, name, "hoist")
-    serial = [i for i, q in enumerate(pipeline) if value in set(q.nodes()) and not parallel(q)]
-    p, kernel = pipeline[serial[-1] if serial else last], kernel or name
+    serial = [i for i, q in enumerate(pipeline) if value in set(q.nodes()) and not parallel(q)] or [last]
+    p = pipeline[serial[-1]]
     scan = scan_of("hoist", p, value)
-    if not scan.carries:
+    if not scan.carries and kernel in ("", p.name):
         raise refuse("hoist", p, value, f"{name} is in a kernel that runs all chunks at once already")
-    needed = needs(p)[value]
+    kernel, needed = kernel or name, needs(p)[value]
     if needed:
         raise refuse("hoist", p, value, f"{name} needs {', '.join(sorted(needed))}, which the scan carries")
     tensor, where = _temp(scan, f"{name}_kept" if name in p.tensors() else name, value.axes, dtype)

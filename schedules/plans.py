@@ -12,8 +12,8 @@ The derived backward has plans of its own (`backward_plan`), of the same steps:
 
     naive     its scans, one kernel each; the solves row by row
     states    solve, as above; again, a scan that saves each chunk's entering state and u; local, for all chunks at once, what
-              needs no adjoint of the state; back, a scan in reverse that only carries that adjoint; grads, for all chunks at
-              once, the other gradients; heads, the sums over value heads that share a key head
+              needs no adjoint of the state; back, a scan in reverse that only carries that adjoint; inner and grads, for all
+              chunks at once, the other gradients; heads, the sums over value heads that share a key head
 """
 from __future__ import annotations
 
@@ -85,6 +85,10 @@ def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64
         steps += [("peel", "d_G", "d_G_o"), ("hoist", "d_G_o", "f32", "local")]
     late = [n for n in ("d_k", "d_g", "d_beta", "d_v") if n in out]
     steps += [("sink", ",".join(late), "d_r" if "d_r" in named else "", "grads")] if late else []
+    if late and "d_r" in named and "d_k" in out:           # all of it at once is more than a block's registers hold
+        steps += [("peel", "d_k", "d_k_r", "d_S"), ("hoist", "d_k_r", "f32", "inner")]
+        steps += [("peel", "d_G", "d_G_r", "d_S"), ("hoist", "d_G_r", "f32", "inner")] if "d_g" in out else []
+        steps += [("lift", n, "inner") for n in ("d_beta", "d_v") if n in out]
     return (*steps, ("move_scales",), *heads)
 
 

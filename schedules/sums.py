@@ -249,24 +249,30 @@ def _merged(n: Node) -> Node | None:
 
 
 @step
-def peel(pipeline: Pipeline, name: str, constant: str) -> Pipeline:
-    """A value's addends that need no carry, as one value (called `constant`), which can then be hoisted. Looked for under what
-    is linear too: sums, masks, scales."""
+def peel(pipeline: Pipeline, name: str, constant: str, without: str = "") -> Pipeline:
+    """A value's addends that need no carry (or, with `without`, do not read that tensor), as one value (called `constant`),
+    which can then be hoisted. Looked for under what is linear too: sums, masks, scales."""
     i, value = find(pipeline, name, "peel")
     p = pipeline[i]
-    depends = needs(p)
+    depends = dict(needs(p))
+    if without:
+        depends = {}
+        for n in p.nodes():
+            own = {without} if n.op is Op.LOAD and n["tensor"].name == without else frozenset[str]()
+            depends[n] = frozenset(own).union(*(depends[a] for a in n.args))
 
     def serial(n: Node) -> bool:
         if n not in depends:
             for a in n.args:
                 serial(a)
-            depends[n] = frozenset().union(*(depends[a] for a in n.args))
+            depends[n] = frozenset[str]().union(*(depends[a] for a in n.args))
         return bool(depends[n])
     parts = spread(value, serial)
     free = [x for x in parts if not serial(x[1])]
     rest = [x for x in parts if serial(x[1])]
     if not free or not rest:
-        raise refuse("peel", p, value, f"{name} is not a sum of what needs a carry and what needs none")
+        what = f"reads {without}" if without else "needs a carry"
+        raise refuse("peel", p, value, f"{name} is not a sum of what {what} and what does not")
     const = broadcast(total(free), value.axes)
     new = const + total(rest)
     return put(pipeline, i, replace_node(p, value, new).with_note(const, constant, like=value))
