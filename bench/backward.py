@@ -2,8 +2,8 @@
 
     python -m bench.backward --out FILE --commit HASH
 
-gdn-ir's call is the backward alone, from q, k, v, g, beta, d_o (states are computed again within it). FLA's is its own backward,
-measured as forward and backward together less its forward; the same two sums are reported for gdn-ir.
+gdn-ir's call is the backward alone, from q, k, v, g, beta, d_o (states are computed again within it). FLA's is measured as
+forward and backward together, less its forward; gdn-ir's forward is reported beside it.
 """
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def check(cell: Cell, backend: str, arch: str, device: str = "cpu", kind: str = 
     for n, w in want.items():
         g = got[f"d_{n}"].cpu()
         rows = sum(lay.lengths)
-        clean = n == "initial_state" or not g[rows:].isnan().any() and not g[rows:].any()
+        clean = n == "initial_state" or not bool((g[rows:] != 0).any())
         errors[f"d_{n}"] = relative(g, w) if clean else float("inf")
     return {"cell": cell.name, "backend": backend, "arch": arch, "inputs": kind, "schedule": schedule.name, "errors": errors,
             "sources": {s.kernel: s.hash for s in chosen.sources},

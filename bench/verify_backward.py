@@ -30,7 +30,8 @@ def shipped() -> Iterator[tuple[Cell, int | None, str]]:
             for scans in (8, 512):
                 for heads in ((2, 4), (4, 4)):
                     lay = replace(PACKED, K=size, V=size, H=heads[0], HV=heads[1])
-                    yield Cell(f"{size} x {size}, {io}, H/HV {heads[0]}/{heads[1]}, for {scans} scans", FULL, io, lay), scans, "model"
+                    name = f"{size} x {size}, {io}, H/HV {heads[0]}/{heads[1]}, for {scans} scans"
+                    yield Cell(name, FULL, io, lay), scans, "model"
         for K, V in SIZES:
             yield Cell(f"{K} x {V}, {io}", FULL, io, replace(PACKED, K=K, V=V)), None, "model"
         for kind in KINDS:

@@ -1,10 +1,11 @@
 """Reverse mode over the language: the backward program is derived from the forward one, never written.
 
-One rule for each operation (gdn_ir/vjp.py). A scan becomes two: it runs once more, keeping the carries that enter each iteration,
-and then a scan in the opposite direction carries their adjoints, computes the body's values again from what was kept, and
-writes the gradients of what the body loads. Inside an outer scan both run within its reverse iteration, so that only the
-outer carries are kept for a whole sequence. The adjoint of a value named x is named d_x, the copy of u in the scan that runs again u_again, and each adjoint is noted
-with the line of the value it belongs to: plans and emitted code speak of the backward in the forward's words.
+One rule for each operation (gdn_ir/vjp.py). A scan becomes two: it runs once more, keeping the carries that enter each
+iteration, and then a scan in the opposite direction carries their adjoints, computes the body's values again from what was
+kept, and writes the gradients of what the body loads. Inside an outer scan both run within its reverse iteration, so that
+only the outer carries are kept for a whole sequence. The adjoint of a value named x is named d_x, the copy of u in the scan
+that runs again u_again, and each adjoint is noted with the line of the value it belongs to: plans and emitted code speak of
+the backward in the forward's words.
 """
 from __future__ import annotations
 
@@ -185,7 +186,7 @@ class _Backward:
                               f"  in {self.program.describe(n)}")
             self.written.add(t.name)
             a = fit(a, n.axes)
-            if a.op is not Op.CONST:                       # its name is the tensor's, whatever else is the adjoint of such a name
+            if a.op is not Op.CONST:                       # its name is the tensor's, whatever else would have that name
                 self.adjoints = {x: name for x, name in self.adjoints.items() if name != f"d_{t.name}"} | {a: f"d_{t.name}"}
             own = {x.grid for x in index if isinstance(x, At) and x.share is None}
             own |= {"N"} if any(isinstance(x, Rows | Slot) for x in index) else set()

@@ -29,9 +29,11 @@ class Unsupported(ValueError):
 
 @dataclass(frozen=True)
 class Instance:
-    """All that is fixed when a kernel of the gated delta rule is compiled. io: dtype of q, k, v, o; beta: of beta. grads: inputs
-    whose gradients are computed: then it is the backward, which reads d_o (and d_final_state) and writes d_q, ...; grouped: in
-    the backward, whether value heads may share a key head (HV > H), so that d_q and d_k are sums over them."""
+    """All that is fixed when a kernel of the gated delta rule is compiled. io: dtype of q, k, v, o; beta: of beta.
+
+    grads: inputs whose gradients are computed: then it is the backward, which reads d_o (and d_final_state) and writes d_q, ...
+    grouped: in the backward, whether value heads may share a key head (HV > H), so that d_q and d_k are sums over them.
+    """
     switches: Switches
     K: int
     V: int
@@ -56,8 +58,9 @@ class Instance:
         name = program_of(self.switches).name.replace("_", " ")
         on = [f for f, v in vars(self.switches).items() if v is True and f != "erase"]
         beta = "" if self.beta == self.io else f" (beta {self.beta})"
-        back = [f"gradients of {' '.join(self.grads)}", "heads grouped" if self.grouped else "heads not grouped"] if self.grads else []
-        return ", ".join([name, *back, f"{self.io}{beta}", f"K x V {self.K} x {self.V}", "packed" if self.varlen else "dense", *on])
+        back = [f"gradients of {' '.join(self.grads)}", f"heads {'' if self.grouped else 'not '}grouped"] if self.grads else []
+        layout = "packed" if self.varlen else "dense"
+        return ", ".join([name, *back, f"{self.io}{beta}", f"K x V {self.K} x {self.V}", layout, *on])
 
     @property
     def program(self) -> Program:
@@ -202,8 +205,8 @@ class Variant:
     def __call__(self, tensors: Mapping[str, torch.Tensor], scale: float, sequences: int,
                  cu_seqlens: torch.Tensor | None = None) -> None:
         """tensors: packed and contiguous: q, k [T, H, K]; v, o [T, HV, V]; g (float32), beta [T, HV]; initial_state,
-        final_state [N, HV, K, V] float32 ([N, HV, V, K] with state_v_first). Writes o and final_state. A backward instance takes
-        d_o and d_final_state, shaped as what they are gradients of, and writes d_q, ... (those of `grads`)."""
+        final_state [N, HV, K, V] float32 ([N, HV, V, K] with state_v_first). Writes o and final_state. A backward instance
+        takes d_o and d_final_state, shaped as what they are gradients of, and writes d_q, ... (those of `grads`)."""
         self.compiled(tensors, {"scale": float(scale)}, self.call_of(tensors, sequences, cu_seqlens))
 
     def apply(self, tensors: Mapping[str, torch.Tensor], scale: float, sequences: int,

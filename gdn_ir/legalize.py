@@ -4,7 +4,7 @@ With chunks of one token the chunkwise program becomes the decode step by these 
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 
 from gdn_ir.build import broadcast, reduce_sum
@@ -57,8 +57,11 @@ def ungrouped(program: Program) -> Program:
         if not shared:
             return None
         t = replace(old["tensor"], dims=tuple(shared.get(d, d) for d in old["tensor"].dims))
-        new = {"tensor": t, "index": tuple(replace(x, share=None) if isinstance(x, At) else x for x in old["index"])}
-        return old.but(args, **new, **({"sum": tuple(g for g in old["sum"] if g not in shared.values())} if old.op is Op.STORE else {}))
+        index = tuple(replace(x, share=None) if isinstance(x, At) else x for x in old["index"])
+        new: dict[str, Hashable] = {"tensor": t, "index": index}
+        if old.op is Op.STORE:
+            new["sum"] = tuple(g for g in old["sum"] if g not in shared.values())
+        return old.but(args, **new)
     return verify(program.rebuild(change))
 
 

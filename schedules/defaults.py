@@ -80,9 +80,10 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
     whole = instance.io == "f32"
     scan = KernelOptions(width, 4, 2)
     every = KernelOptions(None, 8, 1)
-    kernels = {"solve": KernelOptions(None, 4 if whole else 1, 1), "again": scan, "back": scan, "local": every, "inner": every, "grads": every,
-               "heads": KernelOptions(None, 4, 1)}
+    kernels = {"solve": KernelOptions(None, 4 if whole else 1, 1), "again": scan, "local": every, "back": scan, "inner": every,
+               "grads": every, "heads": KernelOptions(None, 4, 1)}
     made = {step[-1] for step in steps if step[0] in ("hoist", "lift", "sink", "sum_after")} | \
         {str(name) for step in steps if step[0] == "separate" for name in step[2:]}
     schedule = Schedule(f"backward-{width}", steps=steps).with_options(**{k: o for k, o in kernels.items() if k in made})
-    return schedule, f"{arch}: states again, their adjoints in reverse, in tiles of {width} columns; all else for all chunks at once"
+    return schedule, (f"{arch}: states again, then their adjoints in reverse, in tiles of {width} columns; the rest for all "
+                      "chunks at once")

@@ -76,7 +76,7 @@ def _factor(n: Node) -> Node | None:
         return None
     for i, x in enumerate(n.args):
         def again(rest: Node, i: int = i) -> Node:
-            return dot(*(rest if j == i else y for j, y in enumerate(n.args)), over=n["over"])
+            return n.but(tuple(rest if j == i else y for j, y in enumerate(n.args)))
         if is_elem(x, "neg"):
             return -again(x.args[0])
         if is_elem(x, "mul"):

@@ -83,8 +83,8 @@ def of_correlated(schedule: Schedule, top: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Cases: ["program", name], ["cell", name], ["backward", cell's name], ["plan", plan's name, cell's name, chunk], ["mutant", number] or
-    ["correlated", plan's name, top of beta]."""
+    """Cases: ["program", name], ["cell", name], ["backward", cell's name], ["plan", plan's name, cell's name, chunk],
+    ["mutant", number] or ["correlated", plan's name, top of beta]."""
     cells = {c.name: c for c in table()}
     found = {}
     for case in json.loads(Path(sys.argv[3]).read_text()):

@@ -116,7 +116,7 @@ def test_what_each_rewrite_saves() -> None:
     assert units(kept) == 32.0 and units(factored) == 32.0
     assert units(exchanged) == 28.0
     assert units((*exchanged, ("symmetric",))) == 27.0
-    # one inverse for the solve and its adjoint, half a unit; a tile turned instead of transposed: Q K^T lying both ways, one more
+    # one inverse for the solve and its adjoint: half a unit; Q K^T lying both ways, instead of transposed: one
     assert units(tuple(s for s in backward_plan("states", backward(build())) if s[0] != "merge")) == 28.5
 
 

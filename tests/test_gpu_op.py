@@ -87,7 +87,8 @@ def test_cuda_graph() -> None:
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("shape", [{}, {"B": 2, "T": 130, "K": 64, "V": 128}, {"H": 1, "HV": 3, "K": 128, "V": 128}, {"K": 48, "V": 80}])
+@pytest.mark.parametrize("shape", [{}, {"B": 2, "T": 130, "K": 64, "V": 128}, {"H": 1, "HV": 3, "K": 128, "V": 128},
+                                   {"K": 48, "V": 80}])
 def test_gradients(shape: dict[str, int], dtype: torch.dtype) -> None:
     """Through o and the final state, by Triton, against float64 autograd of the recurrence."""
     x = make(**shape, dtype=dtype, device="cuda")

@@ -34,8 +34,8 @@ def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, be
 
     Returns o [B, T, HV, V] in q's dtype and the final state (None unless output_final_state), with dtype and layout of
     initial_state. Differentiable once, in q, k, v, g, beta and initial_state, through both results; only gradients that are
-    asked for are computed (a gradient of a gradient raises NotImplementedError). Bad input raises TypeError or ValueError before
-    anything is launched.
+    asked for are computed (a gradient of a gradient raises NotImplementedError). Bad input raises TypeError or ValueError
+    before anything is launched.
     """
     checks.keywords(kwargs, KEYWORDS)
     checks.flags(output_final_state=output_final_state, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
@@ -101,14 +101,15 @@ def _unchanged(state: Tensor, initial: Tensor | None) -> Tensor:
 def bind(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initial_state: Tensor | None,
          cu_seqlens: Tensor | None, final_state: bool, l2norm: bool, beta_sigmoid: bool, neg_eigval: bool, state_v_first: bool,
          backend: str | None, grads: tuple[str, ...] = ()) -> tuple[Variant, dict[str, Tensor], int, Tensor | None]:
-    """The variant that serves (the backward, where gradients are named), and its arguments: packed, contiguous, the log decay float32 and boundaries int32."""
+    """The variant that serves (a backward, where `grads` names gradients), and its arguments: packed, contiguous, the log decay
+    float32 and boundaries int32."""
     B, T, _, K = q.shape
     HV, V = v.shape[2:]
     sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     switches = Switches("none" if g is None else "scalar", True, l2norm, beta_sigmoid, neg_eigval, initial_state is not None,
                         final_state, state_v_first)
     instance = Instance(switches, K, V, NAMES[q.dtype], NAMES[beta.dtype], cu_seqlens is not None, grads,
-                        grouped=not grads or HV > q.shape[2])
+                        grouped=not grads or q.shape[2] < HV)
     chosen = registry.choose(instance, registry.architecture(q.device), sequences, HV, B * T, backend)
     tensors = {"q": q, "k": k, "v": v, "beta": beta}
     if g is not None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import library
 
+from gdn_ir import registry
 from gdn_ir.ops import chunk
 
 Tensor = torch.Tensor
@@ -13,7 +14,7 @@ INPUTS = ("q", "k", "v", "g", "beta", "initial_state")
 
 
 def _empty(wanted: str, **inputs: Tensor | None) -> list[Tensor]:
-    """Gradients, not yet written, in the order of `wanted`: each like its input; of g in the dtype that decays are computed in."""
+    """Gradients, not yet written, in the order of `wanted`: each like its input; of g in the dtype of its arithmetic."""
     found = []
     for name in wanted.split():
         x = inputs[name]
@@ -56,7 +57,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
     q, k, v, g, beta, scale, initial_state, cu_seqlens, _, final_state, l2norm, beta_sigmoid, neg_eigval, v_first = inputs
     ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens)
     ctx.scale, ctx.final_state, ctx.flags = scale, final_state, (l2norm, beta_sigmoid, neg_eigval, v_first)
-    ctx.backend = chunk.registry.forced()                  # what `gdn_ir.use` asks for in the forward holds for its backward
+    ctx.backend = registry.forced()                  # what `gdn_ir.use` asks for in the forward holds for its backward
     if ctx.backend == "tilelang":
         raise NotImplementedError("chunk_gated_delta_rule: an input requires a gradient, and the backend that "
                                   "gdn_ir.use('tilelang') asks for has no backward yet; triton and torch have")
