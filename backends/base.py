@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from gdn_ir.nodes import At, Node, Op, Tensor, base
+from gdn_ir.nodes import At, Members, Node, Op, Tensor, base
 from gdn_ir.program import Program, ScanView, token_chains
 from gdn_ir.schedules.schedule import KernelOptions
 
@@ -145,6 +145,7 @@ def heads(kernel: Kernel) -> tuple[str, ...]:
     for n in kernel.program.nodes():
         if n.op in (Op.LOAD, Op.STORE):
             found |= {t.share: None for t in n["index"] if isinstance(t, At) and t.share}
+            found |= {d: None for t, d in zip(n["index"], n["tensor"].dims, strict=True) if isinstance(t, Members)}
     return tuple(found)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gdn_ir.backends.base import Kernel
-from gdn_ir.nodes import At, Node, Rows, Slot, Tensor, Tile, Turn, base
+from gdn_ir.nodes import At, Members, Node, Rows, Slot, Tensor, Tile, Turn, base
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,22 @@ def address(kernel: Kernel, node: Node) -> Address:
                 scalar = "slot"
             case Turn(scan):
                 scalar = f"i_{scan}"
+            case Members(grid):                            # the first of them
+                scalar = f"i_{grid} * ({tensor.dims[i]} // {grid})"
         if scalar is not None:
             factor = product(step)
             terms.append(scalar if factor == "1" else f"{scalar} * ({factor})" if " " in factor else f"{scalar} * {factor}")
     axes = node.axes if node.axes else node.args[0].axes if node.args else ()
     order = tuple(sorted(strides)) if not axes else axes
     return Address(" + ".join(terms) or "0", tuple((a, strides[a]) for a in order), tuple(a for a in order if a in bounds))
+
+
+def members(kernel: Kernel, node: Node) -> tuple[str, str] | None:
+    """Of a load that sums several places: how far they lie apart, and how many there are, as text."""
+    for i, term in enumerate(node["index"]):
+        if isinstance(term, Members):
+            return product(stride(kernel, node["tensor"], i)), f"{node['tensor'].dims[i]} // {term.grid}"
+    return None
 
 
 def index_suffix(axes: tuple[str, ...], to: tuple[str, ...]) -> str:

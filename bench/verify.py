@@ -114,7 +114,7 @@ def main() -> None:
     p.add_argument("--out", required=True)
     p.add_argument("--commit", required=True)
     p.add_argument("--arch", default="sm_90", help="sm_80 runs from PTX")
-    p.add_argument("--backend", default="triton", help="triton or tilelang")
+    p.add_argument("--backend", default="triton", help="triton or tilelang (with GDN_IR_UNVERIFIED=1)")
     p.add_argument("--part", default="0/1", help="i/n: the i-th of n parts, to run in n processes")
     a = p.parse_args()
     backend = a.backend if a.arch == "sm_90" else f"{a.backend}-ptx"

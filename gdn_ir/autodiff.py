@@ -1,25 +1,26 @@
 """Reverse mode over the language: the backward program is derived from the forward one, never written.
 
-One rule for each operation (`VJP`). A scan becomes two: it runs once more, keeping the carries that enter each iteration,
-and then a scan in the opposite direction carries their adjoints, computes the body's values again from what was kept, and
-writes the gradients of what the body loads. Inside an outer scan both run within its reverse iteration, so that only the
-outer carries are kept for a whole sequence. The adjoint of a triangular solve is a transposed solve
-(math: (I + M) u = r gives r' = (I + M)^-T u', M' = -strict_lower(r' u^T)); its inner loop is never differentiated.
+One rule for each operation (gdn_ir/vjp.py). A scan becomes two: it runs once more, keeping the carries that enter each
+iteration, and then a scan in the opposite direction carries their adjoints, computes the body's values again from what was
+kept, and writes the gradients of what the body loads. Inside an outer scan both run within its reverse iteration, so that
+only the outer carries are kept for a whole sequence. The adjoint of a value named x is named d_x, the copy of u in the scan
+that runs again u_again, and each adjoint is noted with the line of the value it belongs to: plans and emitted code speak of
+the backward in the forward's words.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from gdn_ir.build import broadcast, cumsum, dot, elem, reduce_sum, select, sigmoid, strict_lower, tri_solve, zeros
+from gdn_ir.build import zeros
 from gdn_ir.nodes import At, IRError, Node, Op, Rows, Slot, Tensor, Term, Tile, Turn, make, term_scans
-from gdn_ir.program import Program, ScanView, only, substitute
+from gdn_ir.program import Note, Program, ScanView, only, spread, substitute
+from gdn_ir.prune import prune
 from gdn_ir.rewrite import simplify
 from gdn_ir.verify import verify
+from gdn_ir.vjp import VJP, fit
 
 Adjoints = dict[Node, Node]
-Rule = Callable[[Node, Node], "tuple[Node | None, ...]"]
-VJP: dict[Op, Rule] = {}
 
 
 def backward(program: Program, wrt: Iterable[str] | None = None) -> Program:
@@ -41,13 +42,15 @@ def backward(program: Program, wrt: Iterable[str] | None = None) -> Program:
     if missing:
         raise IRError(f"wrt: the loads of {', '.join(missing)} in {program.name} reach no output")
     roots = tuple(effects)
-    return simplify(verify(Program(f"{program.name}_backward", program.grid, roots, only(program.notes, roots))))
+    return prune(simplify(verify(Program(f"{program.name}_backward", program.grid, roots, d.named(roots)))))
 
 
 class _Backward:
     def __init__(self, program: Program, wrt: frozenset[str]) -> None:
         self.program, self.wrt = program, wrt
         self.written: set[str] = set()
+        self.notes: dict[Node, Note] = dict(program.notes)
+        self.adjoints: dict[Node, str] = {}                # the names that adjoints take, if no other value has them
 
     # -- one level: values outside of the scans below it
 
@@ -69,10 +72,47 @@ class _Backward:
                     pulled = VJP[n.op](n, adjoint[n])
                 except IRError as e:
                     raise IRError(f"autodiff: {e}\n  in {self.program.describe(n)}") from e
+                self.called(n, adjoint[n])
                 for x, part in zip(n.args, pulled, strict=True):
                     if part is not None and x in varies:
-                        _add(adjoint, x, _fit(part, x.axes))
+                        part = fit(part, x.axes)
+                        self.written_at(part, n)
+                        _add(adjoint, x, part)
+                        self.written_at(adjoint[x], n)
         return {n: adjoint.get(n, zeros(*n.axes)) for n in order if n.op in (Op.LOAD, Op.CARRY)}
+
+    # -- names and lines
+
+    def written_at(self, part: Node, value: Node) -> None:
+        """Note that an adjoint comes from the line of a value."""
+        if value in self.notes and self.notes[value].lines and part not in self.notes and part.op is not Op.CONST:
+            self.notes[part] = Note(None, self.notes[value].lines)
+            spread(self.notes, part, self.notes[part], stop=set())
+
+    def called(self, value: Node, adjoint: Node) -> None:
+        name = self.notes[value].name if value in self.notes else None
+        if name and adjoint.op is not Op.CONST:
+            self.adjoints.setdefault(adjoint, f"d_{name}")
+
+    def copied(self, memo: Mapping[Node, Node], suffix: str) -> None:
+        """Note copies of values as what they are copies of; names take a suffix."""
+        for old, new in memo.items():
+            if new is not old and old in self.notes:
+                name = self.notes[old].name
+                self.notes[new] = Note(name and name + suffix, self.notes[old].lines)
+
+    def named(self, roots: tuple[Node, ...]) -> dict[Node, Note]:
+        """The notes of the nodes under the roots, each name given once: to values first, then to gradients that are stored."""
+        notes = only(self.notes, roots)
+        taken = {note.name for note in notes.values() if note.name}
+        everything = only(dict.fromkeys(self.adjoints, Note()), roots)
+        for n in everything:
+            name = self.adjoints[n]
+            old = notes.get(n, Note())
+            if old.name is None and name not in taken:
+                taken.add(name)
+                notes[n] = Note(name, old.lines)
+        return notes
 
     # -- a scan: run it again keeping its carries, then run it backwards
 
@@ -84,8 +124,10 @@ class _Backward:
         if again is not None:
             effects.append(again)
         body = substitute(view.nexts + view.effects, saved)
+        self.copied(body, "")
         entering = [make(Op.CARRY, name=f"d_{name}", scan=view.axis, axes=x.axes)
                     for name, x in zip(view.carries, view.inits, strict=True)]
+        self.notes |= {c: Note(c["name"], self.program.lines_of(x)) for c, x in zip(entering, view.nexts, strict=True)}
         seeds: Adjoints = {}
         for x, a in zip(view.nexts, entering, strict=True):
             _add(seeds, body[x], a)
@@ -124,6 +166,7 @@ class _Backward:
             saves.append(make(Op.STORE, (fresh[c],), tensor=tensor, index=index, sum=()))
             places[c] = (tensor, index)
         nexts = substitute(view.nexts, fresh)
+        self.copied(nexts, "_again")
         again = view.with_parts(carries=tuple(f"{name}_again" for name in view.carries),
                                 nexts=tuple(_without_stores(nexts[x]) for x in view.nexts), effects=tuple(saves))
         return again, {c: make(Op.LOAD, (again,), tensor=t, index=index) for c, (t, index) in places.items()}
@@ -142,9 +185,12 @@ class _Backward:
                 raise IRError(f"autodiff: {t.name} is loaded in two ways; only one gradient can be written\n"
                               f"  in {self.program.describe(n)}")
             self.written.add(t.name)
+            a = fit(a, n.axes)
+            if a.op is not Op.CONST:                       # its name is the tensor's, whatever else would have that name
+                self.adjoints = {x: name for x, name in self.adjoints.items() if name != f"d_{t.name}"} | {a: f"d_{t.name}"}
             own = {x.grid for x in index if isinstance(x, At) and x.share is None}
             own |= {"N"} if any(isinstance(x, Rows | Slot) for x in index) else set()
-            found.append(make(Op.STORE, (_fit(a, n.axes),), tensor=replace(t, name=f"d_{t.name}"), index=index,
+            found.append(make(Op.STORE, (a,), tensor=replace(t, name=f"d_{t.name}"), index=index,
                               sum=tuple(g for g in self.program.grid if g not in own)))
         return found
 
@@ -193,100 +239,3 @@ def _load_gradient(store: Node) -> Node:
 
 def _add(table: Adjoints, node: Node, value: Node) -> None:
     table[node] = table[node] + value if node in table else value
-
-
-def _fit(a: Node, axes: tuple[str, ...]) -> Node:
-    """An adjoint over exactly `axes`: summed over what was repeated, repeated where it is the same."""
-    for axis in a.axes:
-        if axis not in axes:
-            a = reduce_sum(a, axis)
-    return broadcast(a, axes)
-
-
-# ---- the rules -------------------------------------------------------------------------------------------------------------
-
-
-def rule(op: Op) -> Callable[[Rule], Rule]:
-    def register(fn: Rule) -> Rule:
-        VJP[op] = fn
-        return fn
-    return register
-
-
-ELEMENTWISE: dict[str, Callable[..., tuple[Node | None, ...]]] = {
-    "add": lambda n, a, x, y: (a, a),
-    "sub": lambda n, a, x, y: (a, -a),
-    "mul": lambda n, a, x, y: (a * y, a * x),
-    "div": lambda n, a, x, y: (a / y, -(a * n / y)),
-    "neg": lambda n, a, x: (-a,),
-    "min": lambda n, a, x, y: (select(elem("le", x, y), a, 0.0), select(elem("le", x, y), 0.0, a)),
-    "max": lambda n, a, x, y: (select(elem("ge", x, y), a, 0.0), select(elem("ge", x, y), 0.0, a)),
-    "exp": lambda n, a, x: (a * n,),
-    "log": lambda n, a, x: (a / x,),
-    "rsqrt": lambda n, a, x: (-0.5 * a * n * n * n,),
-    "sigmoid": lambda n, a, x: (a * n * (1.0 - n),),
-    "softplus": lambda n, a, x: (a * sigmoid(x),),
-}
-
-
-@rule(Op.ELEM)
-def _elem(n: Node, a: Node) -> tuple[Node | None, ...]:
-    if n["fn"] not in ELEMENTWISE:
-        return (None,) * len(n.args)                       # comparisons and whole numbers: flat almost everywhere
-    return ELEMENTWISE[n["fn"]](n, a, *n.args)
-
-
-@rule(Op.CAST)
-def _cast(n: Node, a: Node) -> tuple[Node | None, ...]:
-    return (a,)
-
-
-@rule(Op.BROADCAST)
-def _broadcast(n: Node, a: Node) -> tuple[Node | None, ...]:
-    return (a,)
-
-
-@rule(Op.SELECT)
-def _select(n: Node, a: Node) -> tuple[Node | None, ...]:
-    return None, select(n.args[0], a, 0.0), select(n.args[0], 0.0, a)
-
-
-@rule(Op.REDUCE)
-def _reduce(n: Node, a: Node) -> tuple[Node | None, ...]:
-    if n["fn"] != "sum":
-        raise IRError(f"no derivative of a {n['fn']} along an axis")
-    return (a,)
-
-
-@rule(Op.CUMSUM)
-def _cumsum(n: Node, a: Node) -> tuple[Node | None, ...]:
-    return (cumsum(broadcast(a, n.axes), n["axis"], reverse=not n["reverse"]),)
-
-
-@rule(Op.TWIN)
-def _twin(n: Node, a: Node) -> tuple[Node | None, ...]:
-    return (make(Op.TWIN, (a,), axis=n["axis"]),)
-
-
-@rule(Op.DOT)
-def _dot(n: Node, a: Node) -> tuple[Node | None, ...]:
-    a = broadcast(a, n.axes)
-
-    def against(x: Node, y: Node) -> Node:
-        free = [axis for axis in y.axes if axis not in x.axes]
-        return dot(a, y, over=free[0]) if free else a * y
-    x, y = n.args
-    return against(x, y), against(y, x)
-
-
-@rule(Op.TRI_SOLVE)
-def _tri_solve(n: Node, a: Node) -> tuple[Node | None, ...]:
-    (m, r), axis = n.args, n["axis"]
-    if n["block"] or dict(n.attr).get("transpose") or axis + "'" in r.axes:
-        raise IRError("only a whole solve has a derivative here; differentiate before the schedule rewrites it")
-    back = tri_solve(m, broadcast(a, n.axes), axis, transpose=True)
-    rest = [x for x in r.axes if x != axis]
-    u = n.twin(axis)
-    outer = dot(back, u, over=rest[0]) if rest else back * u
-    return -strict_lower(_fit(outer, m.axes), axis), back
-

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 import torch
 
+from gdn_ir.autodiff import backward
 from gdn_ir.backends.base import TORCH, Backend, Call, Kernel, Launch, Source
-from gdn_ir.legalize import collapse, small_products, split_products
+from gdn_ir.legalize import collapse, small_products, split_products, ungrouped
 from gdn_ir.nodes import IRError, Tensor
 from gdn_ir.padding import pad
 from gdn_ir.precision import precision, storage
@@ -28,15 +29,24 @@ class Unsupported(ValueError):
 
 @dataclass(frozen=True)
 class Instance:
-    """All that is fixed when a kernel of the gated delta rule is compiled. io: dtype of q, k, v, o; beta: of beta."""
+    """All that is fixed when a kernel of the gated delta rule is compiled. io: dtype of q, k, v, o; beta: of beta.
+
+    grads: inputs whose gradients are computed: then it is the backward, which reads d_o (and d_final_state) and writes d_q, ...
+    grouped: in the backward, whether value heads may share a key head (HV > H), so that d_q and d_k are sums over them.
+    """
     switches: Switches
     K: int
     V: int
     io: str
     beta: str
     varlen: bool
+    grads: tuple[str, ...] = ()
+    grouped: bool = True
 
     def __post_init__(self) -> None:
+        unknown = set(self.grads) - set(program_of(self.switches).read())
+        if unknown:
+            raise ValueError(f"grads: got {', '.join(sorted(unknown))}; accepts {', '.join(program_of(self.switches).read())}")
         for name, dtype in (("dtype", self.io), ("beta's dtype", self.beta)):
             if dtype not in TORCH:
                 raise ValueError(f"{name}: got {dtype!r}; accepts {', '.join(TORCH)}")
@@ -48,7 +58,14 @@ class Instance:
         name = program_of(self.switches).name.replace("_", " ")
         on = [f for f, v in vars(self.switches).items() if v is True and f != "erase"]
         beta = "" if self.beta == self.io else f" (beta {self.beta})"
-        return ", ".join([name, f"{self.io}{beta}", f"K x V {self.K} x {self.V}", "packed" if self.varlen else "dense", *on])
+        back = [f"gradients of {' '.join(self.grads)}", f"heads {'' if self.grouped else 'not '}grouped"] if self.grads else []
+        layout = "packed" if self.varlen else "dense"
+        return ", ".join([name, *back, f"{self.io}{beta}", f"K x V {self.K} x {self.V}", layout, *on])
+
+    @property
+    def program(self) -> Program:
+        """What it runs, as derived or traced, before any schedule."""
+        return backward_of(self.switches, self.grads, self.grouped) if self.grads else program_of(self.switches)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -162,6 +179,12 @@ def program_of(switches: Switches) -> Program:
     return build(switches)
 
 
+@lru_cache(maxsize=1024)
+def backward_of(switches: Switches, grads: tuple[str, ...], grouped: bool) -> Program:
+    program = backward(program_of(switches), grads)
+    return program if grouped else ungrouped(program)
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to run an instance: what the registry chooses among. Compilation happens at the first call."""
@@ -183,7 +206,8 @@ class Variant:
     def __call__(self, tensors: Mapping[str, torch.Tensor], scale: float, sequences: int,
                  cu_seqlens: torch.Tensor | None = None) -> None:
         """tensors: packed and contiguous: q, k [T, H, K]; v, o [T, HV, V]; g (float32), beta [T, HV]; initial_state,
-        final_state [N, HV, K, V] float32 ([N, HV, V, K] with state_v_first). Writes o and final_state."""
+        final_state [N, HV, K, V] float32 ([N, HV, V, K] with state_v_first). Writes o and final_state. A backward instance
+        takes d_o and d_final_state, shaped as what they are gradients of, and writes d_q, ... (those of `grads`)."""
         self.compiled(tensors, {"scale": float(scale)}, self.call_of(tensors, sequences, cu_seqlens))
 
     def apply(self, tensors: Mapping[str, torch.Tensor], scale: float, sequences: int,
@@ -201,7 +225,7 @@ def variant(instance: Instance, schedule: Schedule, backend: str, arch: str) -> 
         raise Unsupported(f"backend: got {backend!r}; accepts {', '.join(BACKENDS)}")
     b = BACKENDS[backend]
     origin = f"{instance}\nschedule {schedule}"
-    kernels = lower(program_of(instance.switches), schedule, b, arch, instance.sizes, instance.dtypes, instance.varlen, origin)
+    kernels = lower(instance.program, schedule, b, arch, instance.sizes, instance.dtypes, instance.varlen, origin)
     for k in kernels:
         reason = b.supports(k, arch)
         if reason is not None:

@@ -14,7 +14,7 @@ from functools import cached_property
 
 import torch
 
-from gdn_ir.nodes import At, IRError, Node, Op, Rows, Slot, Tensor, Tile, Turn, base, make, stored_axes
+from gdn_ir.nodes import At, IRError, Members, Node, Op, Rows, Slot, Tensor, Tile, Turn, base, make, stored_axes
 from gdn_ir.program import Program, ScanView, Scopes, token_chains
 
 Array = torch.Tensor
@@ -306,11 +306,17 @@ class _Run:
                     where.append(self.sizes.slot(self.point["N"], self.chunk(chain, env), tile))
                 case Turn(scan):
                     where.append(self.chunk((scan,), env))
+                case Members(grid):
+                    group = self.sizes.dim(dim) // self.sizes.dim(grid)
+                    where.append(slice(self.point[grid] * group, (self.point[grid] + 1) * group))
         return where, pad
 
     def _load(self, n: Node, env: _Env) -> Array:
         where, pad = self._address(n, env)
         tile = self.memory[n["tensor"].name][tuple(where)]
+        slices = [t for t, w in zip(n["index"], where, strict=True) if isinstance(w, slice)]
+        for i in reversed([i for i, t in enumerate(slices) if isinstance(t, Members)]):
+            tile = tile.sum(i)
         if n["tensor"].name in self.written:               # what was read stays as it was, whatever is stored later
             tile = tile.clone()
         padding = [x for p in reversed(pad) for x in (0, p)]

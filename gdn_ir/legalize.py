@@ -4,11 +4,11 @@ With chunks of one token the chunkwise program becomes the decode step by these 
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 
 from gdn_ir.build import broadcast, cast, dot, reduce_sum
-from gdn_ir.nodes import Node, Op, Rows, as_node, base
+from gdn_ir.nodes import At, Node, Op, Rows, as_node, base
 from gdn_ir.program import Program
 from gdn_ir.rewrite import simplify
 from gdn_ir.verify import verify
@@ -45,6 +45,24 @@ def collapse(program: Program, axis: str) -> Program:
                 return args[1] if holds else args[2]
         return None
     return simplify(program.rebuild(change))
+
+
+def ungrouped(program: Program) -> Program:
+    """The program for as many points of each shared grid axis as the dimensions that share it have (HV = H): nothing is
+    shared, so nothing is summed over the points that shared it."""
+    def change(old: Node, args: tuple[Node, ...]) -> Node | None:
+        if old.op not in (Op.LOAD, Op.STORE):
+            return None
+        shared = {t.share: t.grid for t in old["index"] if isinstance(t, At) and t.share}
+        if not shared:
+            return None
+        t = replace(old["tensor"], dims=tuple(shared.get(d, d) for d in old["tensor"].dims))
+        index = tuple(replace(x, share=None) if isinstance(x, At) else x for x in old["index"])
+        new: dict[str, Hashable] = {"tensor": t, "index": index}
+        if old.op is Op.STORE:
+            new["sum"] = tuple(g for g in old["sum"] if g not in shared.values())
+        return old.but(args, **new)
+    return verify(program.rebuild(change))
 
 
 def small_products(program: Program, extents: Mapping[str, int], least: int = 16) -> Program:

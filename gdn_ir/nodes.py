@@ -106,7 +106,14 @@ class Turn:
     scan: str
 
 
-Term = Tile | At | Rows | Slot | Turn
+@dataclass(frozen=True)
+class Members:
+    """Several places for each point of a grid axis: those of the dimension that share it, one after another. A load sums them,
+    in order; nothing can be stored there."""
+    grid: str
+
+
+Term = Tile | At | Rows | Slot | Turn | Members
 
 
 @dataclass(frozen=True)
@@ -305,6 +312,8 @@ def infer(op: Op, args: tuple[Node, ...], attr: dict[str, Any]) -> Type:
         case Op.STORE:
             value, axes = args[0], _memory(name, attr["tensor"], attr["index"])
             _numeric(f"store {attr['tensor'].name}", value)
+            if any(isinstance(t, Members) for t in attr["index"]):
+                raise IRError(f"store {attr['tensor'].name}: {attr['index']} is several places; only a load can be of them")
             if value.axes != axes:
                 raise IRError(f"store {attr['tensor'].name}: index covers axes {axes}, the value is {value.type}")
             return Type((), "effect")

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from gdn_ir.nodes import At, IRError, Node, Op, Rows, Slot, Tile, infer, term_scans
+from gdn_ir.nodes import At, IRError, Members, Node, Op, Rows, Slot, Tile, infer, term_scans
 from gdn_ir.program import Program, ScanView, Scopes, toposort
 
 Finding = tuple[Node, str]
@@ -51,7 +51,7 @@ def tensors_agree(program: Program) -> Iterator[Finding]:
             if first["tensor"] != n["tensor"]:
                 yield n, f"tensor {n['tensor']} was declared as {first['tensor']}"
             for t in n["index"]:
-                if isinstance(t, At) and t.grid not in program.grid:
+                if isinstance(t, At | Members) and t.grid not in program.grid:
                     yield n, f"index {t} is not on the grid {program.grid}"
 
 

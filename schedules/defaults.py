@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gdn_ir.schedules.plans import Steps, plan
+from gdn_ir.schedules.plans import Steps, backward_plan, plan
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
         -> tuple[Schedule, str]:
     """The schedule, and the reason for it. arch: "sm_80", "sm_90", "cpu" (native code) or "torch" (any device); sequences,
     heads (HV), tokens: of the call."""
+    if instance.grads:
+        return backward_default(arch, instance, sequences, heads, backend)
     erase, io = instance.switches.erase, instance.io
     if arch == "cpu":
         return Schedule("recurrent", 1), "native code: one token at a time, the state in a core's cache; heads go to threads"
@@ -40,7 +42,7 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
 def of_tilelang(arch: str, instance: Instance, steps: Steps) -> tuple[Schedule, str]:
     """The same plan in TileLang: on Hopper what won a sweep; elsewhere, and in float32, whose tiles lie three times in memory,
     what fits in shared memory."""
-    width = 32 if instance.io != "f32" or arch == "sm_90" else 16
+    width = 16 if instance.io == "f32" else 32
     whole = KernelOptions(128, 8, 1) if arch == "sm_90" else KernelOptions(64, 4, 1)
     output = KernelOptions(32, 4, 1) if instance.io == "f32" else whole
     parts = {"scan": KernelOptions(width, 4, 3), "output": output}
@@ -72,3 +74,25 @@ def options(arch: str, instance: Instance, width: int) -> dict[str, KernelOption
     return {"solve": KernelOptions(num_warps=4 if wide else 1, num_stages=1),
             "scan": KernelOptions(width, 8, 2) if wide else KernelOptions(width, 4, 3),
             "output": KernelOptions(64, 4, 1 if wide else 2)}
+
+
+def backward_default(arch: str, instance: Instance, sequences: int, heads: int, backend: str) -> tuple[Schedule, str]:
+    """The same for a backward."""
+    if arch != "torch" and (backend != "triton" or arch not in MULTIPROCESSORS):
+        raise ValueError(f"no schedule of a backward for {backend} on {arch} yet")
+    if arch != "torch" and max(instance.K, instance.V) > 128:
+        raise ValueError(f"no schedule of a backward for K x V of {instance.K} x {instance.V} on {arch} yet; 128 at most")
+    steps = backward_plan("states", instance.program, instance.io)
+    if arch == "torch":
+        return Schedule("backward", steps=steps), "any device: one pass over the chunks each way, the rest of them at once"
+    width = scan_width(arch, instance, sequences * heads)
+    whole = instance.io == "f32"
+    scan = KernelOptions(width, 4, 2)
+    every = KernelOptions(None, 8, 1)
+    kernels = {"solve": KernelOptions(None, 4 if whole else 1, 1), "again": scan, "local": every, "back": scan, "inner": every,
+               "grads": every, "heads": KernelOptions(None, 4, 1)}
+    made = {step[-1] for step in steps if step[0] in ("hoist", "lift", "sink", "sum_after")} | \
+        {str(name) for step in steps if step[0] == "separate" for name in step[2:]}
+    schedule = Schedule(f"backward-{width}", steps=steps).with_options(**{k: o for k, o in kernels.items() if k in made})
+    return schedule, (f"{arch}: states again, then their adjoints in reverse, in tiles of {width} columns; the rest for all "
+                      "chunks at once")

@@ -7,8 +7,18 @@
     wy        as states, with both halves of u (it is affine in the state) computed for all chunks at once
 
 The kernels are called solve, scan and output.
+
+The derived backward has plans of its own (`backward_plan`), of the same steps:
+
+    naive     its scans, one kernel each; the solves row by row
+    states    solve, as above; again, a scan that saves each chunk's entering state and u; local, for all chunks at once, what
+              needs no adjoint of the state; back, a scan in reverse that only carries that adjoint; inner and grads, for all
+              chunks at once, the other gradients; heads, the sums over value heads that share a key head
 """
 from __future__ import annotations
+
+from gdn_ir.nodes import Node, Op
+from gdn_ir.program import Program, ScanView, toposort
 
 Steps = tuple[tuple[str | int, ...], ...]
 
@@ -35,3 +45,53 @@ def plan(name: str, erase: bool = True, io: str = "bf16", chunk: int = 64, block
     if name not in table:
         raise ValueError(f"plan: got {name!r}; accepts {', '.join(table)}")
     return table[name]
+
+
+def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64, block: int = 16) -> Steps:
+    """The steps of a plan of a derived backward: those whose values `program` has (it computes only the gradients that were
+    asked for). Raises ValueError for a name it lacks."""
+    named = {note.name for note in program.notes.values() if note.name}
+    stores = [n for n in program.nodes() if n.op is Op.STORE and not n["tensor"].temp]
+    scans = [r for r in program.roots if r.op is Op.SCAN]
+    kernels = ("again", "back") if len(scans) == 2 else ("back",)
+    some = next(n for n in program.nodes() if program.name_of(n) and n in set(program_values(scans[-1])))
+    apart: Steps = (("separate", str(program.name_of(some)), *kernels),)
+    heads: Steps = (("sum_after", "heads"),) if any(n["sum"] for n in stores) else ()
+    if name == "naive":
+        return (*apart, *heads)
+    if name != "states":
+        raise ValueError(f"plan: got {name!r}; accepts naive, states")
+    back = scans[-1]["carries"] == ("d_S",)
+    merges = {"f64": "f64", "f32": "tf32x3"}.get(io, "tf32")
+    solves = [n for n in ("u_again", "d_r") if n in named]
+    steps: list[tuple[str | int, ...]] = [*apart]
+    if len(scans) == 2:
+        steps += [("keep", "u", "u_again", "io")] if {"u", "u_again"} <= named else []
+        steps += [("store_as", "S_kept", "io")]
+    steps += [("turn", "d_u")] if "d_u" in named and "d_r" not in named else []
+    steps += [("factor",), ("regroup",), ("exchange",), ("symmetric",)]
+    steps += [("invert", n, "A") for n in solves]
+    if solves:
+        steps += [("merge", "A", chunk, block, merges), ("hoist", "A", "io", "solve")]
+        steps += [("hoist", n, "f32", "solve") for n in ("G", "total") if n in named]
+    out = {n["tensor"].name for n in stores}
+    if not back:                                           # nothing is carried: all chunks at once already
+        return (*steps, ("move_scales",), *heads)
+    if "d_r" in named:
+        steps += [("peel", "d_u", "d_u_o"), ("turn", "d_u_o"), ("hoist", "d_u_o", "io", "local")]
+    steps += [("hoist", "d_qk", "io", "local")] if "d_qk" in named else []
+    steps += [("lift", "d_q", "local")] if "d_q" in out else []
+    if "d_G" in named:
+        steps += [("peel", "d_G", "d_G_o"), ("hoist", "d_G_o", "f32", "local")]
+    late = [n for n in ("d_k", "d_g", "d_beta", "d_v") if n in out]
+    steps += [("sink", ",".join(late), "d_r" if "d_r" in named else "", "grads")] if late else []
+    if late and "d_r" in named and "d_k" in out:           # all of it at once is more than a block's registers hold
+        steps += [("peel", "d_k", "d_k_r", "d_S"), ("hoist", "d_k_r", "f32", "inner")]
+        steps += [("peel", "d_G", "d_G_r", "d_S"), ("hoist", "d_G_r", "f32", "inner")] if "d_g" in out else []
+        steps += [("lift", n, "inner") for n in ("d_beta", "d_v") if n in out]
+    return (*steps, ("move_scales",), *heads)
+
+
+def program_values(scan: Node) -> list[Node]:
+    view = ScanView.of(scan)
+    return toposort(view.nexts + view.effects)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from gdn_ir.bench.errors import worst
+from gdn_ir.bench.gradients import check
 from gdn_ir.backends.base import TORCH, Reason
 from gdn_ir.coverage import Cell, table
 from gdn_ir.compiler import Instance, Unsupported, variant
@@ -82,8 +83,8 @@ def of_correlated(schedule: Schedule, top: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Cases: ["program", name], ["cell", name], ["plan", plan's name, cell's name, chunk], ["mutant", number] or
-    ["correlated", plan's name, top of beta]."""
+    """Cases: ["program", name], ["cell", name], ["backward", cell's name], ["plan", plan's name, cell's name, chunk],
+    ["mutant", number] or ["correlated", plan's name, top of beta]."""
     cells = {c.name: c for c in table()}
     found = {}
     for case in json.loads(Path(sys.argv[3]).read_text()):
@@ -92,6 +93,8 @@ def main() -> None:
                 found[json.dumps(case)] = of_program(case[1])
             elif case[0] == "cell":
                 found[json.dumps(case)] = of_cell(cells[case[1]])
+            elif case[0] == "backward":
+                found[json.dumps(case)] = {"error": worst(check(cells[case[1]], BACKEND, ARCH)["errors"].values())}
             elif case[0] == "mutant":
                 found[json.dumps(case)] = of_mutant(case[1])
             elif case[0] == "correlated":

@@ -123,7 +123,7 @@ def test_inputs_are_not_written() -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_gradients(packed: bool) -> None:
-    """On CPU autograd follows the torch backend: float64 gradients against those of the recurrence, strong decay included."""
+    """float64 gradients against those of the recurrence, strong decay included."""
     x = make(T=70, dtype=torch.float64, HV=4)
     x["g"] = x["g"] * 20
     cu = torch.tensor([0, 0, 30, 66]) if packed else None
@@ -169,10 +169,11 @@ def test_compiled_graphs_check_boundaries() -> None:
 
 
 def test_training_under_compile() -> None:
-    """The graph breaks at the op, and its gradients are those of an eager call."""
+    """Forward and backward are one graph each, and gradients those of an eager call."""
     x = make()
     x["v"].requires_grad_()
-    compiled = torch.compile(lambda v: (2.0 * chunk_gated_delta_rule(**(x | {"v": v}))[0]).sum(), backend="aot_eager")
+    compiled = torch.compile(lambda v: (2.0 * chunk_gated_delta_rule(**(x | {"v": v}))[0]).sum(), fullgraph=True,
+                             backend="aot_eager")
     (got,) = torch.autograd.grad(compiled(x["v"]), x["v"])
     (want,) = torch.autograd.grad((2.0 * chunk_gated_delta_rule(**x)[0]).sum(), x["v"])
     assert torch.allclose(got, want)
@@ -198,8 +199,40 @@ def test_gradients_of_no_tokens() -> None:
 def test_forced_backend_without_a_backward() -> None:
     x = make()
     x["q"].requires_grad_()
-    with gdn_ir.use("triton"), pytest.raises(NotImplementedError, match="use\\('triton'\\) asks for has no backward yet"):
+    with gdn_ir.use("tilelang"), pytest.raises(NotImplementedError, match="use\\('tilelang'\\) asks for has no backward yet"):
         chunk_gated_delta_rule(**x)
+
+
+def test_only_gradients_that_are_asked_for() -> None:
+    """Of one input, through the final state alone, from a decay in bfloat16; all are what they are beside the others."""
+    x = make(HV=4)
+    x["g"] = x["g"].bfloat16()
+    every = {n: t.clone().requires_grad_() for n, t in x.items()}
+    S = chunk_gated_delta_rule(**every, output_final_state=True)[1]
+    assert S is not None
+    want = dict(zip(x, torch.autograd.grad(S.sin().sum(), list(every.values()), allow_unused=True), strict=True))
+    assert want["g"].dtype == torch.bfloat16 and not want["q"].any()
+    for name in ("k", "v", "g", "beta"):
+        leaf = x[name].clone().requires_grad_()
+        S = chunk_gated_delta_rule(**(x | {name: leaf}), output_final_state=True)[1]
+        assert S is not None
+        (got,) = torch.autograd.grad(S.sin().sum(), leaf)
+        assert error(got, want[name]) < 1e-2 if name == "g" else error(got, want[name]) < 1e-5, name
+
+
+def test_no_second_derivative() -> None:
+    x = make(T=5)
+    x["v"].requires_grad_()
+    (d_v,) = torch.autograd.grad((chunk_gated_delta_rule(**x)[0] ** 2).sum(), x["v"], create_graph=True)
+    with pytest.raises(NotImplementedError, match="the gradient of a gradient is not supported"):
+        d_v.sum().backward()
+
+
+def test_opcheck_of_the_backward() -> None:
+    x = make(HV=4)
+    args = (torch.randn(1, 100, 4, 32), torch.randn(1, 4, 32, 32), *x.values(), 0.1, None, None, False, False, False, False,
+            "q k v g beta", "torch")
+    library.opcheck(torch.ops.gdn_ir.chunk_backward, args)
 
 
 def test_native_code_through_the_op() -> None:

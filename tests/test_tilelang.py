@@ -16,6 +16,17 @@ TILELANG = BACKENDS["tilelang"]
 FULL = Switches(initial_state=True, final_state=True)
 
 
+@pytest.fixture(autouse=True)
+def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GDN_IR_UNVERIFIED", "1")
+
+
+def test_cuda_is_not_served_before_a_gpu_has_run_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GDN_IR_UNVERIFIED")
+    with pytest.raises(Unsupported, match="has not passed the whole coverage table"):
+        variant(Instance(FULL, 96, 96, "bf16", "bf16", True), Schedule("naive"), "tilelang", "sm_90")
+
+
 @pytest.mark.parametrize(("io", "arch", "why"), [("bf16", "cpu", "no bfloat16 on cpu"), ("f64", "cpu", "no float64 on cpu"),
                                                  ("f64", "sm_90", "no float64 on sm_90"), ("f32", "sm_75", "to sm_75"),
                                                  ("f32", "sm_80", "do not fit sm_80's shared memory")])

@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 
 from gdn_ir.backends.linearize import Linear, Table, infix, listed, paren
-from gdn_ir.nodes import FUNCTIONS, At, Node, Op, Rows, Slot, Tile, Turn, base, stored_axes
+from gdn_ir.nodes import FUNCTIONS, At, Members, Node, Op, Rows, Slot, Tile, Turn, base, stored_axes
 
 DTYPES = {"f64": "torch.float64", "f32": "torch.float32", "tf32": "torch.float32", "tf32x3": "torch.float32",
           "real": "torch.float32", "bf16": "torch.bfloat16", "f16": "torch.float16", "int": "torch.int64"}
@@ -132,6 +132,8 @@ def place(n: Node) -> tuple[tuple[int, ...], str, str]:
                 text, mask = "slot" + more, mask or "rows > 0" + more
             case Turn(scan):
                 text = f"i_{scan}"
+            case Members(grid):
+                text = f"i_{grid}" + more
         dims.append(d)
         index.append(text)
     return tuple(dims), listed(index), mask
@@ -147,6 +149,8 @@ def load(l: Linear, n: Node) -> str:
     dims, index, mask = place(n)
     slots = any(isinstance(t, Slot) for t in n["index"])
     masked = f", {mask}" if mask and not slots else ""
+    groups = [(i, t.grid) for i, t in enumerate(n["index"]) if isinstance(t, Members)]
+    masked += "".join(f", members=({i}, {grid})" for i, grid in groups)
     return reordered(f"{n['tensor'].name}_.load({dims}, {index}{masked})", stored(n), n.axes)
 
 

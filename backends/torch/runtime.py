@@ -34,10 +34,13 @@ class Memory:
             self.base = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         return self.base
 
-    def load(self, dims: tuple[int, ...], index: Index, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def load(self, dims: tuple[int, ...], index: Index, mask: torch.Tensor | None = None,
+             members: tuple[int, int] | None = None) -> torch.Tensor:
         """The tiles at `index`, one entry for each of the tensor's dimensions `dims`; the others stay whole and last.
-        Zero where the mask (over the index's shape) is false."""
+        Zero where the mask (over the index's shape) is false. members (d, n): dimension d is first summed in n groups."""
         x = self.value()
+        if members:
+            x = x.unflatten(members[0], (members[1], -1)).sum(members[0] + 1)
         rest = [d for d in range(x.ndim) if d not in dims]
         tile = x.permute(*dims, *rest)[index] if dims else x
         return tile if mask is None else torch.where(mask[(...,) + (None,) * len(rest)], tile, 0)

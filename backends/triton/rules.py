@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 
 from gdn_ir.backends.linearize import Linear, Table, infix, paren
-from gdn_ir.backends.memory import address, index_suffix
+from gdn_ir.backends.memory import address, index_suffix, members
 from gdn_ir.build import eye
 from gdn_ir.nodes import FUNCTIONS, Node, Op, base
 
@@ -107,6 +107,9 @@ def pointer(l: Linear, n: Node, axes: tuple[str, ...]) -> tuple[str, str]:
 
 def load(l: Linear, n: Node) -> str:
     text, mask = pointer(l, n, n.axes)
+    several = members(l.kernel, n)
+    if several:
+        return f"load_sum({text}, {mask or 'None'}, {several[0]}, {several[1]})"
     return f"tl.load({text}, mask={mask}, other=0.0)" if mask else f"tl.load({text})"
 
 

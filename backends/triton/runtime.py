@@ -34,6 +34,15 @@ def bounds(n, cu_ptr, T):
     end = tl.minimum(tl.maximum(tl.load(cu_ptr + n + 1).to(tl.int64), first), T)
     return first, (end - first).to(tl.int32)
 ''',
+    "load_sum": '''
+@triton.jit
+def load_sum(pointers, mask, step, count):
+    """The sum of `count` tiles that lie `step` elements apart, in order."""
+    total = tl.load(pointers, mask=mask, other=0.0)
+    for i in range(1, count):
+        total += tl.load(pointers + i * step, mask=mask, other=0.0)
+    return total
+''',
     "softplus": '''
 @triton.jit
 def softplus(x):

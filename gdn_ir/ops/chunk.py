@@ -33,9 +33,9 @@ def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, be
     last come back as zeros. cu_seqlens_cpu: the same on the host, only to be checked.
 
     Returns o [B, T, HV, V] in q's dtype and the final state (None unless output_final_state), with dtype and layout of
-    initial_state. Differentiable on CPU and under `gdn_ir.use("torch")` (torch.compile breaks its graph there); elsewhere
-    inputs that require a gradient raise NotImplementedError. Bad input raises TypeError or ValueError before anything is
-    launched.
+    initial_state. Differentiable once, in q, k, v, g, beta and initial_state, through both results; only gradients that are
+    asked for are computed (a gradient of a gradient raises NotImplementedError). Bad input raises TypeError or ValueError
+    before anything is launched.
     """
     checks.keywords(kwargs, KEYWORDS)
     checks.flags(output_final_state=output_final_state, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
@@ -47,19 +47,7 @@ def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, be
                          "makes beta (otherwise pass a doubled beta)")
     scale = checks.number("scale", sizes["K"] ** -0.5 if scale is None else scale)
     flags = (output_final_state, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first)
-    differentiated = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q, k, v, g, beta, initial_state))
-    if differentiated:
-        if registry.forced() not in (None, "torch"):
-            raise NotImplementedError("chunk_gated_delta_rule: an input requires a gradient, and the backend that "
-                                      f"gdn_ir.use({registry.forced()!r}) asks for has no backward yet; torch has")
-        if q.device.type != "cpu" and registry.forced() != "torch":
-            raise NotImplementedError("chunk_gated_delta_rule: an input requires a gradient, and the backward is not lowered "
-                                      f"to {q.device.type} yet; call it under torch.no_grad(), or within "
-                                      "`with gdn_ir.use('torch'):`, which differentiates on any device")
-        o, state = _differentiable(q, k, v, g, beta, scale, initial_state, cu_seqlens, cu_seqlens_cpu, *flags)
-    else:
-        o, state = torch.ops.gdn_ir.chunk_forward(q, k, v, g, beta, scale, initial_state, cu_seqlens, cu_seqlens_cpu, *flags)
+    o, state = torch.ops.gdn_ir.chunk_forward(q, k, v, g, beta, scale, initial_state, cu_seqlens, cu_seqlens_cpu, *flags)
     return o, state if output_final_state else None
 
 
@@ -82,10 +70,10 @@ def _chunk_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tens
                    beta_sigmoid: bool, neg_eigval: bool, state_v_first: bool) -> tuple[Tensor, Tensor]:
     checks.boundaries(cu_seqlens, cu_seqlens_cpu, q.shape[1])
     o, state = _empty(q, v, cu_seqlens, final_state, state_v_first)
-    if _nothing(q, cu_seqlens):
+    if nothing(q, cu_seqlens):
         o.zero_()
         return o, _unchanged(state, initial_state)
-    chosen, tensors, sequences, ends = _bind(q, k, v, g, beta, initial_state, cu_seqlens, final_state, l2norm, beta_sigmoid,
+    chosen, tensors, sequences, ends = bind(q, k, v, g, beta, initial_state, cu_seqlens, final_state, l2norm, beta_sigmoid,
                                              neg_eigval, state_v_first, registry.forced())
     tensors["o"] = o.view(-1, *o.shape[2:])
     if final_state:
@@ -101,7 +89,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: fl
     return _empty(q, v, cu_seqlens, final_state, state_v_first)
 
 
-def _nothing(q: Tensor, cu_seqlens: Tensor | None) -> bool:
+def nothing(q: Tensor, cu_seqlens: Tensor | None) -> bool:
     return q.shape[0] * q.shape[1] == 0 or (cu_seqlens is not None and cu_seqlens.shape[0] == 1)
 
 
@@ -110,16 +98,18 @@ def _unchanged(state: Tensor, initial: Tensor | None) -> Tensor:
     return state.zero_() if initial is None or not state.numel() else state.copy_(initial)
 
 
-def _bind(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initial_state: Tensor | None,
-          cu_seqlens: Tensor | None, final_state: bool, l2norm: bool, beta_sigmoid: bool, neg_eigval: bool, state_v_first: bool,
-          backend: str | None) -> tuple[Variant, dict[str, Tensor], int, Tensor | None]:
-    """The variant that serves, and its arguments: packed, contiguous, the log decay float32 and boundaries int32."""
+def bind(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initial_state: Tensor | None,
+         cu_seqlens: Tensor | None, final_state: bool, l2norm: bool, beta_sigmoid: bool, neg_eigval: bool, state_v_first: bool,
+         backend: str | None, grads: tuple[str, ...] = ()) -> tuple[Variant, dict[str, Tensor], int, Tensor | None]:
+    """The variant that serves (a backward, where `grads` names gradients), and its arguments: packed, contiguous, the log decay
+    float32 and boundaries int32."""
     B, T, _, K = q.shape
     HV, V = v.shape[2:]
     sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     switches = Switches("none" if g is None else "scalar", True, l2norm, beta_sigmoid, neg_eigval, initial_state is not None,
                         final_state, state_v_first)
-    instance = Instance(switches, K, V, NAMES[q.dtype], NAMES[beta.dtype], cu_seqlens is not None)
+    instance = Instance(switches, K, V, NAMES[q.dtype], NAMES[beta.dtype], cu_seqlens is not None, grads,
+                        grouped=not grads or q.shape[2] < HV)
     chosen = registry.choose(instance, registry.architecture(q.device), sequences, HV, B * T, backend)
     tensors = {"q": q, "k": k, "v": v, "beta": beta}
     if g is not None:
@@ -128,20 +118,3 @@ def _bind(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initi
     if initial_state is not None:
         tensors["initial_state"] = initial_state.contiguous()
     return chosen, tensors, sequences, None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
-
-
-# Dynamo would unroll every chunk, and again for each length
-@torch.compiler.disable                                    # type: ignore[untyped-decorator]
-def _differentiable(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float, initial_state: Tensor | None,
-                    cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, final_state: bool, l2norm: bool,
-                    beta_sigmoid: bool, neg_eigval: bool, state_v_first: bool) -> tuple[Tensor, Tensor | None]:
-    """The same through the torch backend's functional form, which autograd can follow."""
-    checks.boundaries(cu_seqlens, cu_seqlens_cpu, q.shape[1])
-    if _nothing(q, cu_seqlens):
-        state = _empty(q, v, cu_seqlens, final_state, state_v_first)[1]
-        nothing = v.masked_fill(torch.ones((), dtype=torch.bool, device=v.device), 0.0)      # zeros that autograd can follow
-        return nothing, _unchanged(state, initial_state)
-    chosen, tensors, sequences, ends = _bind(q, k, v, g, beta, initial_state, cu_seqlens, final_state, l2norm, beta_sigmoid,
-                                             neg_eigval, state_v_first, "torch")
-    out = chosen.apply(tensors, scale, sequences, ends)
-    return out["o"].view(v.shape), out.get("final_state")

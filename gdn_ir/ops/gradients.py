@@ -1,0 +1,89 @@
+"""The backward of the op: one custom op for all gradients that are asked for, and what autograd is told about the two."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import library
+
+from gdn_ir import registry
+from gdn_ir.ops import chunk
+
+Tensor = torch.Tensor
+INPUTS = ("q", "k", "v", "g", "beta", "initial_state")
+
+
+def _empty(wanted: str, **inputs: Tensor | None) -> list[Tensor]:
+    """Gradients, not yet written, in the order of `wanted`: each like its input; of g in the dtype of its arithmetic."""
+    found = []
+    for name in wanted.split():
+        x = inputs[name]
+        assert x is not None
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        found.append(torch.empty(x.shape, dtype=wide if name == "g" else x.dtype, device=x.device))
+    return found
+
+
+@library.custom_op("gdn_ir::chunk_backward", mutates_args=())
+def _chunk_backward(d_o: Tensor, d_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor,
+                    scale: float, initial_state: Tensor | None, cu_seqlens: Tensor | None, l2norm: bool, beta_sigmoid: bool,
+                    neg_eigval: bool, state_v_first: bool, wanted: str, backend: str | None) -> list[Tensor]:
+    """Gradients of the inputs named in `wanted` (separated by spaces). d_o as o; d_state as the final state, None where it has
+    no gradient."""
+    found = _empty(wanted, q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state)
+    grads = dict(zip(wanted.split(), found, strict=True))
+    if chunk.nothing(q, cu_seqlens):
+        for name, x in grads.items():
+            x.zero_() if name != "initial_state" or d_state is None else x.copy_(d_state)
+        return found
+    chosen, tensors, sequences, ends = chunk.bind(q, k, v, g, beta, initial_state, cu_seqlens, d_state is not None, l2norm,
+                                                  beta_sigmoid, neg_eigval, state_v_first, backend, tuple(grads))
+    tensors["d_o"] = d_o.contiguous().view(-1, *d_o.shape[2:])
+    if d_state is not None:
+        tensors["d_final_state"] = d_state.contiguous()
+    tensors |= {f"d_{name}": x if name == "initial_state" else x.view(-1, *x.shape[2:]) for name, x in grads.items()}
+    chosen(tensors, scale, sequences, ends)
+    return found
+
+
+@_chunk_backward.register_fake
+def _(d_o: Tensor, d_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float,
+      initial_state: Tensor | None, cu_seqlens: Tensor | None, l2norm: bool, beta_sigmoid: bool, neg_eigval: bool,
+      state_v_first: bool, wanted: str, backend: str | None) -> list[Tensor]:
+    return _empty(wanted, q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, g, beta, scale, initial_state, cu_seqlens, _, final_state, l2norm, beta_sigmoid, neg_eigval, v_first = inputs
+    ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens)
+    ctx.scale, ctx.final_state, ctx.flags = scale, final_state, (l2norm, beta_sigmoid, neg_eigval, v_first)
+    ctx.backend = registry.forced()                  # what `gdn_ir.use` asks for in the forward holds for its backward
+    if ctx.backend == "tilelang":
+        raise NotImplementedError("chunk_gated_delta_rule: an input requires a gradient, and the backend that "
+                                  "gdn_ir.use('tilelang') asks for has no backward yet; triton and torch have")
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, d_o: Tensor | None, d_state: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, g, beta, initial_state, cu_seqlens = ctx.saved_tensors
+    inputs = dict(zip(INPUTS, (q, k, v, g, beta, initial_state), strict=True))
+    asked = dict(zip(INPUTS, (*ctx.needs_input_grad[:5], ctx.needs_input_grad[6]), strict=True))
+    wanted = [n for n in INPUTS if asked[n] and inputs[n] is not None]
+    grads: dict[str, Tensor] = {}
+    if wanted and (d_o is not None or d_state is not None):
+        d_o = torch.zeros_like(v) if d_o is None else d_o
+        found = torch.ops.gdn_ir.chunk_backward(d_o, d_state if ctx.final_state else None, q, k, v, g, beta, ctx.scale,
+                                                initial_state, cu_seqlens, *ctx.flags, " ".join(wanted), ctx.backend)
+        grads = dict(zip(wanted, found, strict=True))
+        if "g" in grads:
+            grads["g"] = grads["g"].to(g.dtype)
+    d_q, d_k, d_v, d_g, d_beta, d_initial = (grads.get(n) for n in INPUTS)
+    return d_q, d_k, d_v, d_g, d_beta, None, d_initial, *[None] * 7
+
+
+def _twice(ctx: Any, *gradients: Any) -> Any:
+    raise NotImplementedError("chunk_gated_delta_rule: the gradient of a gradient is not supported")
+
+
+library.register_autograd("gdn_ir::chunk_forward", _backward, setup_context=_remember)
+library.register_autograd("gdn_ir::chunk_backward", _twice)

@@ -1,0 +1,147 @@
+"""Steps of exact algebra: a value computed another way. How a triangular solve is done, and where its scales go."""
+from __future__ import annotations
+
+from gdn_ir.analysis import needs
+from gdn_ir.build import cast, dot, elem, eye, floordiv, index, product, select, tri_solve
+from gdn_ir.nodes import REAL, Node, Op, twin
+from gdn_ir.program import Program
+from gdn_ir.schedules.pipeline import Pipeline, find, put, refuse, replace_node, step
+from gdn_ir.verify import verify
+
+
+def _solve(step: str, pipeline: Pipeline, name: str) -> tuple[int, Program, Node]:
+    i, node = find(pipeline, name, step)
+    if node.op is not Op.TRI_SOLVE:
+        raise refuse(step, pipeline[i], node, f"{name} is not a triangular solve")
+    return i, pipeline[i], node
+
+
+@step
+def invert(pipeline: Pipeline, name: str, inverse: str) -> Pipeline:
+    """u = (I + M)^-1 r, as the explicit inverse (called `inverse`) and a product with it; a transposed solve as a product with
+    the same inverse, transposed."""
+    i, p, u = _solve("invert", pipeline, name)
+    m, r = u.args
+    a = u["axis"]
+    inv = tri_solve(m, eye(a), a)
+    transposed = dict(u.attr).get("transpose")
+    new = dot(inv, r, over=a).twin(a) if transposed else dot(inv, r.twin(a), over=twin(a))
+    q = replace_node(p, u, new)
+    return put(pipeline, i, q.with_note(inv, inverse, like=new))
+
+
+@step
+def merge(pipeline: Pipeline, inverse: str, size: int, block: int, dtype: str = "tf32") -> Pipeline:
+    """The inverse of I + M from those of its diagonal blocks, doubled by [[A, 0], [-B X A, B]] up to `size` rows.
+
+    Products only ever join two finished blocks. (The product (I - M)(I + M^2)... is exact on paper and ruinous in
+    float32; this is not it.) The products' operands are rounded to `dtype`.
+    """
+    _, p, inv = _solve("merge", pipeline, inverse)
+    m, r = inv.args
+    a = inv["axis"]
+    if r is not eye(a) or inv["block"]:
+        raise refuse("merge", p, inv, f"{inverse} is not the inverse of a whole I + M; invert the solve first")
+    if block < 1 or size % block or (size // block) & (size // block - 1):
+        raise refuse("merge", p, inv, f"blocks of {block} do not double up to {size} rows")
+
+    def times(x: Node, y: Node) -> Node:
+        return cast(product(cast(x, dtype), cast(y, dtype), a), REAL)
+    row, col = index(a), index(twin(a))
+    x = tri_solve(m, r, a, block=block) if block > 1 else r
+    while block < size:
+        same = elem("eq", floordiv(row, 2 * block), floordiv(col, 2 * block))
+        below = elem("gt", floordiv(row, block), floordiv(col, block))
+        corner = select(elem("and", same, below), m, 0.0)
+        x = x - times(times(x, corner), x)
+        block *= 2
+    return tuple(verify(replace_node(q, inv, x)) if inv in set(q.nodes()) else q for q in pipeline)
+
+
+@step
+def absorb(pipeline: Pipeline, name: str, scaled: str) -> Pipeline:
+    """u = dot(X, e * y), e on the contracted axis alone, as dot(X * e, y): the scale goes into X, now called `scaled`."""
+    i, u = find(pipeline, name, "absorb")
+    p = pipeline[i]
+    if u.op is not Op.DOT:
+        raise refuse("absorb", p, u, f"{name} is not a product")
+    x, y = u.args
+    turned = y["axis"] if y.op is Op.TWIN else None
+    inner = y.args[0] if turned else y
+    along = (twin(u["over"]),) if turned else (u["over"],)
+    if inner.op is Op.ELEM and inner["fn"] == "mul":
+        for e, rest in (inner.args, inner.args[::-1]):
+            if e.axes == along and set(rest.axes) == set(inner.axes):
+                e, rest = (n.twin(turned) if turned else n for n in (e, rest))
+                new = x * e
+                q = replace_node(p, u, dot(new, rest, u["over"]))
+                return put(pipeline, i, q.with_note(new, scaled, like=u))
+    raise refuse("absorb", p, u, f"{name}'s right operand is not scaled along {u['over']}")
+
+
+@step
+def distribute(pipeline: Pipeline, name: str, constant: str, slope: str) -> Pipeline:
+    """u, affine in a carry S, as constant + slope S: neither part needs a carry, so both can be hoisted."""
+    i, u = find(pipeline, name, "distribute")
+    p = pipeline[i]
+    depends = needs(p)
+    if len(depends[u]) != 1:
+        raise refuse("distribute", p, u, f"{name} must depend on one carry, it depends on {sorted(depends[u]) or 'none'}")
+    const, (x, carry, over) = _affine(p, u, depends)
+    new = const + dot(x, carry, over=over) if const is not None else dot(x, carry, over=over)
+    q = replace_node(p, u, new)
+    q = q.with_note(x, slope, like=new)
+    return put(pipeline, i, q.with_note(const, constant, like=new) if const is not None else q)
+
+
+Affine = tuple[Node | None, tuple[Node, Node, str]]
+
+
+def _affine(p: Program, n: Node, depends: dict[Node, frozenset[str]]) -> Affine:
+    """n as c + dot(x, carry): derived by pushing every operation through the sum."""
+    def part(n: Node) -> tuple[Node | None, tuple[Node, Node, str] | None]:
+        if not depends.get(n):
+            return n, None
+        if n.op is Op.DOT and n.args[1].op is Op.CARRY and not depends[n.args[0]]:
+            return None, (n.args[0], n.args[1], n["over"])
+        if n.op is Op.TRI_SOLVE and not depends[n.args[0]]:
+            c, s = part(n.args[1])
+            return (c if c is None else tri_solve(n.args[0], c, n["axis"], n["block"]),
+                    s and (tri_solve(n.args[0], s[0], n["axis"], n["block"]), s[1], s[2]))
+        if n.op is Op.TWIN:
+            c, s = part(n.args[0])
+            return c and c.twin(n["axis"]), s and (s[0].twin(n["axis"]), s[1], s[2])
+        if n.op is Op.DOT and not depends[n.args[0]]:
+            c, s = part(n.args[1])
+            if s and n["over"] in s[0].axes:
+                return c and dot(n.args[0], c, n["over"]), (dot(n.args[0], s[0], n["over"]), s[1], s[2])
+        if n.op is Op.ELEM and n["fn"] in ("add", "sub"):
+            (c, s), (d, t) = part(n.args[0]), part(n.args[1])
+            if s is None or t is None:
+                sign = n["fn"] == "sub" and t is not None
+                slope = s or t
+                assert slope is not None
+                const = c if d is None else (-d if n["fn"] == "sub" else d) if c is None else elem(n["fn"], c, d)
+                return const, (-slope[0], slope[1], slope[2]) if sign else slope
+        if n.op is Op.ELEM and n["fn"] == "mul":
+            for a, b in (n.args, n.args[::-1]):
+                if not depends[a]:
+                    c, s = part(b)
+                    if s and set(a.axes) <= set(s[0].axes):
+                        return c and a * c, (a * s[0], s[1], s[2])
+        raise refuse("distribute", p, n, f"is not affine in {', '.join(sorted(depends[n]))} by the rules this step knows")
+    const, slope = part(n)
+    assert slope is not None
+    return const, slope
+
+
+@step
+def move_scales(pipeline: Pipeline) -> Pipeline:
+    """dot(x * e, y, over C) -> dot(x, e * y, over C), e on C alone: a loaded x then feeds the product as it lies in memory."""
+    def change(old: Node, args: tuple[Node, ...]) -> Node | None:
+        if old.op is Op.DOT and args[0].op is Op.ELEM and args[0]["fn"] == "mul":
+            for x, e in (args[0].args, args[0].args[::-1]):
+                if x.op is Op.LOAD and e.axes == (old["over"],):
+                    return dot(x, e * args[1], old["over"])
+        return None
+    return tuple(verify(p.rebuild(change)) for p in pipeline)

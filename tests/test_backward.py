@@ -1,0 +1,238 @@
+"""The derived backward as it is lowered: plans in the interpreter, what each rewrite saves, refusals, and emitted kernels."""
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gdn_ir.bench.errors import worst
+from gdn_ir.bench.gradients import FULL, backward_of, check
+from gdn_ir.analysis import cost
+from gdn_ir.autodiff import backward
+from gdn_ir.backends.triton import cross_compile
+from gdn_ir.build import Tensor, Tracer, dot, exp, reduce_sum, zeros
+from gdn_ir.compiler import Instance, variant
+from gdn_ir.coverage import LAYOUTS, Cell, Layout, table
+from gdn_ir.interp import Sizes, run, run_pipeline
+from gdn_ir.legalize import ungrouped
+from gdn_ir.nodes import Node, Op
+from gdn_ir.padding import pad
+from gdn_ir.program import Program
+from gdn_ir.programs.gated_delta import Switches, build
+from gdn_ir.prune import prune
+from gdn_ir.schedules import steps
+from gdn_ir.schedules.defaults import default
+from gdn_ir.schedules.plans import backward_plan
+from gdn_ir.schedules.schedule import Schedule
+from tests.differential import interpreted
+
+FAMILY = list(itertools.product(("scalar", "none"), (True, False)))
+AXES, CU = {"C": 16, "K": 5, "V": 6, "H": 1, "HV": 2}, [0, 37, 37, 53]
+STATES = {"initial_state": True, "final_state": True}
+
+
+def memory(p: Program, sizes: Sizes) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    found = {n: 0.3 * torch.randn([sizes.dim(d) for d in t.dims], generator=generator, dtype=torch.float64)
+             for n, t in p.tensors().items() if n in p.read() and not t.temp}
+    return found | ({"g": -found["g"].abs()} if "g" in found else {})
+
+
+def in_f64(plan: tuple[tuple[str | int, ...], ...]) -> tuple[tuple[str | int, ...], ...]:
+    return tuple((*s[:-1], "f64") if s[0] == "merge" else s for s in plan)
+
+
+def compare(p: Program, plan: tuple[tuple[str | int, ...], ...], padded: bool = False) -> None:
+    """The pipeline of a plan writes what the program writes."""
+    sizes = Sizes(AXES, CU)
+    given = memory(p, sizes)
+    want = run(p, given, sizes, {"scale": 0.7})
+    kernels = list(steps.apply(p, in_f64(plan)))
+    if padded:
+        kernels = [pad(k, frozenset({"C", "K", "V"})) for k in kernels]
+    got = run_pipeline(kernels, given, Sizes(AXES, CU, {"K": 8, "V": 8} if padded else {}), {"scale": 0.7}, padded=padded)
+    asked = [n for n, t in p.tensors().items() if n in p.written() and not t.temp]
+    assert asked
+    for n in asked:
+        assert float((got[n] - want[n]).abs().max()) < 1e-10, n
+
+
+@pytest.mark.parametrize("flags", [{}, STATES | {"l2norm": True}, STATES | {"beta_sigmoid": True, "neg_eigval": True}])
+@pytest.mark.parametrize("name", ["naive", "states"])
+@pytest.mark.parametrize(("decay", "erase"), FAMILY)
+def test_plans_are_exact(name: str, decay: str, erase: bool, flags: dict[str, bool]) -> None:
+    p = backward(build(Switches(decay=decay, erase=erase, **flags)))           # type: ignore[arg-type]
+    plan = backward_plan(name, p, chunk=16, block=4)
+    compare(p, plan)
+    if name == "states":
+        compare(p, plan, padded=True)
+
+
+@pytest.mark.parametrize("wrt", [("q",), ("v",), ("k", "beta"), ("g",), ("initial_state",), ("v", "initial_state")])
+@pytest.mark.parametrize("erase", [True, False])
+def test_only_what_is_asked_for(wrt: tuple[str, ...], erase: bool) -> None:
+    """Dead gradients drop out, of the program and of the plan: what is left is exact and does less."""
+    whole = build(Switches(erase=erase, **STATES))         # type: ignore[arg-type]
+    p = backward(whole, wrt)
+    assert {n for n, t in p.tensors().items() if n in p.written() and not t.temp} == {f"d_{n}" for n in wrt}
+    compare(p, backward_plan("states", p, chunk=16, block=4))
+    sizes = {"C": 64, "K": 128, "V": 128}
+    assert cost(p, sizes).flops < cost(backward(whole), sizes).flops
+
+
+def test_a_head_each_sums_nothing() -> None:
+    """With HV = H every sum over heads is one value; the program without them writes the same."""
+    p = backward(build(Switches(**STATES)))                # type: ignore[arg-type]
+    q = ungrouped(p)
+    sizes = Sizes(AXES | {"H": 2}, CU)
+    given = memory(p, sizes)
+    want, got = (run(x, given, sizes, {"scale": 0.7}) for x in (p, q))
+    assert not any(n["sum"] for n in q.nodes() if n.op is Op.STORE) and any(n["sum"] for n in p.nodes() if n.op is Op.STORE)
+    assert all(torch.equal(want[n], got[n]) for n in want if n.startswith("d_"))
+    assert "heads" not in [k.name for k in steps.apply(q, backward_plan("states", q))]
+
+
+# ---- what each rewrite saves ------------------------------------------------------------------------------------------------
+
+
+def units(taken: tuple[tuple[str | int, ...], ...]) -> float:
+    """Products of 2 x 64 x 64 x 128 flops a chunk and head, over all kernels (the inverse counts half of one)."""
+    pipeline = steps.apply(backward(build()), taken)
+    return sum(cost(p, {"C": 64, "K": 128, "V": 128}).flops for p in pipeline) / (2 * 64 * 64 * 128)
+
+
+def test_what_each_rewrite_saves() -> None:
+    """Reverse mode as it comes: 32 units. u kept with the states: 1 (its solve); sums over V and K exchanged: 4 (Q S and K S);
+    symmetric adjoints of K K^T merged: 1. math's count is 25 and 5 for states that are computed again."""
+    apart = (("separate", "d_S", "again", "back"),)
+    kept = (*apart, ("keep", "u", "u_again"))
+    factored = (*kept, ("factor",), ("regroup",))
+    exchanged = (*factored, ("exchange",))
+    assert units(()) == 32.0
+    assert units(apart) == 33.0                            # K K^T in each kernel
+    assert units(kept) == 32.0 and units(factored) == 32.0
+    assert units(exchanged) == 28.0
+    assert units((*exchanged, ("symmetric",))) == 27.0
+    # one inverse for the solve and its adjoint: half a unit; Q K^T lying both ways, instead of transposed: one
+    assert units(tuple(s for s in backward_plan("states", backward(build())) if s[0] != "merge")) == 28.5
+
+
+def test_the_serial_scan_carries_little() -> None:
+    """Of the units, those in the reverse scan: d_S enters d_u, the inverse, and twice its own update."""
+    p = backward(build())
+    kernels = {k.name: cost(k, {"C": 64, "K": 128, "V": 128}).flops / (2 * 64 * 64 * 128)
+               for k in steps.apply(p, tuple(s for s in backward_plan("states", p) if s[0] != "merge"))}
+    assert kernels == {"solve": 1.5, "again": 5.0, "local": 7.0, "back": 7.0, "inner": 6.0, "grads": 2.0, "heads": 0.0}
+
+
+def test_no_product_takes_what_was_just_computed_transposed() -> None:
+    """Triton of 3.4 to 3.7 miscompiles dot(trans(computed)) for Hopper (flash-linear-attention issue 640): what lies across is
+    loaded, or was turned."""
+    p = backward(build(Switches(**STATES)))                # type: ignore[arg-type]
+    for k in steps.apply(p, backward_plan("states", p)):
+        for n in k.nodes():
+            if n.op is Op.DOT and k.name != "solve":
+                for x in n.args:
+                    across = x.axes and x.axes[0] == n["over"] and x is n.args[n.axes[0] not in n.args[0].axes]
+                    assert not across or x.op is Op.LOAD, (k.name, k.describe(n))
+
+
+# ---- refusals ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("taken", "message"), [
+    ((("separate", "d_S", "one"),), "separate: gated_delta_rule_backward has 2 scans for 1 names"),
+    ((("separate", "d_S", "again", "back"), ("keep", "r", "u_again")), "keep: it is not what again computes as u_again"),
+    ((("separate", "d_S", "again", "back"), ("lift", "d_k", "local")), "lift: d_k needs d_S, which the scan carries"),
+    ((("separate", "d_S", "again", "back"), ("lift", "qk", "local")), "lift: qk is not stored"),
+    ((("separate", "d_S", "again", "back"), ("sink", "d_v")), "sink: d_v feeds d_S"),
+    ((("separate", "d_S", "again", "back"), ("hoist", "kk", "io", "first"), ("hoist", "d_qk", "io", "first")),
+     "hoist: first runs before S_kept is written"),
+    ((("peel", "d_r", "x"),), "peel: d_r is not a sum of what needs a carry and what does not"),
+    ((("turn", "d_k"),), "turn: d_k has no product with a computed tile that lies across"),
+])
+def test_refusals_name_node_and_line(taken: tuple[tuple[str | int, ...], ...], message: str) -> None:
+    if taken[0][0] == "turn":
+        p = backward(build(Switches(decay="none", erase=False)), ["v"])
+        taken = (("turn", "d_v"), ("turn", "d_v"))
+        message = message.replace("d_k", "d_v")
+    else:
+        p = backward(build())
+    with pytest.raises(steps.IllegalStep, match=message + r"(.|\n)*gated_delta.py:\d+"):
+        steps.apply(p, taken)
+
+
+def test_refusals_without_a_node() -> None:
+    with pytest.raises(steps.IllegalStep, match="store_as: no kernel has a temporary named 'u'"):
+        steps.apply(build(), (("store_as", "u", "io"),))
+    with pytest.raises(steps.IllegalStep, match="sum_after: nothing is stored that is summed"):
+        steps.apply(build(), (("sum_after", "heads"),))
+    with pytest.raises(ValueError, match="plan: got 'best'; accepts naive, states"):
+        backward_plan("best", backward(build()))
+    with pytest.raises(ValueError, match="grads: got w; accepts g, k, beta, v, q"):
+        Instance(Switches(), 64, 64, "f32", "f32", True, ("w",))
+
+
+def test_prune_drops_carries_and_scans() -> None:
+    t = Tracer("p", grid=("N", "HV"))
+
+    def body(a: Node, b: Node, c: Node) -> tuple[Node, ...]:
+        x = t.load(Tensor("x", ("T", "HV", "V")))
+        t.store(Tensor("unread", ("T", "HV", "V"), temp=True), exp(x) * dot(x, b, over="V") if "V" not in b.axes else exp(x))
+        return a + reduce_sum(x, "C"), b + a, c * 2.0
+    with t.recording():
+        _, b, _ = t.scan(body, a=zeros("V"), b=zeros("V"), c=zeros("V"))
+        t.store(Tensor("y", ("N", "HV", "V")), b)
+    p = prune(t.program())
+    (scan,) = p.scans()
+    assert scan["carries"] == ("a", "b") and p.written() == ("y",)
+    sizes = Sizes({"C": 4, "V": 3, "HV": 1}, [0, 9])
+    given = {"x": torch.randn(9, 1, 3, dtype=torch.float64)}
+    assert torch.equal(run(p, given, sizes)["y"], run(t.program(), given, sizes)["y"])
+
+
+# ---- backends ---------------------------------------------------------------------------------------------------------------
+
+
+SMALL = Layout((40, 0, 70, 1), varlen=True, H=1, HV=2, K=16, V=32)
+
+
+@pytest.mark.parametrize("name", ["naive", "states"])
+@pytest.mark.parametrize("io", ["f64", "f32"])
+@pytest.mark.parametrize(("decay", "erase"), FAMILY)
+def test_torch(decay: str, erase: bool, io: str, name: str) -> None:
+    for flags in ({}, STATES | {"state_v_first": True, "l2norm": True}, {"final_state": True, "beta_sigmoid": True,
+                                                                         "neg_eigval": True}):
+        cell = Cell("x", Switches(decay=decay, erase=erase, **flags), io, SMALL)               # type: ignore[arg-type]
+        schedule = Schedule("x", steps=backward_plan(name, backward_of(cell).program, io))
+        assert worst(check(cell, "torch", "torch", schedule=schedule)["errors"].values()) < {"f64": 1e-12, "f32": 1e-5}[io]
+
+
+def test_torch_in_bfloat16() -> None:
+    assert worst(check(Cell("x", FULL, "bf16", LAYOUTS["GVA"]), "torch", "torch")["errors"].values()) < 8e-3
+
+
+def test_triton_executed() -> None:
+    """By Triton's interpreter: every member, every layout with zero lengths, groups, ragged tails, K != V."""
+    names = [c.name for c in table() if c.io == "f32" and (c.name.startswith("gated delta rule,") or "varlen" in c.name
+                                                           or "V, K" in c.name or "sigmoid" in c.name or "l2norm" in c.name)]
+    names += ["gated delta rule, f16, varlen", "gated delta rule, f16, GVA"]
+    found = interpreted([["backward", n] for n in names])
+    bad = {k: v for k, v in found.items()
+           if "error" not in v or not float(v["error"]) < (2e-5 if "f32" in k else 4.5e-3)}     # type: ignore[arg-type]
+    assert not bad, json.dumps(bad, indent=1)[:3000]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_default_compiles_without_a_gpu(arch: str) -> None:
+    cell = Cell("x", FULL, "bf16", replace(LAYOUTS["varlen"], H=1, HV=2, K=128, V=128))
+    instance = backward_of(cell)
+    chosen = variant(instance, default(arch, instance, 1, 32, 8192)[0], "triton", arch)
+    assert [s.kernel for s in chosen.sources] == ["solve", "again", "local", "back", "inner", "grads", "heads"]
+    for kernel, source in zip(chosen.compiled.kernels, chosen.sources, strict=True):
+        built = cross_compile(kernel, source, arch)
+        assert built.metadata.shared <= {"sm_80": 166912, "sm_90": 232448}[arch]
+        assert "atom" not in source.text
