@@ -196,6 +196,8 @@ class Statements(Printer):
         target = f"{name}[{', '.join(here.values()) or '0'}]"
         inside = self.over(n.axes, depth)
         self.put(inside, f"{target} = " + ("0.0" if n["fn"] == "sum" else '-T.infinity("float32")'))
+        if self.target.threads:                            # a loop of its own: within one, TileLang lets only its threads meet
+            inside = self.over(n.axes, depth)
         last = self.over((n["over"],), inside, serial="T.serial")
         value = self.element(x, self.here(x.axes))
         self.put(last, f"{target} += {value}" if n["fn"] == "sum" else f"{target} = T.max({target}, {value})")
@@ -247,6 +249,7 @@ class Statements(Printer):
         loop, cells = f"for {', '.join(names)} in T.Parallel({', '.join(extents)}):", ", ".join(names)
         self.put(depth + 1, loop)
         self.put(depth + 2, f"{sums}[{cells}] = 0.0")
+        self.put(depth + 1, loop)
         self.put(depth + 2, "for j in T.serial(i + 1):")
         self.put(depth + 3, f"{sums}[{cells}] += {term} * {cell(known)}")
         self.put(depth + 1, loop)
