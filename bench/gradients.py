@@ -49,7 +49,8 @@ def expected(cell: Cell, x: Tensors, grads: tuple[str, ...]) -> Tensors:
     s = cell.switches
     leaves = {n: t.detach().cpu().double().requires_grad_() for n, t in x.items() if n != "cu_seqlens"}
     state = leaves["initial_state"] if s.initial_state else None
-    o, S = recurrence(*(leaves[n][None] for n in ("q", "k", "v")), leaves["g"][None] if s.decay == "scalar" else None,
+    q, k, v = (leaves[n][None] for n in ("q", "k", "v"))
+    o, S = recurrence(q, k, v, leaves["g"][None] if s.decay == "scalar" else None,
                       leaves["beta"][None], None, state.mT if state is not None and s.state_v_first else state,
                       x["cu_seqlens"].cpu(), s.erase, s.l2norm, s.beta_sigmoid, s.neg_eigval)
     loss = (o[0] * leaves["d_o"].detach()).sum()

@@ -1,6 +1,7 @@
 """Which variant serves a call, and why: the fastest backend that can, its schedule chosen for the architecture and shape."""
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,6 +62,9 @@ def options(instance: Instance, arch: str, sequences: int, heads: int, tokens: i
     found = []
     for name in PREFERENCE[kind]:
         target = "torch" if name == "torch" else arch       # it has one schedule, wherever it runs
+        if instance.grads and arch != "cpu" and name != "torch" and os.environ.get("GDN_IR_UNVERIFIED") != "1":
+            found.append(Option(name, None, f"{name}'s backward has not run on all it ships for (GDN_IR_UNVERIFIED=1 lets it)"))
+            continue
         try:
             schedule, why = default(target, instance, sequences, heads, tokens, name)
             found.append(Option(name, variant(instance, schedule, name, target), why))

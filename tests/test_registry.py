@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -167,3 +168,12 @@ def test_importing_the_package_is_light() -> None:
     code = "import sys, gdn_ir, json; print(json.dumps([m in sys.modules for m in ('torch', 'triton')]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == [False, False]
+
+
+def test_a_backward_is_served_by_what_a_gpu_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GDN_IR_UNVERIFIED", raising=False)
+    wanted = replace(BF16, grads=("q", "k", "v", "g", "beta"))
+    first = registry.options(wanted, "sm_90", 1, 32, 8192)[0]
+    assert first.backend == "triton" and first.variant is None and "has not run on all it ships for" in first.reason
+    monkeypatch.setenv("GDN_IR_UNVERIFIED", "1")
+    assert registry.options(wanted, "sm_90", 1, 32, 8191)[0].variant is not None
