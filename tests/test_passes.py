@@ -13,7 +13,7 @@ from gdn_ir.build import (Tensor, Tracer, cumsum, dot, elem, exp, index, log, re
                           tri_solve, zeros)
 from gdn_ir.compiler import lower
 from gdn_ir.interp import Sizes, run
-from gdn_ir.legalize import collapse, small_products
+from gdn_ir.legalize import collapse, small_products, split_products
 from gdn_ir.nodes import FLOATS, Node, Op
 from gdn_ir.padding import pad
 from gdn_ir.precision import precision, storage
@@ -81,6 +81,26 @@ def test_casts_of_a_step_stand() -> None:
     t = precision(storage(kernel, io="bf16", beta="bf16"), "bf16")
     assert {n.args[0].type.dtype for n in t.nodes() if n.op is Op.DOT} == {"bf16", "tf32x3"}
     assert set(FLOATS) >= {n.type.dtype for n in t.nodes()} - {"real", "int", "bool", "effect"}
+
+
+def test_split_products() -> None:
+    """Three tf32 products for one of float32: exact as reals, and as numbers a thousand times closer than one of them."""
+    p = simplify(build(Switches(**FULL)))                  # type: ignore[arg-type]
+    sizes = Sizes({"C": 16, "K": 32, "V": 32, "H": 1, "HV": 1}, [0, 64])
+    x = {n: t.float().double() for n, t in inputs(p, sizes).items()}
+    want = run(p, x, sizes, {"scale": 0.2})
+    three = split_products(precision(storage(p, io="f32", beta="f32"), "tf32x3"))
+    one = precision(storage(p, io="f32", beta="f32"), "tf32")
+
+    def count(q: Program) -> int:
+        return sum(n.op is Op.DOT for n in q.nodes())
+    assert count(three) == 3 * count(one) and {n.args[0].type.dtype for n in three.nodes() if n.op is Op.DOT} == {"tf32"}
+    exact = run(three, x, sizes, {"scale": 0.2})
+    got, rough = (run(q, x, sizes, {"scale": 0.2}, faithful=True) for q in (three, one))
+    for n in want:
+        size = want[n].norm()
+        assert torch.allclose(exact[n], want[n], rtol=1e-12, atol=1e-12)
+        assert float((got[n] - want[n]).norm() / size) < 1e-3 * float((rough[n] - want[n]).norm() / size), n
 
 
 # ---- padding ----------------------------------------------------------------------------------------------------------------

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from gdn_ir.backends import BACKENDS
+from gdn_ir.backends.base import Kernel
 from gdn_ir.backends.tilelang.runtime import cross_compile
 from gdn_ir.cache import load_source
 from gdn_ir.compiler import Instance, Unsupported, lower, program_of, variant
 from gdn_ir.programs.gated_delta import Switches
-from gdn_ir.schedules.plans import plan
-from gdn_ir.schedules.schedule import KernelOptions, Schedule
+from gdn_ir.schedules.defaults import default
+from gdn_ir.schedules.schedule import Schedule
 
 TILELANG = BACKENDS["tilelang"]
 FULL = Switches(initial_state=True, final_state=True)
@@ -42,14 +43,33 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "needs tilelang and g++" in str(TILELANG.supports(kernel, "cpu"))
 
 
+def cuda_of(kernel: Kernel, arch: str) -> str:
+    source = TILELANG.emit(kernel, arch)
+    return cross_compile(getattr(load_source("tilelang", source.kernel, source.hash, source.text), source.kernel), arch)
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize(("name", "K", "V"), [("states", 128, 128), ("naive", 48, 80)])
-def test_cuda_compiles(name: str, K: int, V: int, arch: str) -> None:
-    """Products on matrix units, for Hopper by warp groups."""
-    i = Instance(FULL, K, V, "bf16", "bf16", True)
-    tiled = {k: KernelOptions(64, 4, 1) for k in ("scan", "output")} if name == "states" else {"*": KernelOptions(None, 4, 1)}
-    schedule = Schedule(name, steps=plan(name, sums=name == "states")).with_options(**tiled)
+def test_defaults_compile_without_a_gpu(arch: str) -> None:
+    """Products on matrix units, for Hopper by warp groups; the scan's tiles copied ahead."""
+    i = Instance(FULL, 128, 128, "bf16", "bf16", True)
+    schedule = default(arch, i, 1, 8, 8192, "tilelang")[0]
     for kernel in lower(program_of(FULL), schedule, TILELANG, arch, i.sizes, i.dtypes, True):
-        source = TILELANG.emit(kernel, arch)
-        cuda = cross_compile(getattr(load_source("tilelang", source.kernel, source.hash, source.text), source.kernel), arch)
+        cuda = cuda_of(kernel, arch)
         assert ("wgmma" in cuda) == (arch == "sm_90") and "mma" in cuda
+        if kernel.name == "scan":
+            assert ("tma_load(" if arch == "sm_90" else "cp_async") in cuda
+
+
+def test_no_schedule_compiles_without_a_gpu() -> None:
+    i = Instance(FULL, 48, 80, "bf16", "bf16", True)
+    (kernel,) = lower(program_of(FULL), Schedule("naive"), TILELANG, "sm_90", i.sizes, i.dtypes, True)
+    assert "wgmma" in cuda_of(kernel, "sm_90")
+
+
+def test_sums_of_rows_meet_all_threads() -> None:
+    """Norms of rows that other threads have written: fewer rows than threads, which must not wait for each other alone."""
+    i = Instance(Switches(l2norm=True, final_state=True), 64, 64, "bf16", "bf16", True)
+    schedule = default("sm_90", i, 1, 8, 8192, "tilelang")[0]
+    kernels = lower(program_of(i.switches), schedule, TILELANG, "sm_90", i.sizes, i.dtypes, True)
+    output = next(k for k in kernels if k.name == "output")
+    assert "__sync_thread_partial" not in cuda_of(output, "sm_90")
