@@ -14,6 +14,7 @@ from tests.inputs import error, expected, make
 
 pytestmark = pytest.mark.gpu
 BOUNDS = {torch.bfloat16: 4.5e-3, torch.float16: 4.5e-3, torch.float32: 1e-4}
+GRADIENT_BOUNDS = {torch.bfloat16: 6e-3, torch.float16: 6e-3, torch.float32: 1e-4}
 
 
 @pytest.fixture(autouse=True, params=["triton", "tilelang"])
@@ -111,7 +112,7 @@ def test_gradients(shape: dict[str, int], dtype: torch.dtype) -> None:
     want_o, want_S = recurrence(**exact)
     loss = (want_o * d_o.cpu().double()).sum() + (want_S * d_S.cpu().double()).sum()
     for n, a, b in zip(x, got, torch.autograd.grad(loss, list(exact.values())), strict=True):
-        assert a.dtype == x[n].dtype and error(a.cpu(), b) <= 2 * BOUNDS[dtype], n
+        assert a.dtype == x[n].dtype and error(a.cpu(), b) <= GRADIENT_BOUNDS[dtype], n
 
 
 def test_gradients_agree_to_the_bit() -> None:

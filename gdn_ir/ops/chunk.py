@@ -74,7 +74,7 @@ def _chunk_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tens
         o.zero_()
         return o, _unchanged(state, initial_state)
     chosen, tensors, sequences, ends = bind(q, k, v, g, beta, initial_state, cu_seqlens, final_state, l2norm, beta_sigmoid,
-                                             neg_eigval, state_v_first, registry.forced())
+                                            neg_eigval, state_v_first, registry.forced())
     tensors["o"] = o.view(-1, *o.shape[2:])
     if final_state:
         tensors["final_state"] = state
