@@ -1,18 +1,36 @@
-"""Joins the parts of a result that several processes wrote, and prints what is out of bounds."""
+"""Joins the parts of a result that several processes wrote, later ones in the place of earlier, and prints what is out of bounds.
+
+    python -m gdn_ir.bench.merge OUT PARTS...        # OUT may be among the parts
+"""
 from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from gdn_ir.bench.errors import worst
 
 
+def merged(pages: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first page with the rows of all; a row of another commit than the first page's says so."""
+    rows: dict[tuple[str | int, ...], dict[str, Any]] = {}
+    for page in pages:
+        seen: Counter[tuple[str, ...]] = Counter()         # a page may hold several rows of one name
+        for r in page["rows"]:
+            commit, name = r.get("commit", page["commit"]), (r["cell"], r["inputs"], r["backend"], r["arch"])
+            seen[name] += 1
+            key = (*name, seen[name])
+            rows[key] = {n: x for n, x in r.items() if n != "commit"} | ({"commit": commit} if commit != pages[0]["commit"] else {})
+    return pages[0] | {"rows": [rows[key] for key in sorted(rows)]}
+
+
 def main() -> None:
     out, *parts = sys.argv[1:]
-    results = [json.loads(Path(p).read_text()) for p in parts]
-    rows = sorted((r for x in results for r in x["rows"]), key=lambda r: (r["cell"], r["inputs"]))
-    Path(out).write_text(json.dumps(results[0] | {"rows": rows}, indent=0) + "\n")
+    page = merged([json.loads(Path(p).read_text()) for p in parts])
+    Path(out).write_text(json.dumps(page, indent=0) + "\n")
+    rows = page["rows"]
     bad = [r for r in rows if "failed" in r or not worst(r["errors"].values()) <= (1e-4 if "f32" in r["cell"] else 4.5e-3)]
     print(out, len(rows), "rows,", len(bad), "over the bounds of model-like inputs")
     for r in bad:

@@ -114,8 +114,9 @@ def main() -> None:
     p.add_argument("--out", required=True)
     p.add_argument("--commit", required=True)
     p.add_argument("--arch", default="sm_90", help="sm_80 runs from PTX")
-    p.add_argument("--backend", default="triton", help="triton or tilelang (with GDN_IR_UNVERIFIED=1)")
+    p.add_argument("--backend", default="triton", help="triton or tilelang")
     p.add_argument("--part", default="0/1", help="i/n: the i-th of n parts, to run in n processes")
+    p.add_argument("--only", default="", help="cells whose names have one of these in them, separated by semicolons")
     a = p.parse_args()
     backend = a.backend if a.arch == "sm_90" else f"{a.backend}-ptx"
     if a.arch != "sm_90":
@@ -128,8 +129,9 @@ def main() -> None:
         cell = Cell(f"accuracy, {io}", replace(FULL, initial_state=False), io, PEERS)
         jobs += [(cell, default(a.arch, cell.instance, 1, 4, 768, a.backend)[0], kind) for kind in inputs.KINDS]
     for io in (DTYPES if a.backend == "triton" else ("bf16", "f16")) if a.arch == "sm_90" else ():
-        jobs += [(Cell(f"naive, {io}", FULL, io, replace(PACKED, K=k, V=k)), Schedule("naive"), "model") for k in (64, 128)]
-    for i, (cell, schedule, kind) in enumerate(jobs):
+        jobs += [(Cell(f"naive {k} x {k}, {io}", FULL, io, replace(PACKED, K=k, V=k)), Schedule("naive"), "model") for k in (64, 128)]
+    only = a.only.split(";")
+    for i, (cell, schedule, kind) in enumerate(j for j in jobs if any(name in j[0].name for name in only)):
         if i % parts == part:
             rows.append(check(cell, schedule, backend, a.arch, kind))
             about = {"commit": a.commit, "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,

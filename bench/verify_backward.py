@@ -44,14 +44,15 @@ def main() -> None:
     p.add_argument("--commit", required=True)
     p.add_argument("--arch", default="sm_90", help="sm_80 runs from PTX")
     p.add_argument("--part", default="0/1", help="i/n: the i-th of n parts, to run in n processes")
-    p.add_argument("--only", default="", help="cells whose name has this in it")
+    p.add_argument("--only", default="", help="cells whose names have one of these in them, separated by semicolons")
     a = p.parse_args()
     backend = "triton" if a.arch == "sm_90" else "triton-ptx"
     BACKENDS["triton-ptx"] = TritonPtx()
     torch.use_deterministic_algorithms(True, warn_only=True)                  # torch.empty gives NaN: temporaries are poisoned
     part, parts = (int(i) for i in a.part.split("/"))
     rows: list[dict[str, Any]] = []
-    for i, (cell, scans, kind) in enumerate(c for c in shipped() if a.only in c[0].name):
+    only = a.only.split(";")
+    for i, (cell, scans, kind) in enumerate(c for c in shipped() if any(name in c[0].name for name in only)):
         if i % parts != part:
             continue
         try:

@@ -193,7 +193,11 @@ class Statements(Printer):
 
     def reduce(self, name: str, n: Node, depth: int) -> None:
         here, x = self.here(n.axes), n.args[0]
-        target = f"{name}[{', '.join(here.values()) or '0'}]"
+        sums = name
+        if self.whole and n.axes:                          # in a loop that copies ahead, TileLang takes what it clears for a copy
+            sums = self.beside(f"{name}_sums")
+            self.allocate(sums, n, product=True)
+        target = f"{sums}[{', '.join(here.values()) or '0'}]"
         inside = self.over(n.axes, depth)
         self.put(inside, f"{target} = " + ("0.0" if n["fn"] == "sum" else '-T.infinity("float32")'))
         if self.target.threads:                            # a loop of its own: within one, TileLang lets only its threads meet
@@ -201,6 +205,8 @@ class Statements(Printer):
         last = self.over((n["over"],), inside, serial="T.serial")
         value = self.element(x, self.here(x.axes))
         self.put(last, f"{target} += {value}" if n["fn"] == "sum" else f"{target} = T.max({target}, {value})")
+        if sums != name:
+            self.put(depth, f"T.copy({sums}, {name})")
 
     def cumsum(self, name: str, n: Node, depth: int) -> None:
         axis, last = n["axis"], self.kernel.tile(n["axis"]) - 1
