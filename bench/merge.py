@@ -1,4 +1,4 @@
-"""Joins the parts of a result that several processes wrote, later ones in the place of earlier, and prints what is out of bounds.
+"""Joins the parts of a result that several processes wrote, later rows in the place of earlier; prints what is out of bounds.
 
     python -m gdn_ir.bench.merge OUT PARTS...        # OUT may be among the parts
 """
@@ -22,7 +22,8 @@ def merged(pages: list[dict[str, Any]]) -> dict[str, Any]:
             commit, name = r.get("commit", page["commit"]), (r["cell"], r["inputs"], r["backend"], r["arch"])
             seen[name] += 1
             key = (*name, seen[name])
-            rows[key] = {n: x for n, x in r.items() if n != "commit"} | ({"commit": commit} if commit != pages[0]["commit"] else {})
+            other = {"commit": commit} if commit != pages[0]["commit"] else {}
+            rows[key] = {n: x for n, x in r.items() if n != "commit"} | other
     return pages[0] | {"rows": [rows[key] for key in sorted(rows)]}
 
 

@@ -129,7 +129,8 @@ def main() -> None:
         cell = Cell(f"accuracy, {io}", replace(FULL, initial_state=False), io, PEERS)
         jobs += [(cell, default(a.arch, cell.instance, 1, 4, 768, a.backend)[0], kind) for kind in inputs.KINDS]
     for io in (DTYPES if a.backend == "triton" else ("bf16", "f16")) if a.arch == "sm_90" else ():
-        jobs += [(Cell(f"naive {k} x {k}, {io}", FULL, io, replace(PACKED, K=k, V=k)), Schedule("naive"), "model") for k in (64, 128)]
+        jobs += [(Cell(f"naive {k} x {k}, {io}", FULL, io, replace(PACKED, K=k, V=k)), Schedule("naive"), "model")
+                 for k in (64, 128)]
     only = a.only.split(";")
     for i, (cell, schedule, kind) in enumerate(j for j in jobs if any(name in j[0].name for name in only)):
         if i % parts == part:
