@@ -9,7 +9,7 @@ demo: $(READY)
 	$(BIN)/gdn-ir demo $(TEXT)
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

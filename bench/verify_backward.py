@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
-from gdn_ir.bench.gradients import FULL, check
+from gdn_ir.bench.gradients import FULL, backward_of, check
 from gdn_ir.bench.inputs import KINDS
 from gdn_ir.bench.verify import PACKED, PEERS
 from gdn_ir.backends import BACKENDS
 from gdn_ir.backends.triton.ptx import TritonPtx
+from gdn_ir.compiler import variant
 from gdn_ir.coverage import DTYPES, Cell, table
+from gdn_ir.schedules.defaults import default
 
 SIZES = ((16, 16), (16, 128), (48, 96), (128, 64), (80, 112), (32, 32), (96, 128), (64, 128))
 
@@ -38,6 +40,19 @@ def shipped() -> Iterator[tuple[Cell, int | None, str]]:
             yield Cell(f"accuracy, {io}", replace(FULL, initial_state=False), io, PEERS), None, kind
 
 
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return (row["cell"], row["inputs"], row["arch"], *(tuple(sorted(row[n].items())) for n in ("sources", "launched")))
+
+
+def ahead(cell: Cell, scans: int | None, kind: str, arch: str) -> dict[str, Any]:
+    """What a row will say of the sources that it ran."""
+    instance, lay = backward_of(cell), cell.layout
+    schedule = default(arch, instance, 1, scans or len(lay.lengths) * lay.HV, sum(lay.lengths))[0]
+    sources = {s.kernel: s.hash for s in variant(instance, schedule, "triton", arch).sources}
+    return {"cell": cell.name, "inputs": kind, "arch": arch, "sources": sources,
+            "launched": {k: str(schedule.options(k)) for k in sources}}
+
+
 def main() -> None:
     p = argparse.ArgumentParser()
     p.add_argument("--out", required=True)
@@ -45,7 +60,9 @@ def main() -> None:
     p.add_argument("--arch", default="sm_90", help="sm_80 runs from PTX")
     p.add_argument("--part", default="0/1", help="i/n: the i-th of n parts, to run in n processes")
     p.add_argument("--only", default="", help="cells whose names have one of these in them, separated by semicolons")
+    p.add_argument("--resume", default="", help="a page of results: what it has of the very same sources is not run again")
     a = p.parse_args()
+    known = {key(r) for r in json.loads(Path(a.resume).read_text())["rows"] if "failed" not in r} if a.resume else set()
     backend = "triton" if a.arch == "sm_90" else "triton-ptx"
     BACKENDS["triton-ptx"] = TritonPtx()
     torch.use_deterministic_algorithms(True, warn_only=True)                  # torch.empty gives NaN: temporaries are poisoned
@@ -53,7 +70,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     only = a.only.split(";")
     for i, (cell, scans, kind) in enumerate(c for c in shipped() if any(name in c[0].name for name in only)):
-        if i % parts != part:
+        if i % parts != part or (known and key(ahead(cell, scans, kind, a.arch)) in known):
             continue
         try:
             rows.append(check(cell, backend, a.arch, "cuda", kind, scans=scans))

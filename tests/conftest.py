@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -42,8 +43,18 @@ def printed() -> list[str]:
     return TABLE
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):            # one of several processes: the first one prints for all
+        session.config.workeroutput["table"] = TABLE
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    TABLE.extend(getattr(node, "workeroutput", {}).get("table", []))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if TABLE:
         terminalreporter.section("coverage table: executed / declined / failed")
-        for line in TABLE:
+        for line in sorted(TABLE):
             terminalreporter.write_line(line)

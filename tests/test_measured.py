@@ -12,7 +12,6 @@ from gdn_ir.bench import results
 from gdn_ir.bench.cases import FORWARD_CORE, trains
 from gdn_ir.bench.errors import worst
 from gdn_ir.bench import verify_backward
-from gdn_ir.bench.gradients import backward_of
 from gdn_ir.bench.verify import shipped
 from gdn_ir.compiler import variant
 from gdn_ir.schedules.defaults import default
@@ -56,20 +55,16 @@ def test_every_shipped_default_was_measured(arch: str, backend: str) -> None:
 @pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
 def test_every_shipped_backward_was_measured(arch: str) -> None:
     """The same for gradients."""
-    measured = {(r["cell"], tuple(sorted(r["sources"].items())), tuple(sorted(r["launched"].items()))): r["errors"]
-                for r in records(arch, "backward") if "failed" not in r and r["inputs"] == "model"}
+    measured = {verify_backward.key(r): r["errors"] for r in records(arch, "backward") if "failed" not in r}
     missing, wrong = [], []
     for cell, scans, kind in verify_backward.shipped():
-        instance, lay = backward_of(cell), cell.layout
-        schedule = default(arch, instance, 1, scans or len(lay.lengths) * lay.HV, sum(lay.lengths))[0]
-        sources = {s.kernel: s.hash for s in variant(instance, schedule, "triton", arch).sources}
-        options = {k: str(schedule.options(k)) for k in sources}
-        errors = measured.get((cell.name, tuple(sorted(sources.items())), tuple(sorted(options.items()))))
-        if kind == "model" and errors is None:
-            missing.append((cell.name, sources))
-        elif kind == "model" and not worst(errors.values()) <= gradient_bound(cell.io, cell.switches.neg_eigval):
-            wrong.append((cell.name, errors))
-    assert not missing, f"never measured on a GPU (run bench/verify_backward.py): {missing[:5]}, {max(0, len(missing) - 5)} more"
+        if kind == "model":
+            errors = measured.get(verify_backward.key(verify_backward.ahead(cell, scans, kind, arch)))
+            if errors is None:
+                missing.append(cell.name)
+            elif not worst(errors.values()) <= gradient_bound(cell.io, cell.switches.neg_eigval):
+                wrong.append((cell.name, errors))
+    assert not missing, f"never measured on a GPU (run bench/verify_backward.py): {len(missing)}: {missing[:5]}"
     assert not wrong, wrong
 
 
