@@ -69,19 +69,21 @@ class Store:
     def get(self, key: str) -> Artifact | None:
         """The artifact, or None where there is none. A damaged one is removed with a warning, and counts as none."""
         place = self.root / key
-        while True:
-            before = inode(place)
-            if before is None:
+        why = ""
+        while not why:
+            try:
+                handle = os.open(place, os.O_RDONLY | os.O_DIRECTORY)        # held: no other folder can get its number
+            except FileNotFoundError:
                 return None
             try:
                 found = read(place)
-            except (Damaged, OSError) as e:
-                why = "a file is missing" if isinstance(e, FileNotFoundError) else str(e)
-                if inode(place) == before:
-                    break                                  # else another process put a new one in its place meanwhile
-            else:
                 cache.used(place)
                 return found
+            except (Damaged, OSError) as e:
+                if number(place) == os.fstat(handle).st_ino:       # else another process has put a new one in its place
+                    why = "a file is missing" if isinstance(e, FileNotFoundError) else str(e)
+            finally:
+                os.close(handle)
         if not self.own:
             raise Damaged(f"{place}: {why}; make the pack again with gdn-ir compile")
         warnings.warn(f"gdn_ir: the cached kernel in {place} is damaged ({why}); it is compiled again", RuntimeWarning,
@@ -114,7 +116,7 @@ class Store:
         self.put(key, Built(files, artifact.launch), artifact.recipe, artifact.toolchain)
 
 
-def inode(folder: Path) -> int | None:
+def number(folder: Path) -> int | None:
     try:
         return folder.stat().st_ino
     except FileNotFoundError:
