@@ -1,4 +1,4 @@
-"""The command line: gdn-ir demo, emit, explain, bench, report."""
+"""The command line: gdn-ir demo, emit, explain, bench, report; and those about tuning (autotune/cli.py)."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -7,8 +7,12 @@ from typing import Annotated, Optional                     # typer reads Optiona
 import typer
 from rich.console import Console
 
+from gdn_ir.autotune import cli as tuning
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="The chunkwise gated delta rule, written once and compiled.")
+for command in (tuning.tune, tuning.show, tuning.export, tuning.verify):
+    app.command()(command)
 
 
 @app.command()

@@ -95,7 +95,7 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
     for name, *rest_of_step in schedule.steps:
         if name == "merge" and rest_of_step[1] != schedule.chunk:
             raise steps.IllegalStep(f"merge: doubles blocks up to {rest_of_step[1]} rows, but a chunk has {schedule.chunk}")
-    pipeline = steps.apply(program, schedule.steps)
+    pipeline = planned(program, schedule.steps)
     stray = {name for name, _ in schedule.kernels} - {p.name for p in pipeline} - {"*"}
     if stray:
         raise steps.IllegalStep(f"kernels: no kernel is called {', '.join(sorted(stray))}; the plan makes "
@@ -116,6 +116,12 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
         p = pad(p, frozenset(padded))
         kernels.append(Kernel(p.name, p, extents, tiles, options, varlen, origin))
     return tuple(kernels)
+
+
+@lru_cache(maxsize=64)
+def planned(program: Program, plan: tuple[tuple[str | int, ...], ...]) -> steps.Pipeline:
+    """A plan applied: the same for all options of its kernels, which a tuner varies by the hundred."""
+    return steps.apply(program, plan)
 
 
 @dataclass(frozen=True)
