@@ -1,4 +1,4 @@
-"""gdn-ir's commands about tuning: tune, show, export, verify."""
+"""gdn-ir's commands about tuning and packs: tune, show, export, verify, compile."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -50,3 +50,21 @@ def verify(table: Annotated[str, typer.Argument(help=SOURCE)] = "",
     from gdn_ir.autotune.command import verify as run
     if not run(table, within):
         raise SystemExit(1)
+
+
+def compile_(target: Annotated[str, typer.Option(help="sm_80, sm_90a, cpu (this processor), separated by commas")],
+             out: Annotated[Path, typer.Option("-o", "--out", help="where the pack goes: a folder that is not there yet")],
+             shapes: Annotated[str, typer.Option(help=f"{SHAPES} (20 representative ones); other shapes are served as the "
+                                             "nearest of these")] = "",
+             op: Annotated[str, typer.Option(help="forward or backward")] = "forward",
+             dtype: Annotated[str, typer.Option(help="bf16, f16 or f32 (bf16; f32 for cpu)")] = "",
+             K: int = 128, V: int = 128,
+             flags: Annotated[str, typer.Option(help="as of tune")] = "",
+             dense: Annotated[bool, typer.Option("--dense", help="not packed: all sequences of one length")] = False,
+             backends: Annotated[str, typer.Option(help="separated by commas (triton; tilelang for cpu)")] = "",
+             beta: Annotated[str, typer.Option(help="beta's dtype, where it is not that of q")] = "",
+             grads: Annotated[str, typer.Option(help="of a backward: gradients, separated by commas (all)")] = "",
+             workers: Annotated[int, typer.Option(help="processes that compile")] = 14) -> None:
+    """Compile kernels ahead into a pack, for gdn_ir.load_pack: for any machine, on any machine."""
+    from gdn_ir.autotune.command import compile_ahead as run
+    run(target, shapes, op, dtype, K, V, flags, dense, backends, beta, grads, out, workers)

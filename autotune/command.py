@@ -1,9 +1,10 @@
-"""What `gdn-ir tune`, `show`, `export` and `verify` do: options checked before anything runs, then the work."""
+"""What `gdn-ir tune`, `show`, `export`, `verify` and `compile` do: options checked before anything runs, then the work."""
 from __future__ import annotations
 
 import json
 import os
 import statistics
+import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +15,8 @@ from rich.table import Table
 
 from gdn_ir.autotune import tables
 from gdn_ir.autotune.display import Display
-from gdn_ir.autotune.keys import Shape
+from gdn_ir.autotune.keys import Json, Shape, of_instance, of_schedule
+from gdn_ir.autotune.pool import Pool
 from gdn_ir.autotune.records import Records, Winner, default_path, winners
 from gdn_ir.autotune.tune import Limits, Task, Tuner
 from gdn_ir.backends import BACKENDS
@@ -31,24 +33,30 @@ REPRESENTATIVE = ("1x2048:2/8,1x8192:2/8,1x32768:2/8,1x2048:4/16,1x8192:4/16,1x3
                   "8x1024:4/8,8x4096:16/64,8x4096:4/16")
 
 
-def instances(op: str, shapes: Iterable[Shape], dtype: str, K: int, V: int, flags: str, dense: bool) \
-        -> dict[Instance, list[Shape]]:
-    """The instances that an operation on shapes takes, each with its shapes. Raises ValueError naming what is wrong."""
+def instances(op: str, shapes: Iterable[Shape], dtype: str, K: int, V: int, flags: str, dense: bool,
+              beta: str = "", grads: str = "") -> dict[Instance, list[Shape]]:
+    """The instances that an operation on shapes takes, each with its shapes. beta: its dtype, where it is another; grads: those
+    of a backward, separated by commas. Raises ValueError naming what is wrong."""
     if op not in OPS:
         raise ValueError(f"--op: got {op!r}; accepts {', '.join(OPS)}")
     known = [n for n, f in Switches.__dataclass_fields__.items() if f.type == "bool"]
     words = [w.strip() for w in flags.split(",") if w.strip()]
     for w in words:
-        if w.removeprefix("no-") not in known:
-            raise ValueError(f"--flags: got {w!r}; accepts {', '.join(known)}, each also with no- before it")
+        if w.removeprefix("no-") not in (*known, "decay"):
+            raise ValueError(f"--flags: got {w!r}; accepts {', '.join(known)}, decay, each also with no- before it")
     on = {"final_state": op == "forward"} | {w.removeprefix("no-"): not w.startswith("no-") for w in words}
-    switches = Switches(**on)                              # type: ignore[arg-type]
+    decay = "scalar" if on.pop("decay", True) else "none"
+    switches = Switches(decay, **on)
+    named = tuple(n.strip() for n in grads.split(",") if n.strip())
+    if named and op == "forward":
+        raise ValueError(f"--grads: got {grads!r} with --op forward; accepts it with --op backward")
+    every = tuple(n for n in (*GRADIENTS, "initial_state") if n in Instance(switches, K, V, dtype, dtype, True).program.read())
     found: dict[Instance, list[Shape]] = {}
     for s in shapes:
         if dense and len(set(s.lengths)) > 1:
             raise ValueError(f"--shapes: got {s} with --dense; accepts sequences of one length there")
-        grads = (*GRADIENTS, *(["initial_state"] if switches.initial_state else [])) if op == "backward" else ()
-        i = Instance(switches, K, V, dtype, dtype, not dense, grads, not grads or s.HV > s.H)
+        wanted = (named or every) if op == "backward" else ()
+        i = Instance(switches, K, V, dtype, beta or dtype, not dense, wanted, not wanted or s.HV > s.H)
         found.setdefault(i, []).append(s)
     return found
 
@@ -165,3 +173,44 @@ def verify(source: str, within: float, console: Console | None = None) -> bool:
     """Run a table's winners of this device again: whether each is right, and at most `within` (a part) slower than it was."""
     from gdn_ir.autotune.verify import verify_all
     return verify_all(known(source), within, console or Console())
+
+
+TARGETS = ("sm_80", "sm_90", "cpu")
+
+
+def compile_ahead(targets: str, shapes: str, op: str, dtype: str, K: int, V: int, flags: str, dense: bool, backends: str,
+                  beta: str, grads: str, out: Path, workers: int, console: Console | None = None) -> None:
+    """Make a pack, for machines that need not be this one."""
+    from gdn_ir.packs import plan_entries, write_pack
+    console = console or Console()
+    if out.exists():
+        raise ValueError(f"-o: got {out}, which exists; accepts a path where nothing is")
+    wanted = [t.strip().replace("sm_90a", "sm_90") for t in targets.split(",")]
+    for t in wanted:
+        if t not in TARGETS:
+            raise ValueError(f"--target: got {t!r}; accepts {', '.join(TARGETS)} (sm_90a is sm_90), separated by commas")
+    named = [b.strip() for b in backends.split(",") if b.strip()]
+    for b in named:
+        if b not in BACKENDS or BACKENDS[b].functional:
+            raise ValueError(f"--backends: got {b!r}; accepts {', '.join(n for n, x in BACKENDS.items() if not x.functional)}")
+    start, planned = time.monotonic(), []
+    for t in dict.fromkeys(wanted):
+        io = dtype or ("f32" if t == "cpu" else "bf16")
+        work = instances(op, shapes_of(shapes), io, K, V, flags, dense, beta, grads)
+        planned += plan_entries([t], work, named or ["tilelang" if t == "cpu" else "triton"])
+    jobs: dict[str, Json] = {}
+    for entry, _ in planned:
+        for i, key in enumerate(entry.keys):
+            jobs.setdefault(key, {"job": "compile", "instance": of_instance(entry.instance), "backend": entry.backend,
+                                  "arch": entry.target, "schedule": of_schedule(entry.schedule), "kernel": i})
+    with Display(console) as display, Pool(max(1, min(workers, len(jobs), os.cpu_count() or 1))) as pool:
+        display.phase("compiling", len(jobs))
+        for i, answer in pool.map(list(jobs.values()), 600.0):
+            display.step()
+            if "done" not in answer:
+                raise ValueError(f"{list(jobs.values())[i]['instance']}: {answer.get('lost') or answer['failed']}")
+    count = write_pack(out, planned)
+    size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+    seconds = time.monotonic() - start
+    console.print(f"{out}: {count} kernels for {len(planned)} shapes, {size / 2**20:.1f} MiB, in {seconds:.0f} s", markup=False,
+                  highlight=False, soft_wrap=True)

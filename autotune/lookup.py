@@ -47,7 +47,7 @@ def find(target: str, instance: Instance, sequences: int, heads: int, tokens: in
     shape = (sequences, heads, tokens)
     for pack in PACKS:
         entry = pack.nearest(target, instance, shape, backend)
-        if entry is not None:
+        if entry is not None and pack.holds(entry):
             return Found(entry.schedule, "pack", f"compiled ahead for {entry.shape} in {pack.path}: {entry.why}")
     stale = ""
     for level, w in ranked(target, instance, shape, backend):

@@ -13,6 +13,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   help="The chunkwise gated delta rule, written once and compiled.")
 for command in (tuning.tune, tuning.show, tuning.export, tuning.verify):
     app.command()(command)
+app.command("compile")(tuning.compile_)
 
 
 @app.command()
