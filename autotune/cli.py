@@ -37,10 +37,12 @@ def show(table: Annotated[str, typer.Argument(help=SOURCE)] = "") -> None:
 
 
 def export(table: Annotated[str, typer.Argument(help=SOURCE)] = "",
-           out: Annotated[Path, typer.Option("-o", "--out", help="a folder, for a table of each device")] = Path(".")) -> None:
+           out: Annotated[Path, typer.Option("-o", "--out", help="a folder, for a table of each device")] = Path("."),
+           model: Annotated[str, typer.Option(help="instead, of a GPU that nobody has timed (a100): heuristic and cost model")]
+           = "") -> None:
     """Write what was tuned as tables, one readable JSON for each device."""
     from gdn_ir.autotune.command import export as run
-    for path in run(table, out):
+    for path in run(table, out, model):
         print(path)
 
 

@@ -1,7 +1,6 @@
 """What `gdn-ir tune`, `show`, `export`, `verify` and `compile` do: options checked before anything runs, then the work."""
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import time
@@ -13,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from gdn_ir.autotune import tables
+from gdn_ir.autotune import cost, tables
 from gdn_ir.autotune.display import Display
 from gdn_ir.autotune.keys import Json, Shape, of_instance, of_schedule
 from gdn_ir.autotune.pool import Pool
@@ -158,13 +157,21 @@ def number(ms: float | None) -> str:
     return "" if ms is None else f"{ms:.4g}"
 
 
-def export(source: str, out: Path) -> list[Path]:
-    """Write a table for each device of the records."""
+MODELS = {"a100": cost.A100, "h100": cost.H100}
+
+
+def export(source: str, out: Path, model: str = "") -> list[Path]:
+    """Write a table for each device of the records; or, of a GPU that nobody has timed, one by heuristic and cost model."""
+    if model and model not in MODELS:
+        raise ValueError(f"--model: got {model!r}; accepts {', '.join(MODELS)}")
+    found = known(source) if not model else [
+        w for i, some in instances("forward", shapes_of(""), "bf16", 128, 128, "", False).items()
+        for w in cost.modelled(i, some, MODELS[model])]
     written = []
-    for device, table in tables.to_json(known(source)).items():
+    for device, table in tables.to_json(found).items():
         path = out / f"{slug(device.name)}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(table, indent=1) + "\n")
+        path.write_text(tables.text_of(table))
         written.append(path)
     return written
 

@@ -94,9 +94,11 @@ def provenance(level: str, w: Winner) -> str:
     """As `explain` says it."""
     where = f"on {w.subject.device.name}" if w.how == "measured" else f"for {w.subject.device.name} by {w.how}, never timed"
     time = f": {w.ms:.4g} ms" if w.ms is not None else ""
+    time += f": {w.predicted_ms:.4g} ms predicted" if w.predicted_ms is not None else ""
     gain = f", the heuristic's {w.heuristic_ms:.4g} ms" if w.ms is not None and w.heuristic_ms is not None else ""
     with_ = ", ".join(f"{n} {v}" for n, v in w.subject.versions)
-    return f"tuned ({level}) for {w.shape} {where} on {w.date} with {with_}{time}{gain}"
+    tuned = f"tuned ({level})" if w.how == "measured" else f"chosen ({level})"
+    return f"{tuned} for {w.shape} {where} on {w.date} with {with_}{time}{gain}"
 
 
 def known() -> list[Winner]:

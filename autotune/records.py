@@ -70,19 +70,21 @@ class Winner:
     date: str
     how: str = "measured"
     program: str = ""
+    predicted_ms: float | None = None                      # by the cost model, where nobody has measured
 
     def json(self) -> Json:
         s = self.shape
         return {"shape": {"lengths": list(s.lengths), "H": s.H, "HV": s.HV}, "bucket": list(bucket(*s.key)),
                 "schedule": of_schedule(self.schedule), "sources": dict(self.sources), "ms": self.ms,
-                "heuristic_ms": self.heuristic_ms, "errors": dict(self.errors), "date": self.date, "how": self.how}
+                "heuristic_ms": self.heuristic_ms, "errors": dict(self.errors), "date": self.date, "how": self.how,
+                **({} if self.predicted_ms is None else {"predicted_ms": self.predicted_ms})}
 
     @staticmethod
     def of(subject: Json, data: Json) -> Winner:
         s = data["shape"]
         return Winner(Subject.of(subject), Shape(tuple(s["lengths"]), s["H"], s["HV"]), to_schedule(data["schedule"]),
                       tuple(data["sources"].items()), data["ms"], data["heuristic_ms"], tuple(data["errors"].items()),
-                      data["date"], data["how"], subject["program"])
+                      data["date"], data["how"], subject["program"], data.get("predicted_ms"))
 
 
 def today() -> str:

@@ -96,7 +96,8 @@ def test_the_command_in_the_error_means_the_same_instance(instance: Instance) ->
     words = shlex.split(text.split("ahead: gdn-ir compile ")[1].split(" -o PACK")[0])
     o = {w: words[i + 1] for i, w in enumerate(words) if w.startswith("--") and w != "--dense"}
     shapes = command.shapes_of(o["--shapes"])
-    found = command.instances(o.get("--op", "forward"), shapes, o["--dtype"], int(o["--K"]), int(o["--V"]), o.get("--flags", ""),
+    K, V, flags = int(o["--K"]), int(o["--V"]), o.get("--flags", "")
+    found = command.instances(o.get("--op", "forward"), shapes, o["--dtype"], K, V, flags,
                               "--dense" in words, o.get("--beta", ""), o.get("--grads", ""))
     assert list(found) == [instance]
 

@@ -1,6 +1,7 @@
 """Records of measurements: two writers, torn and damaged lines; and the lookup that reads them, which always answers."""
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -138,8 +139,8 @@ def test_tables(tmp_path: Path) -> None:
     other = winner(shape=Shape((4096,) * 8, 16, 64))
     made = tables.to_json([old, new, other, winner(H200)])
     assert set(made) == {H100, H200} and len(made[H100]["groups"]) == 1
-    import json
-    (tmp_path / "h100.json").write_text(json.dumps(made[H100], indent=1))
+    (tmp_path / "h100.json").write_text(tables.text_of(made[H100]))
+    assert json.loads(tables.text_of(made[H100])) == made[H100]
     back = tables.read(tmp_path / "h100.json")
     assert [replace(w, program="") for w in back] == [new, other]
     (tmp_path / "bad.json").write_text("{}")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from functools import lru_cache
@@ -32,6 +33,17 @@ def read(path: Path) -> list[Winner]:
         return [Winner.of(g["subject"] | {"device": data["device"]}, w) for g in data["groups"] for w in g["winners"]]
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path}: not a table of schedules ({type(e).__name__}: {e})") from None
+
+
+def text_of(table: Json) -> str:
+    """A table as text for people: what fits on a line is on a line."""
+    text, inner = json.dumps(table, indent=1), re.compile(r"[\[{]\n[^\[\]{}]*[\]}]")
+
+    def line(match: re.Match[str]) -> str:
+        words = " ".join(match[0].split())
+        return words[0] + words[1:-1].strip() + words[-1] if len(words) < 110 else match[0]
+    steps = re.compile(r'("steps": )\[([^{}]*?)\n\s*\](,\n)')
+    return steps.sub(lambda m: f"{m[1]}[{' '.join(m[2].split())}]{m[3]}", inner.sub(line, text)) + "\n"
 
 
 def to_json(found: Iterable[Winner]) -> dict[Device, Json]:

@@ -83,11 +83,13 @@ def _chunk_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tens
     return o, state
 
 
-@library.register_fake("gdn_ir::chunk_forward")
-def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float, initial_state: Tensor | None,
-      cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, final_state: bool, l2norm: bool, beta_sigmoid: bool,
-      neg_eigval: bool, state_v_first: bool) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float, initial_state: Tensor | None,
+          cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, final_state: bool, l2norm: bool, beta_sigmoid: bool,
+          neg_eigval: bool, state_v_first: bool) -> tuple[Tensor, Tensor]:
     return _empty(q, v, cu_seqlens, final_state, state_v_first)
+
+
+library.register_fake("gdn_ir::chunk_forward", _fake)
 
 
 def nothing(q: Tensor, cu_seqlens: Tensor | None) -> bool:

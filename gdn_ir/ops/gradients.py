@@ -47,11 +47,13 @@ def _chunk_backward(d_o: Tensor, d_state: Tensor | None, q: Tensor, k: Tensor, v
     return found
 
 
-@library.register_fake("gdn_ir::chunk_backward")
-def _(d_o: Tensor, d_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float,
-      initial_state: Tensor | None, cu_seqlens: Tensor | None, l2norm: bool, beta_sigmoid: bool, neg_eigval: bool,
-      state_v_first: bool, wanted: str, backend: str | None) -> list[Tensor]:
+def _fake(d_o: Tensor, d_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float,
+          initial_state: Tensor | None, cu_seqlens: Tensor | None, l2norm: bool, beta_sigmoid: bool, neg_eigval: bool,
+          state_v_first: bool, wanted: str, backend: str | None) -> list[Tensor]:
     return _empty(wanted, q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state)
+
+
+library.register_fake("gdn_ir::chunk_backward", _fake)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
