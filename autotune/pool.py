@@ -41,6 +41,8 @@ class Worker:
             self.process.stdin.flush()
             while True:
                 answer = self.read(limit)
+                if answer.get("leaving"):
+                    self.stop()
                 if "at" not in answer:
                     return answer | ({} if at is None else {"at": at})
                 at = answer["at"]
@@ -88,12 +90,19 @@ class Worker:
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
         return f"{how}{': ' + lines[-1][-200:] if lines else ''}"
 
+    def kill(self) -> None:
+        """End the process and all that it started; another thread may be waiting for it."""
+        process = self.process
+        if process is not None and process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
     def stop(self) -> None:
-        """End the process and all that it started."""
+        """The same, and forget it."""
         if self.process is None:
             return
         with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+            os.killpg(self.process.pid, signal.SIGKILL)    # what it started too, where it has ended itself
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout, self.said):
             if stream is not None:
@@ -103,26 +112,30 @@ class Worker:
 
 
 class Pool:
-    """Workers side by side; leaving the `with` block ends them all."""
+    """Workers side by side; leaving the `with` block ends them all. Each has a thread of its own for as long as the pool lasts:
+    a worker is killed by the system when the thread that started it ends."""
 
     def __init__(self, count: int, modules: Sequence[str] = (), environment: dict[str, str] | None = None) -> None:
         self.workers = [Worker(modules, environment) for _ in range(count)]
+        self.inboxes: list[queue.SimpleQueue[Callable[[Worker], None] | None]] = [queue.SimpleQueue() for _ in self.workers]
+        self.threads = [threading.Thread(target=_serve, args=x, daemon=True) for x in zip(self.workers, self.inboxes)]
         self.stopping = threading.Event()
-        self.threads: list[threading.Thread] = []
 
     def __enter__(self) -> Pool:
+        for t in self.threads:
+            t.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stopping.set()
-        for w in self.workers:
-            w.stop()
+        for w, inbox in zip(self.workers, self.inboxes):
+            w.kill()                                       # its thread finds it gone, and ends
+            inbox.put(None)
         for t in self.threads:
             t.join(10)
-        for w in self.workers:                             # one that a thread was just starting
-            w.stop()
 
-    def map(self, jobs: Sequence[Json], limit: float, go_on: Callable[[], bool] = lambda: True) -> Iterator[tuple[int, Json]]:
+    def map(self, jobs: Sequence[Json], limit: float, go_on: Callable[[], bool] = lambda: True) \
+            -> Iterator[tuple[int, Json]]:
         """(index, answer) of jobs as they end; those not begun when `go_on` turns false are left out."""
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
         ended: queue.SimpleQueue[tuple[int, Json] | None] = queue.SimpleQueue()
@@ -138,13 +151,20 @@ class Pool:
                 pass
             finally:
                 ended.put(None)
-        self.threads = [threading.Thread(target=serve, args=(w,), daemon=True) for w in self.workers[:len(jobs)]]
-        for t in self.threads:
-            t.start()
-        left = len(self.threads)
+        left = min(len(self.workers), len(jobs))
+        for inbox in self.inboxes[:left]:
+            inbox.put(serve)
         while left:
             found = ended.get()
             if found is None:
                 left -= 1
             else:
                 yield found
+
+
+def _serve(worker: Worker, inbox: queue.SimpleQueue[Callable[[Worker], None] | None]) -> None:
+    try:
+        while (task := inbox.get()) is not None:
+            task(worker)
+    finally:
+        worker.stop()

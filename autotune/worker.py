@@ -95,18 +95,16 @@ def main() -> None:
         answers.flush()
     for module in sys.argv[1:]:
         importlib.import_module(module)                    # which may register further backends
-    import torch
-
     import gdn_ir.autotune.check                           # noqa: F401 (imported before the first job's time begins)
-    torch.set_num_threads(int(os.environ.get("GDN_IR_TUNE_THREADS") or torch.get_num_threads()))
     say({"ready": os.getpid()})
     for line in sys.stdin:
         job = json.loads(line)
         try:
             say({"done": JOBS[job["job"]](job, say)})
         except Exception as e:
-            say({"failed": " ".join(f"{type(e).__name__}: {e}".split())[:400]})
-            if job.get("device") == "cuda":                # its context may be broken, its memory not its own
+            leaving = job.get("device") == "cuda"          # its context may be broken, its memory not its own
+            say({"failed": " ".join(f"{type(e).__name__}: {e}".split())[:400], "leaving": leaving})
+            if leaving:
                 return
 
 
