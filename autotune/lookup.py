@@ -98,7 +98,7 @@ def provenance(level: str, w: Winner) -> str:
     gain = f", the heuristic's {w.heuristic_ms:.4g} ms" if w.ms is not None and w.heuristic_ms is not None else ""
     with_ = ", ".join(f"{n} {v}" for n, v in w.subject.versions)
     tuned = f"tuned ({level})" if w.how == "measured" else f"chosen ({level})"
-    return f"{tuned} for {w.shape} {where} on {w.date} with {with_}{time}{gain}"
+    return f"{tuned} for {w.shape} {where} ({w.date}, {with_}){time}{gain}"
 
 
 def known() -> list[Winner]:
