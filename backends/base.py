@@ -6,10 +6,11 @@ import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
+from gdn_ir.artifacts import Built
 from gdn_ir.nodes import At, Members, Node, Op, Tensor, base
 from gdn_ir.program import Program, ScanView, token_chains
 from gdn_ir.schedules.schedule import KernelOptions
@@ -96,9 +97,13 @@ class Source:
     text: str
 
     @property
-    def hash(self) -> str:
+    def digest(self) -> str:
         body = "\n".join(line for line in self.text.splitlines() if not line.lstrip().startswith("#"))
-        return hashlib.sha256(body.encode()).hexdigest()[:16]
+        return hashlib.sha256(body.encode()).hexdigest()
+
+    @property
+    def hash(self) -> str:
+        return self.digest[:16]
 
 
 @dataclass(frozen=True)
@@ -175,7 +180,18 @@ class Backend(Protocol):
         """The source, readable on its own."""
 
     def compile(self, kernel: Kernel, source: Source, arch: str) -> Launch:
-        """A callable over (memory, params, sizes) that launches the kernel."""
+        """A callable over (memory, params, sizes) that launches the kernel; what it is built from is obtained from a pack, the
+        cache, or `build` (artifacts.py)."""
+
+    def recipe(self, kernel: Kernel, source: Source, arch: str) -> dict[str, Any]:
+        """Everything that decides what a compiled kernel does, but the toolchain's versions; JSON. Equal recipes are one
+        binary."""
+
+    def toolchain(self, arch: str) -> dict[str, str] | None:
+        """Versions of all that `build` runs, by name; None where some of it is not installed."""
+
+    def build(self, kernel: Kernel, source: Source, arch: str) -> Built | None:
+        """Compile, for an architecture that need not be here; None where there is nothing to compile."""
 
     def generated(self, kernel: Kernel, source: Source, arch: str) -> str:
         """What the toolchain makes of a source: PTX, CUDA or C, and what else it has to show."""

@@ -1,6 +1,6 @@
 """gdn-ir: the chunkwise gated delta rule, written once and compiled. `gdn_ir.ops` has the torch op.
 
-Importing this brings no torch; `ops`, `explain`, `use` and `__version__` are fetched when first asked for.
+Importing this brings no torch; `ops`, `explain`, `use`, `load_pack` and `__version__` are fetched when first asked for.
 """
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gdn_ir.packs import load_pack
     from gdn_ir.registry import explain, use
 
-__all__ = ["explain", "use"]
+__all__ = ["explain", "load_pack", "use"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "load_pack":
+        from gdn_ir.packs import load_pack
+        return load_pack
     if name in __all__:
         from gdn_ir import registry
         return getattr(registry, name)

@@ -1,4 +1,4 @@
-"""The command line: gdn-ir demo, emit, explain, bench, report."""
+"""The command line: gdn-ir demo, emit, explain, bench, report; and those about tuning (autotune/cli.py)."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -7,8 +7,13 @@ from typing import Annotated, Optional                     # typer reads Optiona
 import typer
 from rich.console import Console
 
+from gdn_ir.autotune import cli as tuning
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="The chunkwise gated delta rule, written once and compiled.")
+for command in (tuning.tune, tuning.show, tuning.export, tuning.verify):
+    app.command()(command)
+app.command("compile")(tuning.compile_)
 
 
 @app.command()
@@ -77,12 +82,19 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch")]
 
 
 @app.command()
-def explain(H: int = 16, HV: int = 32, K: int = 128, V: int = 128, T: int = 8192, B: int = 1,
+def explain(shapes: Annotated[Optional[list[str]], typer.Argument(help="packed calls, as 8x1024:16/32 (lengths, H/HV), instead "
+                                                                  "of H, HV, T, B and sequences")] = None,
+            H: int = 16, HV: int = 32, K: int = 128, V: int = 128, T: int = 8192, B: int = 1,
             sequences: Annotated[Optional[int], typer.Option(help="packed sequences; without it, dense")] = None,
-            dtype: str = "bf16", arch: Annotated[Optional[str], typer.Option(help="cpu, sm_80, sm_90")] = None) -> None:
-    """Say which variant serves a shape, and why."""
+            dtype: str = "bf16", arch: Annotated[Optional[str], typer.Option(help="cpu, sm_80, sm_90")] = None,
+            final_state: Annotated[bool, typer.Option(help="whether the final state is asked for")] = False) -> None:
+    """Say which variant serves a shape, and why: where its schedule comes from, too."""
+    from gdn_ir.bench.cases import parse
     from gdn_ir.registry import explain as say
-    print(say(H=H, HV=HV, K=K, V=V, T=T, B=B, sequences=sequences, dtype=dtype, arch=arch))
+    calls = [(sum(lengths), 1, len(lengths), h, hv) for lengths, h, hv in parse(",".join(shapes), "forward")] if shapes else \
+        [(T, B, sequences, H, HV)]
+    for tokens, rows, count, h, hv in calls:
+        print(say(H=h, HV=hv, K=K, V=V, T=tokens, B=rows, sequences=count, dtype=dtype, arch=arch, final_state=final_state))
 
 
 @app.command()

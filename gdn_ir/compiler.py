@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 import torch
 
+from gdn_ir.artifacts import NotCompiled
 from gdn_ir.autodiff import backward
 from gdn_ir.backends.base import TORCH, Backend, Call, Kernel, Launch, Source
 from gdn_ir.legalize import collapse, small_products, split_products, ungrouped
@@ -95,7 +96,7 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
     for name, *rest_of_step in schedule.steps:
         if name == "merge" and rest_of_step[1] != schedule.chunk:
             raise steps.IllegalStep(f"merge: doubles blocks up to {rest_of_step[1]} rows, but a chunk has {schedule.chunk}")
-    pipeline = steps.apply(program, schedule.steps)
+    pipeline = planned(program, schedule.steps)
     stray = {name for name, _ in schedule.kernels} - {p.name for p in pipeline} - {"*"}
     if stray:
         raise steps.IllegalStep(f"kernels: no kernel is called {', '.join(sorted(stray))}; the plan makes "
@@ -116,6 +117,12 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
         p = pad(p, frozenset(padded))
         kernels.append(Kernel(p.name, p, extents, tiles, options, varlen, origin))
     return tuple(kernels)
+
+
+@lru_cache(maxsize=64)
+def planned(program: Program, plan: tuple[tuple[str | int, ...], ...]) -> steps.Pipeline:
+    """A plan applied: the same for all options of its kernels, which a tuner varies by the hundred."""
+    return steps.apply(program, plan)
 
 
 @dataclass(frozen=True)
@@ -208,7 +215,12 @@ class Variant:
         """tensors: packed and contiguous: q, k [T, H, K]; v, o [T, HV, V]; g (float32), beta [T, HV]; initial_state,
         final_state [N, HV, K, V] float32 ([N, HV, V, K] with state_v_first). Writes o and final_state. A backward instance
         takes d_o and d_final_state, shaped as what they are gradients of, and writes d_q, ... (those of `grads`)."""
-        self.compiled(tensors, {"scale": float(scale)}, self.call_of(tensors, sequences, cu_seqlens))
+        call = self.call_of(tensors, sequences, cu_seqlens)
+        try:
+            self.compiled(tensors, {"scale": float(scale)}, call)
+        except NotCompiled as e:
+            from gdn_ir.packs import not_compiled
+            raise not_compiled(self, call, e) from None
 
     def apply(self, tensors: Mapping[str, torch.Tensor], scale: float, sequences: int,
               cu_seqlens: torch.Tensor | None = None) -> dict[str, torch.Tensor]:

@@ -11,9 +11,9 @@ from functools import lru_cache
 
 import torch
 
+from gdn_ir.autotune.lookup import schedule_for
 from gdn_ir.compiler import Instance, Unsupported, Variant, variant
 from gdn_ir.programs.gated_delta import Switches
-from gdn_ir.schedules.defaults import default
 
 PREFERENCE = {"cuda": ("triton", "tilelang", "torch"), "cpu": ("tilelang", "torch", "triton")}
 _forced: ContextVar[str | None] = ContextVar("gdn_ir_backend", default=None)
@@ -66,7 +66,7 @@ def options(instance: Instance, arch: str, sequences: int, heads: int, tokens: i
             found.append(Option(name, None, f"{name}'s backward has not run on all it ships for (GDN_IR_UNVERIFIED=1 lets it)"))
             continue
         try:
-            schedule, why = default(target, instance, sequences, heads, tokens, name)
+            schedule, why = schedule_for(target, instance, sequences, heads, tokens, name)
             found.append(Option(name, variant(instance, schedule, name, target), why))
         except ValueError as e:                            # Unsupported, an illegal step, an architecture without a default
             found.append(Option(name, None, str(e)))

@@ -19,12 +19,14 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder() -> Iterator[None]:
-    """Sources emitted by tests go to a folder of their own."""
+    """What tests emit and compile goes to a folder of their own, and nothing that was tuned changes what they see."""
     with tempfile.TemporaryDirectory() as folder:
-        before = os.environ.get("GDN_IR_CACHE")
-        os.environ["GDN_IR_CACHE"] = folder
+        mine = {"GDN_IR_CACHE": folder, "GDN_IR_RECORDS": f"{folder}/records.jsonl", "GDN_IR_TUNED": "0"}
+        before = {name: os.environ.get(name) for name in mine}
+        os.environ.update(mine)
         yield
-        os.environ.pop("GDN_IR_CACHE") if before is None else os.environ.update(GDN_IR_CACHE=before)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

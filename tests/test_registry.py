@@ -63,6 +63,13 @@ def test_explain() -> None:
     assert "triton   cannot: triton lowers to sm_80 and sm_90, not to cpu" in gdn_ir.explain(H=1, HV=1, T=64, arch="cpu")
 
 
+def test_explain_takes_shapes(command: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = command("explain", "8x1024:16/32", "3000+5192:2/8", "--arch", "sm_90")
+    assert code == 0 and "8 sequences of 8192 tokens together, H/HV 16/32" in out and "2 sequences of 8192 tokens" in out
+    code, _, err = command("explain", "8by1024")
+    assert code == 2 and "got '8by1024'; accepts 8x1024:16/32" in err
+
+
 def test_other_gpus_are_served_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda")
     for capability, name in (((7, 5), "sm_75"), ((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((12, 0), "sm_120")):

@@ -4,9 +4,11 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
+from gdn_ir.artifacts import PACKS, Built, obtain
 from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, blocks, heads
 from gdn_ir.backends.tilelang import emit as printer
 from gdn_ir.backends.tilelang.statements import SM_80, SM_90, C
@@ -38,6 +40,8 @@ class TileLang:
                 return Reason(f"tilelang does not lower a store summed over {', '.join(n['sum'])} yet ({n['tensor'].name})")
         if len(kernel.splits) > 1 or (kernel.parallel and len(kernel.parallel.chain) > 1):
             return Reason("tilelang: one split axis a kernel, and one scan where its iterations go to the grid")
+        if PACKS and arch == "cpu":                        # a pack's kernels need neither
+            return None
         if importlib.util.find_spec("tilelang") is None or (arch == "cpu" and shutil.which("g++") is None):
             return Reason("tilelang's native code needs tilelang and g++")
         return None
@@ -56,11 +60,11 @@ class TileLang:
         return printer.emit(kernel, TARGETS[arch])
 
     def compile(self, kernel: Kernel, source: Source, arch: str) -> Launch:
-        from gdn_ir.backends.tilelang.runtime import for_cpu, for_gpu
-        function = getattr(load_source(self.name, source.kernel, source.hash, source.text), source.kernel)
-        names = printer.signature(kernel)
+        from gdn_ir.backends.tilelang.runtime import LIBRARY, for_cpu, for_gpu, library
+        artifact = obtain(self, kernel, source, arch)
+        path, order = artifact.path(LIBRARY), list(artifact.launch["order"])
         written = frozenset(f"{t}_" for t in kernel.program.written())
-        run = for_cpu(function, names, printer.symbols(kernel)) if arch == "cpu" else for_gpu(function, names, written, arch)
+        run = for_cpu(path, order) if arch == "cpu" else for_gpu(library(path), order, written)
         tensors, params, sizes = kernel.tensors(), kernel.program.params(), heads(kernel)
 
         def launch(memory: Mapping[str, torch.Tensor], values: Mapping[str, float], call: Call) -> None:
@@ -75,6 +79,20 @@ class TileLang:
                 given |= {"cu": call.cu_seqlens, "boundaries": call.sequences + 1}
             run(given, grid)
         return launch
+
+    def recipe(self, kernel: Kernel, source: Source, arch: str) -> dict[str, Any]:
+        from gdn_ir.backends.tilelang.runtime import FAST, FLAGS, MASKED, processor
+        flags: dict[str, Any] = {"g++": FLAGS, "processor": processor()} if arch == "cpu" else FAST
+        return {"backend": "tilelang", "source": source.digest, "kernel": kernel.name, "arch": arch, "flags": MASKED | flags}
+
+    def toolchain(self, arch: str) -> dict[str, str] | None:
+        from gdn_ir.backends.tilelang.runtime import toolchain
+        return toolchain(arch)
+
+    def build(self, kernel: Kernel, source: Source, arch: str) -> Built:
+        from gdn_ir.backends.tilelang.runtime import build
+        function = getattr(load_source(self.name, source.kernel, source.hash, source.text), source.kernel)
+        return build(function, printer.signature(kernel), printer.symbols(kernel), arch)
 
     def generated(self, kernel: Kernel, source: Source, arch: str) -> str:
         from gdn_ir.backends.tilelang.runtime import cross_compile

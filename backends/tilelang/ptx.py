@@ -21,11 +21,14 @@ class TileLangPtx(TileLang):
         with printing_ptx():
             return super().compile(kernel, source, arch)
 
+    def recipe(self, kernel: Kernel, source: Source, arch: str) -> dict[str, Any]:
+        return super().recipe(kernel, source, arch) | {"image": "ptx"}
+
 
 @contextmanager
 def printing_ptx() -> Iterator[None]:
-    """Within the block TileLang compiles no further than PTX (and keeps nothing: its cache does not tell the two apart)."""
-    tilelang, _ = compiler()
+    """Within the block TileLang compiles no further than PTX."""
+    compiler()
     import tvm_ffi
     from tilelang.contrib import nvcc
     from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH
@@ -37,9 +40,7 @@ def printing_ptx() -> Iterator[None]:
         include = ["-std=c++20", f"-I{TILELANG_TEMPLATE_PATH}", f"-I{CUTLASS_INCLUDE_DIR}"]
         return bytearray(nvcc.compile_cuda(code, "ptx", virtual, options=include))
     tvm_ffi.register_global_func(COMPILE, ptx, override=True)
-    tilelang.disable_cache()
     try:
         yield
     finally:
-        tilelang.enable_cache()
         tvm_ffi.register_global_func(COMPILE, binary, override=True)

@@ -5,14 +5,19 @@ import ctypes
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gdn_ir.artifacts import Built
 from gdn_ir.cache import folder
 
 # sums may be reordered, to be vectorised; not -ffast-math, which would change denormals for the whole process
@@ -20,6 +25,7 @@ FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-
 
 
 MASKED = {"tl.disable_safe_memory_legalize": True}         # every access is masked where it can leave its tensor
+LIBRARY = "kernel.so"
 FAST = {"tl.enable_fast_math": True}                       # exp as the GPU's own instruction, good to 2 units in the last place
 
 
@@ -33,7 +39,7 @@ def processor() -> str:
 
 def compiler() -> tuple[Any, Any]:
     """TileLang and its TVM."""
-    # read when TileLang is first imported: what it compiles is kept beside the emitted sources
+    # read when TileLang is first imported: its own scratch is kept beside ours
     os.environ.setdefault("TILELANG_CACHE_DIR", str(folder() / "tilelang_cache"))
     import tilelang
     import tvm                                             # can be imported only after TileLang, which brings it
@@ -43,9 +49,21 @@ def compiler() -> tuple[Any, Any]:
 
 def cross_compile(function: Any, arch: str) -> str:
     """Compile a prim_func for "sm_80" or "sm_90"; returns the CUDA that nvcc accepted. For "cpu", the C that g++ did."""
-    if arch == "cpu":
-        return str(native(function).get_kernel_source())
-    return str(cuda(function, arch).get_kernel_source())
+    with uncached():
+        return str((native(function) if arch == "cpu" else cuda(function, arch)).get_kernel_source())
+
+
+@contextmanager
+def uncached() -> Iterator[None]:
+    """Within the block TileLang keeps nothing on disk: artifacts are kept, and checked, by gdn_ir.artifacts."""
+    tilelang, _ = compiler()
+    was = tilelang.env.is_cache_enabled()
+    tilelang.disable_cache()
+    try:
+        yield
+    finally:
+        if was:
+            tilelang.enable_cache()
 
 
 def cuda(function: Any, arch: str) -> Any:
@@ -58,17 +76,56 @@ def native(function: Any) -> Any:
     tilelang, tvm = compiler()
     with tvm.target.Target("c"):
         return tilelang.compile(function, target="c", target_host="c", execution_backend="cython", pass_configs=MASKED,
-                                compile_flags=[*FLAGS, f"-DGDN_IR_CPU={processor()}"])
+                                compile_flags=FLAGS)
+
+
+@lru_cache(maxsize=4)
+def toolchain(arch: str) -> dict[str, str] | None:
+    """Versions of TileLang and of the compiler that it calls; None where one is missing."""
+    try:
+        found = {"tilelang": version("tilelang")}
+        if arch == "cpu":
+            return found | {"g++": said("g++")}
+        compiler()
+        from tilelang.contrib import nvcc
+        return found | {"nvcc": said(nvcc.get_nvcc_compiler())}
+    except (PackageNotFoundError, OSError, RuntimeError, subprocess.CalledProcessError):
+        return None
+
+
+def said(program: str) -> str:
+    """The last line of what a compiler calls its version (g++ ends with its licence: there the first)."""
+    lines = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout.strip().splitlines()
+    return lines[0 if program == "g++" else -1]
+
+
+def build(function: Any, names: list[str], sizes: list[str], arch: str) -> Built:
+    """A prim_func as a shared library: for CPUs of g++'s, for GPUs one that TileLang's runtime loads.
+
+    names: of its arguments, in order; sizes: of tensors' dimensions that are known at the call, in the order in which they
+    first occur: on CPUs TileLang passes them after the arguments."""
+    with uncached():
+        if arch == "cpu":
+            built = native(function)
+            source, order = built.adapter.lib_code, [*names, *sizes]
+            seen = re.findall(r"(\w+)[,)]", source[source.index(" call("):].split("{")[0])
+            assert seen == order, (seen, order)
+            library = Path(built.adapter.libpath)
+            data = library.read_bytes()
+            library.unlink()                               # TileLang leaves it in /tmp; what is mapped stays
+            return Built({LIBRARY: data}, {"order": order})
+        executable = cuda(function, arch).adapter.get_exportable_executable()
+        with tempfile.TemporaryDirectory() as folder:
+            executable.export_library(f"{folder}/{LIBRARY}")
+            return Built({LIBRARY: Path(folder, LIBRARY).read_bytes()}, {"order": names})
 
 
 Run = Callable[[Mapping[str, "torch.Tensor | int | float"], int], None]
 
 
-def for_gpu(function: Any, names: list[str], written: frozenset[str], arch: str) -> Run:
-    """Compile a prim_func for the GPU at hand; returns what calls it with arguments by name and a number of blocks.
-    written: names of the tensors that it writes."""
-    built = cuda(function, arch)
-
+def for_gpu(built: Any, names: list[str], written: frozenset[str]) -> Run:
+    """What calls a compiled function with arguments by name and a number of blocks. written: names of the tensors that it
+    writes."""
     def call(given: Mapping[str, torch.Tensor | int | float], blocks: int) -> None:
         # copy engines want addresses that are multiples of 16 bytes
         moved = {n: x.clone() for n, x in given.items() if isinstance(x, torch.Tensor) and x.data_ptr() % 16}
@@ -79,18 +136,14 @@ def for_gpu(function: Any, names: list[str], written: frozenset[str], arch: str)
     return call
 
 
-def for_cpu(function: Any, names: list[str], sizes: list[str]) -> Run:
-    """The same for this processor, the blocks shared out among threads.
+def library(path: Path) -> Any:
+    """The function in a library that `build` made for a GPU; TileLang's runtime is imported for it, and compiles nothing."""
+    return compiler()[1].runtime.load_module(str(path))
 
-    names: of its arguments, in order; sizes: of tensors' dimensions that are known at the call, in the order in which they
-    first occur: TileLang passes them after the arguments.
-    """
-    built = native(function)
-    entry, order = ctypes.CDLL(built.adapter.libpath).call, [*names, *sizes]
-    source = built.adapter.lib_code                        # absent where the library came from TileLang's cache
-    if source:
-        seen = re.findall(r"(\w+)[,)]", source[source.index(" call("):].split("{")[0])
-        assert seen == order, (seen, order)
+
+def for_cpu(path: Path, order: list[str]) -> Run:
+    """The same for a library for this processor, the blocks shared out among threads."""
+    entry = ctypes.CDLL(str(path)).call
 
     def call(given: Mapping[str, torch.Tensor | int | float], blocks: int) -> None:
         fixed = {name: pack(given[name]) for name in order if name not in ("block0", "blocks")}

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -44,6 +45,15 @@ class Torch:
                      call.length, call.sequences, *(call.heads[h] for h in sizes))
             return {name: place.value() for name, place in places.items() if name in written}
         return launch
+
+    def recipe(self, kernel: Kernel, source: Source, arch: str) -> dict[str, Any]:
+        return {"backend": self.name, "source": source.digest, "dtypes": {t.name: t.dtype for t in kernel.tensors()}}
+
+    def toolchain(self, arch: str) -> dict[str, str]:
+        return {"torch": torch.__version__}
+
+    def build(self, kernel: Kernel, source: Source, arch: str) -> None:
+        """Python runs the source as it stands."""
 
     def generated(self, kernel: Kernel, source: Source, arch: str) -> str:
         return f"# {kernel.name}: torch runs the source as it stands\n"

@@ -2,20 +2,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, blocks, heads
+from gdn_ir.artifacts import Built, obtain
+from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, blocks
 from gdn_ir.backends.triton import emit as printer
 from gdn_ir.backends.triton.denylist import denied
+from gdn_ir.backends.triton.driver import about, binder, launcher
 from gdn_ir.backends.triton.runtime import CLEAR_TAIL
 from gdn_ir.cache import load_source
 from gdn_ir.nodes import Op
 
 TARGETS = ("sm_80", "sm_90")
+CUBIN = "kernel.cubin"
 
 
 class Triton:
@@ -56,48 +60,67 @@ class Triton:
         return printer.emit(kernel)
 
     def compile(self, kernel: Kernel, source: Source, arch: str) -> Launch:
-        function = getattr(load_source(self.name, source.kernel, source.hash, source.text), source.kernel)
-        arguments = binder(kernel)
-        options = {"num_warps": kernel.options.num_warps, "num_stages": kernel.options.num_stages}
-        ready: dict[int, Any] = {}                         # by device: what Triton compiled for tensors aligned to 16 bytes
+        if interpreting():
+            function = getattr(load_source(self.name, source.kernel, source.hash, source.text), source.kernel)
+            return interpreted(function, kernel)
+        artifact = obtain(self, kernel, source, arch)
+        return launcher(kernel, artifact.path(CUBIN).read_bytes(), artifact.launch)
 
-        def launch(memory: Mapping[str, torch.Tensor], values: Mapping[str, float], call: Call) -> None:
-            grid = blocks(kernel, call)
-            if not grid:
-                return
-            given = arguments(memory, values, call)
-            first = given[0].device.index
-            aligned = not any(x.data_ptr() % 16 for x in given if isinstance(x, torch.Tensor))
-            if aligned and first in ready:                 # past Triton's own dispatch, which costs more than the launch
-                ready[first][grid, 1, 1](*given)
-                return
-            compiled = function[(grid,)](*given, **options)
-            if aligned and not interpreting():
-                ready[first] = compiled
-        return launch
+    def recipe(self, kernel: Kernel, source: Source, arch: str) -> dict[str, Any]:
+        return {"backend": "triton", "source": source.digest, "kernel": kernel.name, "arch": arch, "options": options(kernel),
+                "signature": signature(kernel)}
+
+    def toolchain(self, arch: str) -> dict[str, str] | None:
+        try:
+            found = {"triton": version("triton")}
+        except PackageNotFoundError:
+            return None
+        replaced = os.environ.get("TRITON_PTXAS_PATH")
+        return found | ({"ptxas": replaced} if replaced else {})
+
+    def build(self, kernel: Kernel, source: Source, arch: str) -> Built:
+        built = cross_compile(kernel, source, arch)
+        return Built({CUBIN: built.asm["cubin"]}, about(built))
 
     def generated(self, kernel: Kernel, source: Source, arch: str) -> str:
         return str(cross_compile(kernel, source, arch).asm["ptx"])
 
     def clear_tail(self, x: torch.Tensor, call: Call) -> None:
         """Zero the rows of a packed tensor past the last sequence, without reading cu_seqlens on the host."""
-        if x.numel():
+        if x.numel() and os.environ.get("GDN_IR_NO_JIT") == "1":
+            assert call.cu_seqlens is not None
+            owned = torch.arange(x.shape[0], device=x.device) < call.cu_seqlens[-1]
+            x.masked_fill_(~owned.view(-1, *[1] * (x.ndim - 1)), 0.0)
+        elif x.numel():
             row = x[0, 0].numel() if x.ndim > 2 else 1
             _clear()[(min(256, x.shape[0]),)](x, call.cu_seqlens, x.shape[0], call.sequences, row, 1024, x.shape[1])
 
     def version(self) -> str:
-        import triton
-        return f"triton {triton.__version__}"
+        return f"triton {version('triton')}"
 
 
-def binder(kernel: Kernel) -> Callable[[Mapping[str, torch.Tensor], Mapping[str, float], Call], list[Any]]:
-    """What picks a kernel's arguments out of a call, in the order of its signature."""
-    tensors, params, sizes, varlen = [t.name for t in kernel.tensors()], kernel.program.params(), heads(kernel), kernel.varlen
+def interpreted(function: Any, kernel: Kernel) -> Launch:
+    """By Triton's interpreter, on CPUs (TRITON_INTERPRET=1)."""
+    arguments = binder(kernel)
 
-    def arguments(memory: Mapping[str, torch.Tensor], values: Mapping[str, float], call: Call) -> list[Any]:
-        return [*(memory[t] for t in tensors), *([call.cu_seqlens] if varlen else []), *(values[p] for p in params),
-                call.length, call.sequences, *(call.heads[h] for h in sizes)]
-    return arguments
+    def launch(memory: Mapping[str, torch.Tensor], values: Mapping[str, float], call: Call) -> None:
+        grid = blocks(kernel, call)
+        if grid:
+            function[(grid,)](*arguments(memory, values, call), **options(kernel))
+    return launch
+
+
+def options(kernel: Kernel) -> dict[str, int]:
+    """What Triton is told beside the source."""
+    return {"num_warps": kernel.options.num_warps, "num_stages": kernel.options.num_stages}
+
+
+def signature(kernel: Kernel) -> dict[str, str]:
+    """Triton's types of a kernel's arguments, by name."""
+    pointers = {"f32": "*fp32", "tf32": "*fp32", "bf16": "*bf16", "f16": "*fp16"}
+    types: dict[str, str] = {f"{t.name}_ptr": pointers[t.dtype] for t in kernel.tensors()}
+    types |= {"cu_ptr": "*i32"} | {p: "fp32" for p in kernel.program.params()}
+    return {n: types.get(n, "i32") for n in printer.signature(kernel)}
 
 
 def interpreting() -> bool:
@@ -118,14 +141,8 @@ def cross_compile(kernel: Kernel, source: Source, arch: str) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     module = load_source("triton", source.kernel, source.hash, source.text)
-    pointers = {"f32": "*fp32", "tf32": "*fp32", "bf16": "*bf16", "f16": "*fp16"}
-    types: dict[str, str] = {f"{t.name}_ptr": pointers[t.dtype] for t in kernel.tensors()}
-    types |= {"cu_ptr": "*i32"} | {p: "fp32" for p in kernel.program.params()}
-    names = printer.signature(kernel)
-    signature = {n: types.get(n, "i32") for n in names}
     # what a launch on aligned tensors would specialise on
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr")}
-    code = ASTSource(getattr(module, source.kernel), signature, constexprs={}, attrs=aligned)
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(signature(kernel)) if n.endswith("_ptr")}
+    code = ASTSource(getattr(module, source.kernel), signature(kernel), constexprs={}, attrs=aligned)
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    options = {"num_warps": kernel.options.num_warps, "num_stages": kernel.options.num_stages}
-    return triton.compile(code, target=target, options=options)
+    return triton.compile(code, target=target, options=options(kernel))

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 
 from gdn_ir.backends.base import Kernel, Reason
 from gdn_ir.nodes import Node, Op
@@ -55,12 +57,21 @@ ENTRIES = (
 )
 
 
+@lru_cache(maxsize=1)
+def installed() -> tuple[int, int] | None:
+    """Major and minor of the Triton at hand, which need not be imported to be asked; None where only a pack can serve."""
+    try:
+        major, minor = version("triton").split(".")[:2]
+    except PackageNotFoundError:
+        return None
+    return int(major), int(minor)
+
+
 def denied(kernel: Kernel, arch: str) -> Reason | None:
     """The reason why this kernel must not be built with the Triton at hand; None if nothing is known against it."""
-    import triton
-    major, minor = (int(x) for x in triton.__version__.split(".")[:2])
+    here = installed()
     for e in ENTRIES:
-        if e.arch == arch and e.first <= (major, minor) < e.before and e.matches(kernel):
+        if e.arch == arch and here is not None and e.first <= here < e.before and e.matches(kernel):
             return Reason(f"{e.why}: {kernel.name} with v_tile {narrow(kernel)}, num_warps {kernel.options.num_warps}, "
                           f"num_stages {kernel.options.num_stages}")
     return None

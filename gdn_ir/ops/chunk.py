@@ -9,6 +9,7 @@ from torch import library
 from gdn_ir import registry
 from gdn_ir.compiler import NAMES, Instance, Variant
 from gdn_ir.ops import checks
+from gdn_ir.ops.define import op
 from gdn_ir.programs.gated_delta import Switches
 
 Tensor = torch.Tensor
@@ -64,7 +65,7 @@ def _empty(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, final_state: bool, s
     return torch.empty_like(v, memory_format=torch.contiguous_format), q.new_empty(state, dtype=wide)
 
 
-@library.custom_op("gdn_ir::chunk_forward", mutates_args=())
+@op("gdn_ir::chunk_forward")
 def _chunk_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float, initial_state: Tensor | None,
                    cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, final_state: bool, l2norm: bool,
                    beta_sigmoid: bool, neg_eigval: bool, state_v_first: bool) -> tuple[Tensor, Tensor]:
@@ -82,11 +83,13 @@ def _chunk_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tens
     return o, state
 
 
-@_chunk_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float, initial_state: Tensor | None,
-      cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, final_state: bool, l2norm: bool, beta_sigmoid: bool,
-      neg_eigval: bool, state_v_first: bool) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float, initial_state: Tensor | None,
+          cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, final_state: bool, l2norm: bool, beta_sigmoid: bool,
+          neg_eigval: bool, state_v_first: bool) -> tuple[Tensor, Tensor]:
     return _empty(q, v, cu_seqlens, final_state, state_v_first)
+
+
+library.register_fake("gdn_ir::chunk_forward", _fake)
 
 
 def nothing(q: Tensor, cu_seqlens: Tensor | None) -> bool:

@@ -8,6 +8,7 @@ from torch import library
 
 from gdn_ir import registry
 from gdn_ir.ops import chunk
+from gdn_ir.ops.define import op
 
 Tensor = torch.Tensor
 INPUTS = ("q", "k", "v", "g", "beta", "initial_state")
@@ -24,7 +25,7 @@ def _empty(wanted: str, **inputs: Tensor | None) -> list[Tensor]:
     return found
 
 
-@library.custom_op("gdn_ir::chunk_backward", mutates_args=())
+@op("gdn_ir::chunk_backward")
 def _chunk_backward(d_o: Tensor, d_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor,
                     scale: float, initial_state: Tensor | None, cu_seqlens: Tensor | None, l2norm: bool, beta_sigmoid: bool,
                     neg_eigval: bool, state_v_first: bool, wanted: str, backend: str | None) -> list[Tensor]:
@@ -46,11 +47,13 @@ def _chunk_backward(d_o: Tensor, d_state: Tensor | None, q: Tensor, k: Tensor, v
     return found
 
 
-@_chunk_backward.register_fake
-def _(d_o: Tensor, d_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float,
-      initial_state: Tensor | None, cu_seqlens: Tensor | None, l2norm: bool, beta_sigmoid: bool, neg_eigval: bool,
-      state_v_first: bool, wanted: str, backend: str | None) -> list[Tensor]:
+def _fake(d_o: Tensor, d_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float,
+          initial_state: Tensor | None, cu_seqlens: Tensor | None, l2norm: bool, beta_sigmoid: bool, neg_eigval: bool,
+          state_v_first: bool, wanted: str, backend: str | None) -> list[Tensor]:
     return _empty(wanted, q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state)
+
+
+library.register_fake("gdn_ir::chunk_backward", _fake)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -1,0 +1,103 @@
+"""Whether a candidate is right: every output against the oracle, in float64, with outputs and temporaries poisoned before."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from gdn_ir.backends.base import TORCH
+from gdn_ir.bench import gradients
+from gdn_ir.bench.errors import relative
+from gdn_ir.compiler import Instance, Variant
+from gdn_ir.coverage import Cell, Layout
+from gdn_ir.reference import recurrence
+
+Tensors = dict[str, torch.Tensor]
+BOUNDS = {"bf16": 4.5e-3, "f16": 4.5e-3, "f32": 1e-4, "f64": 1e-10}            # relative L2, of a forward's outputs
+GRADIENT_BOUNDS = {"bf16": 6e-3, "f16": 6e-3, "f32": 1e-4, "f64": 1e-10}
+
+
+def bound(instance: Instance) -> float:
+    """The largest relative error that is right."""
+    return (GRADIENT_BOUNDS if instance.grads else BOUNDS)[instance.io]
+
+
+def cell(instance: Instance, lengths: tuple[int, ...] | None = None, H: int = 2, HV: int = 4) -> Cell:
+    """A problem of an instance. Without lengths, one that is hard to get right: ragged, with an empty sequence, and
+    (packed) rows that no sequence owns."""
+    lengths = lengths or ((300, 0, 64, 129) if instance.varlen else (200, 200))
+    H = H if instance.grouped else HV
+    return Cell(str(instance), instance.switches, instance.io, Layout(lengths, instance.varlen, H, HV, instance.K, instance.V))
+
+
+def memory(instance: Instance, problem: Cell, device: str, tail: int = 70, kind: str = "model") -> Tensors:
+    """What a call of the instance reads (made by gdn_ir.bench.inputs) and writes (NaN)."""
+    x = gradients.make(problem, device, kind, tail)
+    x["beta"] = x["beta"].to(TORCH[instance.beta])
+    given = {n: t for n, t in x.items() if n in {*instance.program.read(), "q", "v", "cu_seqlens"}}
+    like = {"o": x["v"], "final_state": x["initial_state"]} | {f"d_{n}": t for n, t in x.items()}
+    return given | {n: torch.full_like(like[n], float("nan")) for n in instance.program.written() if n in like}
+
+
+def outputs(instance: Instance, tensors: Tensors) -> Tensors:
+    return {n: tensors[n] for n in instance.program.written() if n in tensors}
+
+
+def oracle(instance: Instance, problem: Cell, x: Tensors) -> Tensors:
+    """The outputs by the token recurrence in float64, or its gradients by autograd."""
+    if instance.grads:
+        missing = {n: torch.zeros(()) for n in ("d_final_state", "initial_state", "g") if n not in x}
+        want = gradients.expected(problem, x | missing, instance.grads)
+        return {f"d_{n}": t for n, t in want.items()}
+    s, cpu = instance.switches, {n: t.cpu() for n, t in x.items()}
+    lay = problem.layout
+    ends = torch.tensor([0, *torch.tensor(lay.lengths).cumsum(0).tolist()])
+    state = cpu["initial_state"] if s.initial_state else None
+    q, k, v, beta = (cpu[n][None] for n in ("q", "k", "v", "beta"))
+    o, S = recurrence(q, k, v, cpu["g"][None] if s.decay == "scalar" else None, beta, None,
+                      state.mT if state is not None and s.state_v_first else state, ends, s.erase, s.l2norm, s.beta_sigmoid,
+                      s.neg_eigval)
+    return {"o": o[0]} | ({"final_state": S.mT if s.state_v_first else S} if s.final_state else {})
+
+
+def save(path: Path, instance: Instance) -> None:
+    """Inputs and what they must give, made once for all candidates."""
+    problem = cell(instance)
+    x = memory(instance, problem, "cpu")
+    torch.save({"x": x, "want": oracle(instance, problem, x)}, path)
+
+
+def errors(chosen: Variant, path: Path, device: str) -> dict[str, float]:
+    """The relative error of each output of one call: infinite where a row that no sequence owns is not zero, NaN where an
+    element was not written."""
+    data = torch.load(path, weights_only=True)
+    x = {n: t.to(device) for n, t in data["x"].items()}
+    lengths = cell(chosen.instance).layout.lengths
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)       # torch.empty gives NaN: temporaries are poisoned too
+    try:
+        call(chosen, x, len(lengths))()
+    finally:
+        torch.use_deterministic_algorithms(before)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    found = {}
+    for n, want in data["want"].items():
+        got = x[n].cpu()
+        rows = sum(lengths)
+        clean = "state" in n or not bool((got[rows:] != 0).any())
+        found[n] = relative(got, want) if clean else float("inf")
+    return found
+
+
+class call:
+    """One call of a variant on memory, again and again."""
+
+    def __init__(self, chosen: Variant, x: Tensors, sequences: int) -> None:
+        self.chosen, self.sequences = chosen, sequences
+        self.cu = x["cu_seqlens"] if chosen.instance.varlen else None
+        self.x = {n: t for n, t in x.items() if n != "cu_seqlens"}
+        self.scale = chosen.instance.K ** -0.5
+
+    def __call__(self) -> None:
+        self.chosen(self.x, self.scale, self.sequences, self.cu)

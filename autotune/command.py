@@ -1,0 +1,223 @@
+"""What `gdn-ir tune`, `show`, `export`, `verify` and `compile` do: options checked before anything runs, then the work."""
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from gdn_ir.autotune import cost, tables
+from gdn_ir.autotune.display import Display
+from gdn_ir.autotune.keys import Json, Shape, of_instance, of_schedule
+from gdn_ir.autotune.pool import Pool
+from gdn_ir.autotune.records import Records, Winner, default_path, winners
+from gdn_ir.autotune.tune import Limits, Task, Tuner
+from gdn_ir.backends import BACKENDS
+from gdn_ir.bench import cases
+from gdn_ir.bench.results import slug
+from gdn_ir.compiler import Instance
+from gdn_ir.programs.gated_delta import Switches
+
+GRADIENTS = ("q", "k", "v", "g", "beta")
+OPS = ("forward", "backward")
+# twenty that stand for the rest of FORWARD and TRAIN: 8 to 512 scans, 16 to 512 chunks in each
+REPRESENTATIVE = ("1x2048:2/8,1x8192:2/8,1x32768:2/8,1x2048:4/16,1x8192:4/16,1x32768:4/16,1x2048:16/32,1x8192:16/32,"
+                  "1x32768:16/32,1x8192:16/16,1x32768:16/16,1x2048:16/64,1x8192:16/64,1x32768:16/64,4x2048:8/32,4x8192:16/32,8x1024:16/32,"
+                  "8x1024:4/8,8x4096:16/64,8x4096:4/16")
+
+
+def instances(op: str, shapes: Iterable[Shape], dtype: str, K: int, V: int, flags: str, dense: bool,
+              beta: str = "", grads: str = "") -> dict[Instance, list[Shape]]:
+    """The instances that an operation on shapes takes, each with its shapes. beta: its dtype, where it is another; grads: those
+    of a backward, separated by commas. Raises ValueError naming what is wrong."""
+    if op not in OPS:
+        raise ValueError(f"--op: got {op!r}; accepts {', '.join(OPS)}")
+    known = [n for n, f in Switches.__dataclass_fields__.items() if f.type == "bool"]
+    words = [w.strip() for w in flags.split(",") if w.strip()]
+    for w in words:
+        if w.removeprefix("no-") not in (*known, "decay"):
+            raise ValueError(f"--flags: got {w!r}; accepts {', '.join(known)}, decay, each also with no- before it")
+    on = {"final_state": op == "forward"} | {w.removeprefix("no-"): not w.startswith("no-") for w in words}
+    decay = "scalar" if on.pop("decay", True) else "none"
+    switches = Switches(decay, **on)
+    named = tuple(n.strip() for n in grads.split(",") if n.strip())
+    if named and op == "forward":
+        raise ValueError(f"--grads: got {grads!r} with --op forward; accepts it with --op backward")
+    every = tuple(n for n in (*GRADIENTS, "initial_state") if n in Instance(switches, K, V, dtype, dtype, True).program.read())
+    found: dict[Instance, list[Shape]] = {}
+    for s in shapes:
+        if dense and len(set(s.lengths)) > 1:
+            raise ValueError(f"--shapes: got {s} with --dense; accepts sequences of one length there")
+        wanted = (named or every) if op == "backward" else ()
+        i = Instance(switches, K, V, dtype, beta or dtype, not dense, wanted, not wanted or s.HV > s.H)
+        found.setdefault(i, []).append(s)
+    return found
+
+
+def shapes_of(text: str) -> list[Shape]:
+    """As gdn_ir.bench.cases names them; the representative ones where there is no text, all of a suite where that is named."""
+    text = text or REPRESENTATIVE
+    rows = cases.SUITES[text] if text in cases.SUITES else cases.parse(text, "forward")
+    return list(dict.fromkeys(Shape(tuple(lengths), H, HV) for lengths, H, HV in rows))
+
+
+def arch_of(backend: str) -> str:
+    """What a backend is tuned for here."""
+    from gdn_ir.registry import architecture
+    if backend == "torch":
+        return "torch"
+    return architecture(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def tune(op: str, shapes: str, backends: str, budget: float, resume: bool, dtype: str, K: int, V: int, flags: str, dense: bool,
+         records: Path | None, workers: int, console: Console | None = None) -> bool:
+    """Tune. False where Ctrl-C ended it: all that was measured is kept."""
+    console = console or Console()
+    here = "triton" if torch.cuda.is_available() else "tilelang"
+    names = [b.strip() for b in (backends or here).split(",")]
+    for name in names:
+        if name not in BACKENDS:
+            raise ValueError(f"--backends: got {name!r}; accepts {', '.join(BACKENDS)}")
+    if not budget > 0:
+        raise ValueError(f"--budget: got {budget:g}; accepts a positive number of minutes")
+    if workers < 1:
+        raise ValueError(f"--workers: got {workers}; accepts a number from 1 on")
+    dtype = dtype or ("bf16" if torch.cuda.is_available() else "f32")
+    kept = Records(records or default_path())
+    found = instances(op, shapes_of(shapes), dtype, K, V, flags, dense)
+    work = [(i, some, name) for i, some in found.items() for name in names]
+    count = min(workers, max(1, (os.cpu_count() or 1) - 2) if torch.cuda.is_available() else (os.cpu_count() or 1))
+    done: list[Winner] = []
+    try:
+        for i, some, name in work:
+            limits = Limits(60 * budget / len(work), workers=count, checkers=min(6, count))
+            console.print(f"{op}, {i}, by {name}: {len(some)} shapes, {limits.budget / 60:.1f} minutes, into {kept.path}",
+                          markup=False, highlight=False, soft_wrap=True)
+            with Display(console, limits.budget) as display:
+                tuner = Tuner(Task(i, name, arch_of(name), tuple(some)), kept, limits, display, resume)
+                done += tuner.run()
+    except KeyboardInterrupt:
+        console.print("stopped; everything measured is kept, and --resume goes on from here")
+        return False
+    console.print(summary(done), markup=False, highlight=False)
+    return True
+
+
+def summary(done: list[Winner]) -> str:
+    gains = [w.heuristic_ms / w.ms for w in done if w.ms and w.heuristic_ms]
+    if not gains:
+        return f"{len(done)} shapes tuned"
+    return (f"{len(done)} shapes tuned: {statistics.geometric_mean(gains):.3f}x of the heuristic's speed (geometric mean), "
+            f"{max(gains):.3f}x at best")
+
+
+def known(source: str) -> list[Winner]:
+    """Winners of a file (records or a table), of what ships ("shipped"), or of the user's records and what ships ("")."""
+    if source == "shipped":
+        return list(tables.shipped())
+    if not source:
+        return [*tables.shipped(), *winners(Records(default_path()).read())]
+    path = Path(source)
+    if not path.is_file():
+        raise ValueError(f"table: got {source}; accepts shipped, or a file of records (.jsonl) or a table (.json)")
+    return winners(Records(path).read()) if path.suffix == ".jsonl" else tables.read(path)
+
+
+def show(source: str, console: Console | None = None) -> None:
+    """Print what is known, a line for each winner, and what was measured for it."""
+    console = console or Console()
+    found = known(source)
+    groups: dict[str, Table] = {}
+    for w in found:
+        s = w.subject
+        title = f"{s.device.name}, {s.backend}, {s.instance}; {w.how}, with {', '.join(f'{n} {v}' for n, v in s.versions)}"
+        table = groups.setdefault(title, Table("shape", "ms", "heuristic", "gain", "schedule", box=None, pad_edge=False))
+        gain = f"{w.heuristic_ms / w.ms:.3f}x" if w.ms and w.heuristic_ms else ""
+        options = "; ".join(f"{k} {w.schedule.options(k)}" for k, _ in w.sources)
+        table.add_row(str(w.shape), number(w.ms), number(w.heuristic_ms), gain,
+                      f"{w.schedule.name}, chunks of {w.schedule.chunk}: {options}")
+    for title, table in groups.items():
+        console.print(title, markup=False, highlight=False, soft_wrap=True)
+        console.print(table)
+    if not found:
+        console.print("nothing was tuned yet: gdn-ir tune")
+    path = Path(source) if source.endswith(".jsonl") else default_path()
+    kinds = Counter(r["kind"] + (" failed" if "failed" in r else "") for r in Records(path).read()) if path.exists() else {}
+    if kinds:
+        console.print(f"{path}: " + ", ".join(f"{n} {k}" for k, n in sorted(kinds.items())), markup=False, soft_wrap=True)
+
+
+def number(ms: float | None) -> str:
+    return "" if ms is None else f"{ms:.4g}"
+
+
+MODELS = {"a100": cost.A100, "h100": cost.H100}
+
+
+def export(source: str, out: Path, model: str = "") -> list[Path]:
+    """Write a table for each device of the records; or, of a GPU that nobody has timed, one by heuristic and cost model."""
+    if model and model not in MODELS:
+        raise ValueError(f"--model: got {model!r}; accepts {', '.join(MODELS)}")
+    found = known(source) if not model else [
+        w for i, some in instances("forward", shapes_of(""), "bf16", 128, 128, "", False).items()
+        for w in cost.modelled(i, some, MODELS[model])]
+    written = []
+    for device, table in tables.to_json(found).items():
+        path = out / f"{slug(device.name)}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(tables.text_of(table))
+        written.append(path)
+    return written
+
+
+def verify(source: str, within: float, console: Console | None = None) -> bool:
+    """Run a table's winners of this device again: whether each is right, and at most `within` (a part) slower than it was."""
+    from gdn_ir.autotune.verify import verify_all
+    return verify_all(known(source), within, console or Console())
+
+
+TARGETS = ("sm_80", "sm_90", "cpu")
+
+
+def compile_ahead(targets: str, shapes: str, op: str, dtype: str, K: int, V: int, flags: str, dense: bool, backends: str,
+                  beta: str, grads: str, out: Path, workers: int, console: Console | None = None) -> None:
+    """Make a pack, for machines that need not be this one."""
+    from gdn_ir.packs import plan_entries, write_pack
+    console = console or Console()
+    if out.exists():
+        raise ValueError(f"-o: got {out}, which exists; accepts a path where nothing is")
+    wanted = [t.strip().replace("sm_90a", "sm_90") for t in targets.split(",")]
+    for t in wanted:
+        if t not in TARGETS:
+            raise ValueError(f"--target: got {t!r}; accepts {', '.join(TARGETS)} (sm_90a is sm_90), separated by commas")
+    named = [b.strip() for b in backends.split(",") if b.strip()]
+    for b in named:
+        if b not in BACKENDS or BACKENDS[b].functional:
+            raise ValueError(f"--backends: got {b!r}; accepts {', '.join(n for n, x in BACKENDS.items() if not x.functional)}")
+    start, planned = time.monotonic(), []
+    for t in dict.fromkeys(wanted):
+        io = dtype or ("f32" if t == "cpu" else "bf16")
+        work = instances(op, shapes_of(shapes), io, K, V, flags, dense, beta, grads)
+        planned += plan_entries([t], work, named or ["tilelang" if t == "cpu" else "triton"])
+    jobs: dict[str, Json] = {}
+    for entry, _ in planned:
+        for i, key in enumerate(entry.keys):
+            jobs.setdefault(key, {"job": "compile", "instance": of_instance(entry.instance), "backend": entry.backend,
+                                  "arch": entry.target, "schedule": of_schedule(entry.schedule), "kernel": i})
+    with Display(console) as display, Pool(max(1, min(workers, len(jobs), os.cpu_count() or 1))) as pool:
+        display.phase("compiling", len(jobs))
+        for i, answer in pool.map(list(jobs.values()), 600.0):
+            display.step()
+            if "done" not in answer:
+                raise ValueError(f"{list(jobs.values())[i]['instance']}: {answer.get('lost') or answer['failed']}")
+    count = write_pack(out, planned)
+    size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+    seconds = time.monotonic() - start
+    console.print(f"{out}: {count} kernels for {len(planned)} shapes, {size / 2**20:.1f} MiB, in {seconds:.0f} s", markup=False,
+                  highlight=False, soft_wrap=True)

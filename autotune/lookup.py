@@ -1,0 +1,116 @@
+"""The schedule for a call, from what was measured: for this very shape on this GPU, else for one like it, else on another GPU
+of the architecture, else the heuristic's. It always answers, and says where the answer comes from.
+
+Loaded packs come before all of these: they hold kernels that are compiled already.
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gdn_ir.autotune.keys import NEAR, Device, device_here, distance, program_hash
+from gdn_ir.autotune.records import Records, Winner, default_path, winners
+from gdn_ir.autotune.tables import shipped
+from gdn_ir.compiler import Instance, variant
+from gdn_ir.schedules.defaults import default
+from gdn_ir.schedules.schedule import Schedule
+
+if TYPE_CHECKING:
+    from gdn_ir.packs import Pack
+
+PACKS: list[Pack] = []                                     # loaded, the newest first
+LEVELS = ("exact", "bucket", "same architecture", "heuristic")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A schedule and where it comes from: one of LEVELS, or "pack"; why: the same for people."""
+    schedule: Schedule
+    level: str
+    why: str
+
+
+def schedule_for(target: str, instance: Instance, sequences: int, heads: int, tokens: int, backend: str) \
+        -> tuple[Schedule, str]:
+    """The schedule that serves, and why; as `defaults.default`, which it falls back to. Raises ValueError where that has none
+    and nothing was tuned."""
+    found = find(target, instance, sequences, heads, tokens, backend)
+    return found.schedule, found.why
+
+
+def find(target: str, instance: Instance, sequences: int, heads: int, tokens: int, backend: str) -> Found:
+    """The same with its level. target: "sm_80", "sm_90", "cpu" or "torch"; sequences, heads (HV), tokens: of the call."""
+    shape = (sequences, heads, tokens)
+    for pack in PACKS:
+        entry = pack.nearest(target, instance, shape, backend)
+        if entry is not None and pack.holds(entry):
+            return Found(entry.schedule, "pack", f"compiled ahead for {entry.shape} in {pack.path}: {entry.why}")
+    stale = ""
+    for level, w in ranked(target, instance, shape, backend):
+        try:
+            made = {s.kernel: s.hash for s in variant(instance, w.schedule, backend, target).sources}
+        except ValueError as e:
+            stale = stale or f"; what was tuned for {w.shape} is not legal any more ({e})"
+            continue
+        if made != dict(w.sources):                        # the compiler has changed: nobody has seen this code run
+            stale = stale or (f"; what was tuned for {w.shape} on {w.date} compiles to other code now: gdn-ir tune measures "
+                              "it again")
+            continue
+        return Found(w.schedule, level, provenance(level, w))
+    schedule, why = default(target, instance, sequences, heads, tokens, backend)
+    return Found(schedule, "heuristic", f"{why}{stale}")
+
+
+def ranked(target: str, instance: Instance, shape: tuple[int, int, int], backend: str) -> Iterator[tuple[str, Winner]]:
+    """What was tuned for such a call, the best match first."""
+    if os.environ.get("GDN_IR_TUNED") == "0":
+        return
+    here = device_here(target)
+    program = program_hash(instance)
+    levels: dict[str, list[tuple[float, int, Winner]]] = {}
+    for age, w in enumerate(reversed(known())):            # the newest first
+        s = w.subject
+        if s.backend != backend or s.device.arch != target or s.instance != instance or w.program != program:
+            continue
+        far = 0.0 if w.shape.key == shape else distance(w.shape.key, shape) + 1e-9
+        if far > NEAR:
+            continue
+        level = "same architecture" if not same(s.device, here) else "exact" if far == 0.0 else "bucket"
+        levels.setdefault(level, []).append((far, age, w))
+    for level in LEVELS:
+        for _, _, w in sorted(levels.get(level, []), key=lambda x: x[:2]):
+            yield level, w
+
+
+def same(a: Device, b: Device | None) -> bool:
+    return b is not None and (a.name, a.units) == (b.name, b.units)
+
+
+def provenance(level: str, w: Winner) -> str:
+    """As `explain` says it."""
+    where = f"on {w.subject.device.name}" if w.how == "measured" else f"for {w.subject.device.name} by {w.how}, never timed"
+    time = f": {w.ms:.4g} ms" if w.ms is not None else ""
+    time += f": {w.predicted_ms:.4g} ms predicted" if w.predicted_ms is not None else ""
+    gain = f", the heuristic's {w.heuristic_ms:.4g} ms" if w.ms is not None and w.heuristic_ms is not None else ""
+    with_ = ", ".join(f"{n} {v}" for n, v in w.subject.versions)
+    tuned = f"tuned ({level})" if w.how == "measured" else f"chosen ({level})"
+    return f"{tuned} for {w.shape} {where} ({w.date}, {with_}){time}{gain}"
+
+
+def known() -> list[Winner]:
+    """Every winner: those that ship first, then the user's, each the newest last."""
+    path = default_path()
+    try:
+        state = path.stat()
+    except OSError:
+        return list(shipped())
+    return [*shipped(), *_own(str(path), state.st_mtime_ns, state.st_size)]
+
+
+@lru_cache(maxsize=4)
+def _own(path: str, modified: int, size: int) -> tuple[Winner, ...]:
+    return tuple(winners(Records(Path(path)).read()))

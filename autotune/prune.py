@@ -1,0 +1,103 @@
+"""What is not worth compiling, and why: reasons that can be counted. Bounds are lower bounds of what a kernel takes, so that
+nothing that fits is thrown away."""
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from gdn_ir.artifacts import digest
+from gdn_ir.autotune.space import Candidate
+from gdn_ir.backends import BACKENDS
+from gdn_ir.backends.base import Call, Kernel, blocks
+from gdn_ir.compiler import Instance, Unsupported, Variant, variant
+from gdn_ir.nodes import Node, Op
+from gdn_ir.program import ScanView
+
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}        # bytes that one block can use
+REGISTERS = 255                                            # of 32 bits, that one thread can use
+BYTES = {"bf16": 2, "f16": 2, "f32": 4, "tf32": 4, "f64": 8}
+REASONS = ("illegal step", "declined", "shared memory", "registers", "waves", "same code")
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A candidate worth compiling. keys: digests of its kernels' recipes; code: of all of them, what results are kept by."""
+    candidate: Candidate
+    variant: Variant
+    keys: tuple[str, ...]
+
+    @property
+    def code(self) -> str:
+        return digest(list(self.keys))
+
+    @property
+    def sources(self) -> dict[str, str]:
+        return {s.kernel: s.hash for s in self.variant.sources}
+
+
+def ready(candidate: Candidate, instance: Instance, backend: str, arch: str) -> Ready | str:
+    """A candidate lowered and keyed, or the reason (one of REASONS, then a colon and details) why it is not worth compiling."""
+    try:
+        made = variant(instance, candidate.schedule, backend, arch)
+    except Unsupported as e:
+        return f"declined: {e}"
+    except ValueError as e:
+        return f"illegal step: {e}"
+    for k in made.compiled.kernels:
+        if arch in SHARED:
+            if (need := shared_bytes(k)) > SHARED[arch]:
+                return f"shared memory: {k.name} takes at least {need} bytes, of {SHARED[arch]}"
+            if (need := registers(k)) > REGISTERS:
+                return f"registers: {k.name} carries {need} for each thread, of {REGISTERS}"
+    b = BACKENDS[backend]
+    keys = tuple(digest(b.recipe(k, s, arch)) for k, s in zip(made.compiled.kernels, made.sources, strict=True))
+    return Ready(candidate, made, keys)
+
+
+def size(kernel: Kernel, node: Node) -> int:
+    """Elements of a value's tile."""
+    found = 1
+    for a in node.axes:
+        found *= kernel.tile(a)
+    return found
+
+
+def scans(kernel: Kernel) -> list[ScanView]:
+    """The serial loops of a kernel."""
+    return [] if kernel.parallel else [ScanView.of(r) for r in kernel.program.roots if r.op is Op.SCAN]
+
+
+def shared_bytes(kernel: Kernel) -> int:
+    """A lower bound of shared memory: of a serial loop's tiles that products read, as many copies as are in flight beside the
+    one in use."""
+    if not scans(kernel):
+        return 0
+    read = {a for n in kernel.program.nodes() if n.op is Op.DOT for a in n.args if a.op is Op.LOAD}
+    return sum(size(kernel, n) * BYTES[n.type.dtype] for n in read) * (kernel.options.num_stages - 1)
+
+
+def registers(kernel: Kernel) -> int:
+    """A lower bound of registers for each thread: what a serial loop carries from one turn to the next."""
+    carried = [sum(size(kernel, n) for n in s.nexts) for s in scans(kernel)]
+    return max(carried, default=0) // (32 * kernel.options.num_warps)
+
+
+def idle(made: Variant, call: Call, units: int, narrowest: int) -> str | None:
+    """The reason why a candidate is not worth timing on a shape: a serial kernel with fewer blocks than half the
+    multiprocessors, where narrower tiles would make more of them (narrowest: the least v_tile of the space)."""
+    for k in made.compiled.kernels:
+        if k.splits and scans(k) and k.options.v_tile is not None and k.options.v_tile > narrowest:
+            count = blocks(k, call)
+            if count * 2 < units:
+                return f"waves: {k.name} has {count} blocks for {units} multiprocessors"
+    return None
+
+
+class Pruned(Counter[str]):
+    """How many candidates went for which reason."""
+
+    def add(self, reason: str) -> None:
+        self[reason.split(":", 1)[0]] += 1
+
+    def __str__(self) -> str:
+        return ", ".join(f"{self[r]} {r}" for r in REASONS if self[r]) or "none"

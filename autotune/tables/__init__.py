@@ -1,0 +1,67 @@
+"""The tables that ship: one readable JSON for each GPU, made by `gdn-ir export` of a tuning run's records.
+
+    {"device": {"name": ..., "units": ..., "arch": ...},
+     "groups": [{"subject": {...}, "winners": [{"shape": ..., "schedule": ..., "ms": ..., "errors": ..., "how": "measured"}]}]}
+"""
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from gdn_ir.autotune.keys import Device
+from gdn_ir.autotune.records import Winner
+
+Json = dict[str, Any]
+FOLDER = Path(__file__).parent
+
+
+@lru_cache(maxsize=1)
+def shipped() -> tuple[Winner, ...]:
+    """Winners of every shipped table."""
+    return tuple(w for path in sorted(FOLDER.glob("*.json")) for w in read(path))
+
+
+def read(path: Path) -> list[Winner]:
+    """A table's winners. Raises ValueError naming the file where it is no table."""
+    try:
+        data = json.loads(path.read_text())
+        return [Winner.of(g["subject"] | {"device": data["device"]}, w) for g in data["groups"] for w in g["winners"]]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path}: not a table of schedules ({type(e).__name__}: {e})") from None
+
+
+def text_of(table: Json) -> str:
+    """A table as text for people: what fits on a line is on a line."""
+    text, inner = json.dumps(table, indent=1), re.compile(r"[\[{]\n[^\[\]{}]*[\]}]")
+
+    def line(match: re.Match[str]) -> str:
+        words = " ".join(match[0].split())
+        return words[0] + words[1:-1].strip() + words[-1] if len(words) < 110 else match[0]
+    steps = re.compile(r'("steps": )\[([^{}]*?)\n\s*\](,\n)')
+    return steps.sub(lambda m: f"{m[1]}[{' '.join(m[2].split())}]{m[3]}", inner.sub(line, text)) + "\n"
+
+
+def to_json(found: Iterable[Winner]) -> dict[Device, Json]:
+    """Tables, one for each device: of each subject and shape's key the newest winner."""
+    newest: dict[object, Winner] = {}
+    for w in found:
+        newest[w.subject.device, w.subject.backend, w.subject.instance, w.shape.key] = w
+    tables: dict[Device, Json] = {}
+    groups: dict[str, Json] = {}
+    for w in newest.values():
+        table = tables.setdefault(w.subject.device, {"device": asdict(w.subject.device), "groups": []})
+        subject = w.subject.json() | {"program": w.program or w.subject.json()["program"]}
+        group = groups.get(json.dumps(subject, sort_keys=True))
+        if group is None:
+            group = groups[json.dumps(subject, sort_keys=True)] = {"subject": subject, "winners": []}
+            table["groups"].append(group)
+        group["winners"].append(w.json())
+    for group in groups.values():
+        group["subject"] = {n: v for n, v in group["subject"].items() if n != "device"}
+        group["winners"].sort(key=lambda w: (w["shape"]["HV"], len(w["shape"]["lengths"]), sum(w["shape"]["lengths"])))
+    return tables

@@ -1,0 +1,177 @@
+"""Packs: kernels compiled ahead, on any machine, and loaded where no compiler need be.
+
+A pack is a folder: `artifacts` as in the cache, keyed by recipe, and pack.json, which says with which schedule each shape is
+served. `gdn-ir compile` makes one; `load_pack` serves from it, until the process ends. Since N, T, H and HV are arguments of a
+kernel, a pack serves every shape of an instance that it has one shape of.
+"""
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gdn_ir import artifacts
+from gdn_ir.artifacts import Damaged, NotCompiled, Store, digest
+from gdn_ir.autotune import lookup
+from gdn_ir.autotune.keys import Shape, distance, of_instance, of_schedule, program_hash, to_instance, to_schedule
+from gdn_ir.compiler import Instance, Variant, variant
+from gdn_ir.schedules.schedule import Schedule
+
+if TYPE_CHECKING:
+    from gdn_ir.backends.base import Call
+
+Json = dict[str, Any]
+FORMAT = 1
+MANIFEST = "pack.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How a pack serves a shape. keys: of its kernels' artifacts; why: where the schedule came from when it was made."""
+    target: str
+    instance: Instance
+    backend: str
+    shape: Shape
+    schedule: Schedule
+    keys: tuple[str, ...]
+    why: str
+
+    def json(self) -> Json:
+        s = self.shape
+        return {"target": self.target, "program": program_hash(self.instance), "instance": of_instance(self.instance),
+                "backend": self.backend, "shape": {"lengths": list(s.lengths), "H": s.H, "HV": s.HV},
+                "schedule": of_schedule(self.schedule), "keys": list(self.keys), "why": self.why}
+
+    @staticmethod
+    def of(data: Json) -> Entry:
+        s = data["shape"]
+        shape = Shape(tuple(s["lengths"]), s["H"], s["HV"])
+        return Entry(data["target"], to_instance(data["instance"]), data["backend"], shape, to_schedule(data["schedule"]),
+                     tuple(data["keys"]), data["why"])
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A loaded pack."""
+    path: Path
+    entries: tuple[Entry, ...]
+
+    @property
+    def store(self) -> Store:
+        return Store(self.path / "artifacts", own=False)
+
+    def nearest(self, target: str, instance: Instance, shape: tuple[int, int, int], backend: str) -> Entry | None:
+        """The entry of the instance whose shape is nearest to (sequences, heads, tokens); None where it has none."""
+        found = [e for e in self.entries if (e.target, e.instance, e.backend) == (target, instance, backend)]
+        return min(found, key=lambda e: (e.shape.key != shape, distance(e.shape.key, shape)), default=None)
+
+    def holds(self, entry: Entry) -> bool:
+        """Whether what this gdn-ir would compile is what the pack holds."""
+        return keys_of(variant(entry.instance, entry.schedule, entry.backend, entry.target)) == entry.keys
+
+
+def keys_of(made: Variant) -> tuple[str, ...]:
+    c = made.compiled
+    return tuple(digest(c.backend.recipe(k, s, made.arch)) for k, s in zip(c.kernels, c.sources, strict=True))
+
+
+def load_pack(path: str | Path) -> Pack:
+    """Serve from a pack that `gdn-ir compile` made, before anything that was tuned or compiled here.
+
+    Raises ValueError where `path` holds no pack, or a damaged one; a kernel's own checksums are verified when it is first used.
+    """
+    path = Path(path).resolve()
+    try:
+        data = json.loads((path / MANIFEST).read_text())
+        given = data.pop("sha256")
+        if given != digest(data):
+            raise Damaged(f"{MANIFEST} is not what was written")
+        if data["format"] != FORMAT:
+            raise Damaged(f"format {data['format']}, and this gdn-ir reads {FORMAT}")
+        pack = Pack(path, tuple(Entry.of(e) for e in data["entries"]))
+    except OSError as e:
+        raise ValueError(f"path: got {path}; accepts a folder that gdn-ir compile made ({e})") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise ValueError(f"path: got {path}; accepts a whole pack: {e}; make it again with gdn-ir compile") from None
+    missing = {k for e in pack.entries for k in e.keys if not (pack.store.root / k).is_dir()}
+    if missing:
+        raise ValueError(f"path: got {path}; accepts a whole pack: {len(missing)} of its kernels are missing")
+    lookup.PACKS[:] = [pack, *(p for p in lookup.PACKS if p.path != path)]
+    artifacts.PACKS[:] = [p.store for p in lookup.PACKS]
+    forget()
+    return pack
+
+
+def unload_packs() -> None:
+    """Serve from no pack any more (kernels that were loaded stay so)."""
+    lookup.PACKS.clear()
+    artifacts.PACKS.clear()
+    forget()
+
+
+def forget() -> None:
+    """What was chosen before may be chosen otherwise now."""
+    from gdn_ir import registry
+    registry.options.cache_clear()
+    registry.choose.cache_clear()
+    variant.cache_clear()
+
+
+def plan_entries(targets: Iterable[str], work: dict[Instance, list[Shape]], backends: Iterable[str]) \
+        -> list[tuple[Entry, Variant]]:
+    """What a pack of these will hold: for each target and shape the schedule that would serve there. Raises ValueError with the
+    reason of the first that cannot be served."""
+    found = []
+    for target in targets:
+        for backend in backends:
+            for instance, shapes in work.items():
+                for s in shapes:
+                    f = lookup.find(target, instance, *s.key, backend)
+                    made = variant(instance, f.schedule, backend, target)
+                    found.append((Entry(target, instance, backend, s, f.schedule, keys_of(made), f.why), made))
+    return found
+
+
+def write_pack(out: Path, planned: list[tuple[Entry, Variant]]) -> int:
+    """Write a pack, all at once, of kernels that are compiled now where the cache lacks them; returns how many it holds."""
+    if out.exists():
+        raise ValueError(f"-o: got {out}, which exists; accepts a path where nothing is")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=out.name, suffix=".tmp", dir=out.parent))
+    try:
+        store, held = Store(temporary / "artifacts", own=False), set()
+        for entry, made in planned:
+            c = made.compiled
+            for key, kernel, source in zip(entry.keys, c.kernels, c.sources, strict=True):
+                if key not in held:
+                    store.copy(artifacts.obtain(c.backend, kernel, source, entry.target), key)
+                    held.add(key)
+        data = {"format": FORMAT, "entries": [e.json() for e, _ in planned]}
+        (temporary / MANIFEST).write_text(json.dumps(data | {"sha256": digest(data)}, indent=1) + "\n")
+        temporary.chmod(0o755)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return len(held)
+
+
+def not_compiled(chosen: Variant, call: Call, why: NotCompiled) -> NotCompiled:
+    """The same error, with the shape that was called and the command that makes a pack for it."""
+    i, count = chosen.instance, max(1, call.sequences)
+    shape = f"{count}x{max(1, call.tokens // count)}:{call.heads['H']}/{call.heads['HV']}"
+    words = [f"gdn-ir compile --target {chosen.arch} --shapes {shape} --backends {chosen.backend} --dtype {i.io}",
+             f"--K {i.K} --V {i.V}"]
+    flags = [n if v else f"no-{n}" for n, v in vars(i.switches).items() if isinstance(v, bool) and v != (n == "erase")]
+    flags += ["no-decay"] if i.switches.decay == "none" else []
+    flags += ["no-final_state"] if not i.grads and not i.switches.final_state else []
+    words += [f"--op backward --grads {','.join(i.grads)}"] if i.grads else []
+    words += [f"--flags {','.join(flags)}"] if flags else []
+    words += [f"--beta {i.beta}"] if i.beta != i.io else []
+    words += [] if i.varlen else ["--dense"]
+    return NotCompiled(f"{i}, {call.sequences} sequences of {call.tokens} tokens together, H/HV {call.heads['H']}/"
+                       f"{call.heads['HV']}: {why}. Compile it ahead: {' '.join(words)} -o PACK, and call "
+                       "gdn_ir.load_pack('PACK')")

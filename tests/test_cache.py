@@ -1,0 +1,246 @@
+"""The cache on disk: what a key holds, damage, two processes, the bound, moving the folder."""
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from gdn_ir import artifacts, cache
+from gdn_ir.artifacts import Built, NotCompiled, Store, digest
+from gdn_ir.backends import BACKENDS
+from gdn_ir.backends.base import Call, blocks
+from gdn_ir.backends.triton import driver, signature
+from gdn_ir.backends.triton.driver import about
+from gdn_ir.compiler import Instance, Variant, variant
+from gdn_ir.programs.gated_delta import Switches
+from gdn_ir.schedules.defaults import default
+from gdn_ir.schedules.schedule import KernelOptions
+from tests.inputs import error, expected, make
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GDN_IR_CACHE", str(tmp_path / "cache"))
+    return cache.folder()
+
+
+def native(K: int = 16) -> Variant:
+    """A fresh variant, which has not compiled anything."""
+    i = Instance(Switches(), K, 16, "f32", "f32", False)
+    return variant.__wrapped__(i, default("cpu", i, 1, 2, 64)[0], "tilelang", "cpu")         # type: ignore[attr-defined,no-any-return]
+
+
+def run(chosen: Variant) -> float:
+    """The error of one call."""
+    K = chosen.instance.K
+    x = make(T=20, K=K, V=16)
+    o = torch.full_like(x["v"], float("nan"))
+    chosen({n: t[0] for n, t in x.items()} | {"o": o[0]}, K ** -0.5, 1)
+    return error(o, expected(x)[0])
+
+
+def test_damage_is_rebuilt_with_a_warning_and_the_folder_moves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(native()) <= 1e-5
+    (kept,) = (folder / cache.ARTIFACTS).iterdir()
+    moved = folder.with_name("moved")
+    shutil.move(folder, moved)
+    monkeypatch.setenv("GDN_IR_CACHE", str(moved))
+    monkeypatch.setattr(BACKENDS["tilelang"], "build", lambda *a: pytest.fail("compiled, though it is kept"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run(native()) <= 1e-5                       # from where it was moved to
+    monkeypatch.undo()
+    monkeypatch.setenv("GDN_IR_CACHE", str(moved))
+    library = moved / cache.ARTIFACTS / kept.name / "kernel.so"
+    harmed = library.read_bytes()[:-100] + bytes(100)
+    library.unlink()                                       # what this process has loaded stays mapped
+    library.write_bytes(harmed)
+    with pytest.warns(RuntimeWarning, match=r"is damaged \(kernel.so is not what was written\); it is compiled again"):
+        assert run(native()) <= 1e-5
+    assert artifacts.read(library.parent).launch["order"]
+
+
+@pytest.mark.parametrize("harm", ["cut", "missing", "format", "text"])
+def test_a_damaged_entry_is_none(tmp_path: Path, harm: str) -> None:
+    store = Store(tmp_path)
+    store.put("key", Built({"a": b"abc"}, {"n": 1}), {}, {})
+    about = tmp_path / "key" / "about.json"
+    text = about.read_text()
+    if harm == "missing":
+        (tmp_path / "key" / "a").unlink()
+    else:
+        about.write_text({"cut": text[:40], "format": text.replace('"n": 1', '"n": 2'), "text": "[]"}[harm])
+    with pytest.warns(RuntimeWarning, match="damaged"):
+        assert store.get("key") is None
+    assert not (tmp_path / "key").exists() and store.get("key") is None
+    assert store.put("key", Built({"a": b"abc"}, {"n": 1}), {}, {}).path("a").read_bytes() == b"abc"
+
+
+def test_a_damaged_source_is_written_again(folder: Path) -> None:
+    assert cache.load_source("torch", "f", "0", "x = 1\n").x == 1
+    (path,) = (folder / "torch").glob("*.py")
+    path.write_text("x = 2\n")
+    with pytest.warns(RuntimeWarning, match="is damaged; it is written again"):
+        assert cache.load_source("torch", "f", "0", "x = 1\n").x == 1
+    assert path.read_text() == "x = 1\n" and not list(folder.rglob("*.pyc"))
+
+
+def test_keys_hold_everything_that_changes_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    i = Instance(Switches(final_state=True), 64, 64, "bf16", "bf16", True)
+    base = default("sm_90", i, 1, 32, 8192)[0]
+
+    def recipe(instance: Instance = i, options: KernelOptions | None = None, arch: str = "sm_90") -> str:
+        chosen = variant(instance, base if options is None else base.with_options(output=options), "triton", arch)
+        kernel, source = chosen.compiled.kernels[-1], chosen.sources[-1]
+        return digest(BACKENDS["triton"].recipe(kernel, source, arch))
+    keys = [recipe(), recipe(options=KernelOptions(64, 4, 1)), recipe(options=KernelOptions(64, 8, 2)), recipe(arch="sm_80"),
+            recipe(replace(i, beta="f32")), recipe(replace(i, io="f16", beta="f16")), recipe(replace(i, K=128))]
+    assert len(set(keys)) == len(keys) - 1 and keys[0] == keys[4]              # the output kernel does not read beta
+    assert BACKENDS["triton"].toolchain("sm_90") == {"triton": __import__("triton").__version__}
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "/opt/ptxas")
+    assert BACKENDS["triton"].toolchain("sm_90") != {"triton": __import__("triton").__version__}
+    found = BACKENDS["tilelang"].toolchain("cpu")
+    assert found is not None and set(found) == {"tilelang", "g++"}
+
+
+def test_what_triton_built_is_kept_and_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    i = Instance(Switches(erase=False, decay="none"), 16, 16, "bf16", "bf16", False)
+    chosen = variant(i, default("sm_80", i, 1, 32, 8192)[0], "triton", "sm_80")
+    kernel, source, b = chosen.compiled.kernels[0], chosen.sources[0], BACKENDS["triton"]
+    built = artifacts.obtain(b, kernel, source, "sm_80")
+    assert built.path("kernel.cubin").read_bytes()[:4] == b"\x7fELF"
+    assert built.launch["num_warps"] == kernel.options.num_warps and built.launch["shared"] > 0
+    monkeypatch.setenv("GDN_IR_NO_JIT", "1")
+    assert artifacts.obtain(b, kernel, source, "sm_80") == built                # nothing is compiled
+    with pytest.raises(NotCompiled, match="scan for sm_90 by triton is neither in the cache nor in a loaded pack"):
+        artifacts.obtain(b, kernel, source, "sm_90")
+
+
+def test_launches_that_need_more_than_arguments_are_refused() -> None:
+    class Metadata:
+        name, shared, num_warps, num_ctas, global_scratch_size = "f", 0, 4, 1, 512
+
+    class Compiled:
+        metadata = Metadata
+    with pytest.raises(NotImplementedError, match="global_scratch_size"):
+        about(Compiled)
+
+
+class Driver:
+    """Stands for the CUDA driver: takes down what is launched."""
+
+    def __init__(self) -> None:
+        self.launched: list[tuple[object, ...]] = []
+
+    def __getattr__(self, name: str) -> object:
+        return lambda *a: 0
+
+    def cuLaunchKernel(self, function: object, *rest: object) -> int:
+        self.launched.append(rest)
+        return 0
+
+
+def test_what_the_driver_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arguments in the kernel's order; a tensor that is not aligned goes in as an aligned copy, and comes back."""
+    i = Instance(Switches(final_state=True), 16, 16, "f32", "f32", True)
+    kernel = variant(i, default("sm_90", i, 1, 2, 64)[0], "triton", "sm_90").compiled.kernels[-1]
+    fake = Driver()
+    monkeypatch.setattr(driver, "driver", lambda: fake)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("Stream", (), {"cuda_stream": 7}))
+    launch = driver.launcher(kernel, b"", {"name": "output", "shared": 5, "num_warps": 4})
+    call = Call(1, 64, 64, {"H": 1, "HV": 2}, torch.tensor([0, 64], dtype=torch.int32))
+    memory = {t.name: torch.zeros(call.shape(kernel, t)) for t in kernel.tensors()}
+    launch(memory, {"scale": 0.5}, call)
+    grid, _, _, threads, _, _, shared, stream, pointers, _ = fake.launched[0]
+    assert (grid, threads, shared, stream) == (blocks(kernel, call), 128, 5, 7)
+
+    def values() -> list[int | float]:
+        given = driver.binder(kernel)(memory, {"scale": 0.5}, call)
+        return [ctypes.cast(p, ctypes.POINTER(ctypes.c_float if isinstance(x, float) else ctypes.c_int32 if isinstance(x, int)
+                                              else ctypes.c_uint64))[0] for p, x in zip(pointers, given)]  # type: ignore[call-overload]
+    names = list(signature(kernel))
+    at = names.index("o_ptr")
+    assert values()[at] == memory["o"].data_ptr() and dict(zip(names, values()))["scale"] == 0.5
+    assert dict(zip(names, values()))["T"] == 64 and dict(zip(names, values()))["HV"] == 2
+    memory["o"] = torch.ones(memory["o"].numel() + 1)[1:].view(memory["o"].shape)
+    launch(memory, {"scale": 0.25}, call)
+    assert values()[at] % 16 == 0 and values()[at] != memory["o"].data_ptr()
+    assert dict(zip(names, values()))["scale"] == 0.25 and memory["o"].eq(1).all()
+
+
+def test_the_least_recently_used_goes_first(folder: Path) -> None:
+    store = artifacts.store()
+    for i, key in enumerate("abc"):
+        store.put(key, Built({"x": bytes(1000)}, {}), {}, {})
+        os.utime(store.root / key, (i, i))
+    half = store.root / f"d{cache.TEMPORARY}"
+    half.mkdir()
+    os.utime(half, (0, 0))                                 # left by a process that was killed long ago
+    assert store.get("a") is not None                      # used now
+    size = sum(size for _, size, _ in cache.entries(folder))
+    assert {p.name for p in cache.trim(folder, size - 1)} == {"b", half.name}
+    assert {p.name for p in store.root.iterdir()} == {"a", "c"}
+    assert not cache.trim(folder, size)
+    assert {p.name for p in cache.trim(folder, 0)} == {"c"}                     # a is in use
+
+
+@pytest.mark.parametrize("size", ["-1", "many"])
+def test_a_wrong_size_is_refused(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GDN_IR_CACHE_SIZE", size)
+    with pytest.raises(ValueError, match=rf"GDN_IR_CACHE_SIZE: got '{size}'; accepts a number of MiB from 0 on"):
+        cache.largest()
+    monkeypatch.setenv("GDN_IR_CACHE_SIZE", "0.5")
+    assert cache.largest() == 2**19
+
+
+WRITER = """
+import sys, time
+from gdn_ir import artifacts, cache
+store = artifacts.store()
+end = time.time() + 1.0
+while time.time() < end:
+    for key in "abcd":
+        found = store.get(key)
+        if found is None:
+            found = store.put(key, artifacts.Built({"x": key.encode() * 5000}, {}), {}, {})
+        cache.trim(store.root.parent, 12000, spare=0.0)
+    cache.load_source("torch", "f", "0", "x = 1\\n")
+print("done")
+"""
+
+
+def test_processes_share_it(folder: Path) -> None:
+    """Three processes that read, write and evict the same entries: none sees a part of one, and no warning of damage comes."""
+    running = [subprocess.Popen([sys.executable, "-W", "error", "-c", WRITER], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                text=True) for _ in range(3)]
+    for process in running:
+        out, err = process.communicate(timeout=60)
+        assert out == "done\n", err[-2000:]
+
+
+def test_a_folder_that_cannot_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*a: object) -> None:
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(cache, "write_whole", full)
+    with pytest.warns(RuntimeWarning, match="cannot write the cache folder"), pytest.raises(OSError, match="No space"):
+        cache.load_source("torch", "f", "1", "x = 1\n")    # the second place is full too
+    monkeypatch.undo()
+    monkeypatch.setenv("GDN_IR_CACHE", str(folder))
+    put = Store.put
+    monkeypatch.setattr(Store, "put", lambda self, *a: full() if self.root.parent == folder else put(self, *a))
+    with pytest.warns(RuntimeWarning, match="cannot write the cache folder"):
+        assert run(native()) <= 1e-5
+
+
+def test_no_jit_serves_what_is_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GDN_IR_NO_JIT", "1")
+    with pytest.raises(NotCompiled):
+        run(native(48))

@@ -1,0 +1,275 @@
+"""The tuner: its space and what is pruned of it; candidates that hang, crash and lie; runs that are killed and go on."""
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import tests.faulty as faulty
+from gdn_ir.artifacts import store
+from gdn_ir.autotune import command, prune
+from gdn_ir.autotune.display import Display
+from gdn_ir.autotune.keys import Shape
+from gdn_ir.autotune.prune import Pruned, Ready, ready
+from gdn_ir.autotune.records import Records, winners
+from gdn_ir.autotune.space import Candidate, Frame, Space, candidates, compose, space_of
+from gdn_ir.autotune.tune import Limits, Task, Tuner
+from gdn_ir.backends import BACKENDS
+from gdn_ir.bench import cases
+from gdn_ir.compiler import Instance
+from gdn_ir.programs.gated_delta import Switches
+from gdn_ir.registry import options
+from gdn_ir.schedules.schedule import KernelOptions, Schedule
+
+SMALL = Instance(Switches(final_state=True), 16, 16, "f32", "f32", True)
+BF16 = Instance(Switches(final_state=True), 128, 128, "bf16", "bf16", True)
+SHAPE = Shape((64,), 1, 2)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each worker: threads of several that spin at once cost more than they bring."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def sorted_out(space: Space, instance: Instance, arch: str) -> tuple[dict[str, Ready], Pruned, list[str]]:
+    good, gone, why = {}, Pruned(), []
+    for c in candidates(space, "triton", arch, instance):
+        r = ready(c, instance, "triton", arch)
+        if isinstance(r, str):
+            gone.add(r)
+            why.append(r)
+        else:
+            good[r.code] = r
+    return good, gone, why
+
+
+def test_the_space_is_pruned_for_reasons_that_count() -> None:
+    space = Space((Frame("wy"), Frame("fused", 128, 32)), (None, 16, 128), (1, 8), (1, 4))
+    good, gone, why = sorted_out(space, BF16, "sm_90")
+    assert gone["declined"] and gone["registers"] and gone["illegal step"]
+    assert set(gone) <= set(prune.REASONS) and f"{gone['declined']} declined" in str(gone)
+    assert any(w.startswith("registers: scan carries 512 for each thread, of 255") for w in why)
+    assert {r.candidate.varies for r in good.values()} == {None, "solve", "scan", "output"}
+    assert space.hash != Space(space.frames).hash == Space(space.frames).hash
+
+
+def test_bounds_of_shared_memory_are_lower_bounds() -> None:
+    """What is pruned could not have run: the estimate is below what Triton takes, and grows with stages."""
+    found = []
+    for stages in (1, 3):
+        s = Schedule("x", steps=Frame("states").steps(BF16)).with_options(scan=KernelOptions(64, 4, stages))
+        r = ready(Candidate(s), BF16, "triton", "sm_80")
+        assert isinstance(r, Ready)
+        kernel = next(k for k in r.variant.compiled.kernels if k.name == "scan")
+        built = BACKENDS["triton"].build(kernel, BACKENDS["triton"].emit(kernel, "sm_80"), "sm_80")
+        assert built is not None
+        found.append(prune.shared_bytes(kernel))
+        assert found[-1] <= built.launch["shared"]
+    assert found[0] < found[1]
+    wide = Schedule("x", 128, Frame("states", 128).steps(BF16)).with_options(scan=KernelOptions(64, 8, 4))
+    r = ready(Candidate(wide), BF16, "triton", "sm_80")
+    assert isinstance(r, str) and r.startswith("shared memory: scan takes at least")
+
+
+@pytest.mark.parametrize(("backend", "arch", "io", "grads"), [
+    ("triton", "sm_80", "bf16", ("q", "v")), ("torch", "torch", "f32", ()), ("tilelang", "cpu", "f32", ())])
+def test_every_space_has_points(backend: str, arch: str, io: str, grads: tuple[str, ...]) -> None:
+    i = Instance(Switches(final_state=not grads), 32, 32, io, io, True, grads)
+    space = space_of(backend, arch, i)
+    space = Space(space.frames[:2], space.v_tile[:2], space.num_warps[:2], space.num_stages[:2])
+    assert any(isinstance(ready(c, i, backend, arch), Ready) for c in candidates(space, backend, arch, i))
+
+
+def test_the_best_options_are_put_together() -> None:
+    frame = Frame("states")
+    base = Schedule("states", steps=frame.steps(BF16))
+    base = base.with_options(scan=KernelOptions(16, 4, 2), output=KernelOptions(64, 4, 1))
+    a, b = KernelOptions(32, 4, 3), KernelOptions(64, 8, 1)
+    timed = [(Candidate(base, frame), 1.0), (Candidate(base.with_options(scan=a), frame, "scan"), 0.8),
+             (Candidate(base.with_options(output=b), frame, "output"), 0.9),
+             (Candidate(base.with_options(output=KernelOptions(128, 8, 1)), frame, "output"), 0.95)]
+    first, second = compose(timed)[:2]
+    assert first.schedule == base.with_options(scan=a, output=b)
+    assert second.schedule == base.with_options(scan=a, output=KernelOptions(128, 8, 1))
+
+
+def test_one_binary_serves_many_shapes() -> None:
+    """N, T, H and HV are arguments: all 203 rows of FORWARD and TRAIN run few distinct kernels."""
+    codes = Counter()                                      # type: ignore[var-annotated]
+    for lengths, _, HV in [*cases.FORWARD, *cases.TRAIN]:
+        chosen = options(BF16, "sm_90", len(lengths), HV, sum(lengths))[0].variant
+        assert chosen is not None and chosen.backend == "triton"
+        for k, s in zip(chosen.compiled.kernels, chosen.sources):
+            codes[str(BACKENDS["triton"].recipe(k, s, "sm_90"))] += 1
+    assert sum(codes.values()) == 3 * 203 and len(codes) == 4  # the solve, the output, and two widths of the scan
+
+
+# ---- runs -------------------------------------------------------------------------------------------------------------------
+
+
+def tuner(path: Path, stages: tuple[int, ...], console: Console | None = None, resume: bool = False,
+          shapes: tuple[Shape, ...] = (SHAPE,), count: int = 1) -> Tuner:
+    space = Space((Frame("fused", 16),), num_warps=(4, 16), num_stages=stages)
+    limits = Limits(150, compiling=10, checking=20, timing=20, workers=count, checkers=count, seconds=0.01)
+    return Tuner(Task(SMALL, "faulty", "torch", shapes), Records(path), limits, Display(console, 150), resume,
+                 ("tests.faulty",), space)
+
+
+def test_what_hangs_crashes_or_lies_costs_only_itself(tmp_path: Path) -> None:
+    console = Console(record=True, width=200)
+    t = tuner(tmp_path / "r.jsonl", tuple(range(1, 9)), console, count=2)
+    (w,) = t.run()
+    said = console.export_text()
+    assert w.schedule.options("scan").num_stages in (faulty.FINE, faulty.SLOW) and w.ms and w.heuristic_ms
+    by: dict[int, Any] = {}
+    for r in Records(tmp_path / "r.jsonl").read():
+        if r["kind"] == "check":
+            by[r["schedule"]["kernels"].get("scan", r["schedule"]["kernels"]["*"])["num_stages"]] = r
+    assert by[faulty.CRASHES]["failed"] == "crashed: killed by SIGSEGV"
+    assert by[faulty.HANGS]["failed"] == "hung: nothing heard of it for 20 s"
+    assert by[faulty.WRONG]["errors"]["o"] > 0.1           # it was the fastest of all
+    assert by[faulty.UNWRITTEN]["errors"]["final_state"] != by[faulty.UNWRITTEN]["errors"]["final_state"]
+    failed = [r["failed"] for r in Records(tmp_path / "r.jsonl").read() if r["kind"] == "compile" and "failed" in r]
+    assert sorted(f.split(":")[0] for f in failed) == ["RuntimeError", "hung"]
+    assert "2 kernels do not compile" in said and "4 candidates are wrong" in said and "8 declined" in said
+    timed = {r["schedule"]["kernels"].get("scan", {}).get("num_stages") for r in Records(tmp_path / "r.jsonl").read()
+             if r["kind"] == "time"}
+    assert timed <= {None, faulty.FINE, faulty.SLOW}
+
+
+RUN = """
+import sys
+from pathlib import Path
+from tests.test_tune import *
+t = tuner(Path(sys.argv[1]), (1, 2), resume="resume" in sys.argv, shapes=(SHAPE, Shape((32, 32), 1, 2)))
+print(len(t.run()), flush=True)
+"""
+
+
+def start(path: Path, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", RUN, str(path), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, start_new_session=True)
+
+
+def workers_of(process: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if f"\nPPid:\t{process}\n" in (entry / "status").read_text():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+def test_a_killed_run_loses_nothing_and_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    process = start(path)
+    end = time.time() + 60
+    while time.time() < end and not (path.exists() and b'"kind": "time"' in path.read_bytes()):
+        time.sleep(0.05)
+    children = workers_of(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert children
+    end = time.time() + 10
+    while time.time() < end and any(os.path.exists(f"/proc/{c}") for c in children):
+        time.sleep(0.05)
+    assert not any(os.path.exists(f"/proc/{c}") for c in children)             # nothing goes on without the tuner
+    before = Records(path).read()
+    assert any(r["kind"] == "time" for r in before)
+    with open(path, "ab") as f:
+        f.write(b'{"sum": 1, "rec')                        # and a torn line, as a kill may leave
+    out, err = start(path, "resume").communicate(timeout=120)
+    assert out.splitlines()[-1] == "2", err[-2000:]
+    with pytest.warns(RuntimeWarning, match="torn or damaged"):
+        after = Records(path).read()
+    assert after[:len(before)] == before                   # nothing measured was lost, and no check was made twice
+    assert max(Counter(r["code"] for r in after if r["kind"] == "check").values()) == 1
+    done = Counter((r["code"], str(r["shape"]), r["round"]) for r in after if r["kind"] == "time" and r["round"] >= 0)
+    reference = max(done, key=lambda k: done[k])[0]        # is timed beside every group
+    assert all(n == 1 for k, n in done.items() if k[0] != reference)
+    assert {w.shape for w in winners(after)} == {SHAPE, Shape((32, 32), 1, 2)}
+
+
+def test_a_worker_serves_many_jobs_and_phases(tmp_path: Path) -> None:
+    """Processes are started once: neither the end of a phase nor a wrong candidate costs another start."""
+    from gdn_ir.autotune.pool import Pool
+    from gdn_ir.autotune.keys import of_instance, of_schedule
+    s = Schedule("x", 16, Frame("fused", 16).steps(SMALL))
+    job = {"job": "compile", "instance": of_instance(SMALL), "backend": "faulty", "arch": "torch", "schedule": of_schedule(s),
+           "kernel": 0}
+    with Pool(1, ("tests.faulty",)) as pool:
+        first = [answer for _, answer in pool.map([job, job | {"kernel": 9}], 30)]
+        process = pool.workers[0].process
+        assert process is not None and "done" in first[0] and "IndexError" in first[1]["failed"]
+        time.sleep(0.3)
+        assert "done" in next(iter(pool.map([job], 30)))[1] and pool.workers[0].process is process and process.poll() is None
+        (lost,) = [answer for _, answer in pool.map([job | {"job": "compile", "schedule": of_schedule(
+            Schedule("x", 16, s.steps, (("*", KernelOptions(None, 4, faulty.COMPILES_FOREVER)),)))}], 1)]
+        assert lost["lost"] == "hung: nothing heard of it for 1 s" and process.poll() is not None
+        assert "done" in next(iter(pool.map([job], 30)))[1]                    # by another
+        last = pool.workers[0].process
+    assert last is not None and last.poll() is not None
+
+
+def test_two_runs_at_once_and_ctrl_c(tmp_path: Path) -> None:
+    """Into the same records and cache; one is interrupted when the other has ended."""
+    path = tmp_path / "r.jsonl"
+    two = [start(path), start(path)]
+    out, err = two[0].communicate(timeout=120)
+    two[1].send_signal(signal.SIGINT)
+    two[1].communicate(timeout=60)
+    assert out.splitlines()[-1] == "2", err[-2000:]
+    found = Records(path).read()                           # no line of one is torn by the other
+    assert len(winners(found)) >= 2 and not workers_of(two[1].pid)
+    assert store().root.exists()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"op": "both"}, "--op: got 'both'; accepts forward, backward"),
+    ({"backends": "cuda"}, "--backends: got 'cuda'; accepts triton, tilelang, torch"),
+    ({"shapes": "8by4"}, "--shapes: got '8by4'; accepts 8x1024:16/32"),
+    ({"flags": "fast"}, "--flags: got 'fast'; accepts erase, l2norm"),
+    ({"budget": 0.0}, "--budget: got 0; accepts a positive number of minutes"),
+    ({"workers": 0}, "--workers: got 0; accepts a number from 1 on"),
+    ({"dense": True, "shapes": "10+20:1/1"}, "--shapes: got 10\\+20:1/1 with --dense"),
+    ({"backends": "triton"}, "--backends: got triton, which serves nothing of .* here: declined: triton lowers to"),
+])
+def test_wrong_words(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    plain = {"op": "forward", "shapes": "1x64:1/1", "backends": "torch", "budget": 1.0, "resume": False, "dtype": "f32",
+             "K": 16, "V": 16, "flags": "", "dense": False, "records": tmp_path / "r.jsonl", "workers": 1}
+    with pytest.raises(ValueError, match=message):
+        command.tune(**(plain | change))                   # type: ignore[arg-type]
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_a_backward_is_tuned_shown_exported_and_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On torch, with few points, from the command's functions: and an exported table is read back."""
+    few = Space((Frame("states"),))                        # what the heuristic has, too
+    monkeypatch.setattr("gdn_ir.autotune.tune.space_of", lambda *a: few)
+    console = Console(record=True, width=300)
+    records = tmp_path / "r.jsonl"
+    assert command.tune("backward", "1x40:1/2", "torch", 5.0, False, "f32", 16, 16, "no-final_state", False, records, 1,
+                        console)
+    (w,) = winners(Records(records).read())
+    assert w.subject.instance.grads == command.GRADIENTS
+    assert {n for n, _ in w.errors} == {f"d_{n}" for n in command.GRADIENTS}
+    command.show(str(records), console)
+    (path,) = command.export(str(records), tmp_path)
+    assert command.known(str(path)) == [w]
+    assert not command.verify(str(path), -0.999, console)  # it is right, but not a thousand times faster than it was
+    said = console.export_text()
+    assert "1 shapes tuned" in said and "1x40:1/2" in said and "wrong: slower: " in said and "; errors d_q " in said
+    with pytest.raises(ValueError, match=r"table: got none.json; accepts shipped, or a file"):
+        command.known("none.json")
