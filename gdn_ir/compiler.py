@@ -33,6 +33,7 @@ class Instance:
 
     grads: inputs whose gradients are computed: then it is the backward, which reads d_o (and d_final_state) and writes d_q, ...
     grouped: in the backward, whether value heads may share a key head (HV > H), so that d_q and d_k are sums over them.
+    recurrent: asked for one token at a time, as in decoding (forward only).
     """
     switches: Switches
     K: int
@@ -42,11 +43,14 @@ class Instance:
     varlen: bool
     grads: tuple[str, ...] = ()
     grouped: bool = True
+    recurrent: bool = False
 
     def __post_init__(self) -> None:
         unknown = set(self.grads) - set(program_of(self.switches).read())
         if unknown:
             raise ValueError(f"grads: got {', '.join(sorted(unknown))}; accepts {', '.join(program_of(self.switches).read())}")
+        if self.recurrent and self.grads:
+            raise ValueError("recurrent: got True with grads; accepts False in a backward")
         for name, dtype in (("dtype", self.io), ("beta's dtype", self.beta)):
             if dtype not in TORCH:
                 raise ValueError(f"{name}: got {dtype!r}; accepts {', '.join(TORCH)}")
@@ -60,6 +64,7 @@ class Instance:
         beta = "" if self.beta == self.io else f" (beta {self.beta})"
         back = [f"gradients of {' '.join(self.grads)}", f"heads {'' if self.grouped else 'not '}grouped"] if self.grads else []
         layout = "packed" if self.varlen else "dense"
+        back += ["one token at a time"] if self.recurrent else []
         return ", ".join([name, *back, f"{self.io}{beta}", f"K x V {self.K} x {self.V}", layout, *on])
 
     @property

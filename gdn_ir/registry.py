@@ -62,9 +62,12 @@ def options(instance: Instance, arch: str, sequences: int, heads: int, tokens: i
     found = []
     for name in PREFERENCE[kind]:
         target = "torch" if name == "torch" else arch       # it has one schedule, wherever it runs
-        if instance.grads and arch != "cpu" and name != "torch" and os.environ.get("GDN_IR_UNVERIFIED") != "1":
-            found.append(Option(name, None, f"{name}'s backward has not run on all it ships for (GDN_IR_UNVERIFIED=1 lets it)"))
-            continue
+        if arch != "cpu" and name != "torch" and os.environ.get("GDN_IR_UNVERIFIED") != "1":
+            part = "backward" if instance.grads else "kernel of one token at a time" if instance.recurrent else ""
+            if part:
+                why = f"{name}'s {part} has not run on all it ships for (GDN_IR_UNVERIFIED=1 lets it)"
+                found.append(Option(name, None, why))
+                continue
         try:
             schedule, why = default(target, instance, sequences, heads, tokens, name)
             found.append(Option(name, variant(instance, schedule, name, target), why))

@@ -11,9 +11,8 @@ from gdn_ir.compiler import LARGEST
 Tensor = torch.Tensor
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # flags of flash-linear-attention that are not served yet, and the value that asks for nothing
-LATER = {"use_gate_in_kernel": False, "A_log": None, "dt_bias": None, "transpose_state_layout": False, "safe_gate": False,
-         "lower_bound": None, "cp_context": None, "chunk_indices": None, "head_first": False,
-         "return_intermediate_states": False}
+LATER = {"transpose_state_layout": False, "safe_gate": False, "lower_bound": None, "cp_context": None, "chunk_indices": None,
+         "head_first": False, "return_intermediate_states": False, "gk": None, "gv": None}
 
 
 def describe(x: object) -> str:
@@ -27,12 +26,11 @@ def bad(name: str, got: object, accepts: str, error: type[Exception] = ValueErro
     return error(f"{name}: got {describe(got)}; accepts {accepts}")
 
 
-def keywords(given: dict[str, Any], known: tuple[str, ...]) -> None:
+def keywords(op: str, given: dict[str, Any], known: tuple[str, ...]) -> None:
     """Refuse flags: those not served yet with NotImplementedError, unknown ones with TypeError."""
     for name, value in given.items():
         if name not in LATER:
-            raise TypeError(f"chunk_gated_delta_rule: unknown keyword {name!r}, got {describe(value)}; "
-                            f"accepts {', '.join(known)}")
+            raise TypeError(f"{op}: unknown keyword {name!r}, got {describe(value)}; accepts {', '.join(known)}")
         if value is not LATER[name] and value != LATER[name]:
             raise NotImplementedError(f"{name}: got {describe(value)}; only {LATER[name]!r} is served so far")
 
@@ -107,6 +105,21 @@ def inputs(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, init
         tensor("initial_state", initial_state, ("N", "HV", *(("V", "K") if state_v_first else ("K", "V"))), sizes,
                (torch.float64 if q.dtype == torch.float64 else torch.float32,), q.device)
     return sizes
+
+
+def gate(g: Tensor | None, use: bool, A_log: Tensor | None, dt_bias: Tensor | None, HV: int, device: torch.device) -> None:
+    """Check what `use_gate_in_kernel` needs, and that nothing is given in vain without it."""
+    if not use:
+        for name, x in (("A_log", A_log), ("dt_bias", dt_bias)):
+            if x is not None:
+                raise bad(name, x, "None without use_gate_in_kernel")
+        return
+    for name, x in (("g", g), ("A_log", A_log)):
+        if x is None:
+            raise bad(name, x, "a tensor with use_gate_in_kernel", TypeError)
+    for name, x in (("A_log", A_log), ("dt_bias", dt_bias)):
+        if x is not None:
+            tensor(name, x, ("HV",), {"HV": HV}, FLOATS, device)
 
 
 def boundaries(cu: Tensor | None, cpu: Tensor | None, T: int) -> None:

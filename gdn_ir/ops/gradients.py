@@ -7,7 +7,7 @@ import torch
 from torch import library
 
 from gdn_ir import registry
-from gdn_ir.ops import chunk
+from gdn_ir.ops import chunk, transforms
 
 Tensor = torch.Tensor
 INPUTS = ("q", "k", "v", "g", "beta", "initial_state")
@@ -53,8 +53,11 @@ def _(d_o: Tensor, d_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: T
     return _empty(wanted, q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state)
 
 
+_chunk_backward.register_vmap(transforms.vmap_backward)
+
+
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, g, beta, scale, initial_state, cu_seqlens, _, final_state, l2norm, beta_sigmoid, neg_eigval, v_first = inputs
+    q, k, v, g, beta, scale, initial_state, cu_seqlens, _, final_state, l2norm, beta_sigmoid, neg_eigval, v_first, _ = inputs
     ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens)
     ctx.scale, ctx.final_state, ctx.flags = scale, final_state, (l2norm, beta_sigmoid, neg_eigval, v_first)
     ctx.backend = registry.forced()                  # what `gdn_ir.use` asks for in the forward holds for its backward
@@ -78,7 +81,7 @@ def _backward(ctx: Any, d_o: Tensor | None, d_state: Tensor | None) -> tuple[Ten
         if "g" in grads:
             grads["g"] = grads["g"].to(g.dtype)
     d_q, d_k, d_v, d_g, d_beta, d_initial = (grads.get(n) for n in INPUTS)
-    return d_q, d_k, d_v, d_g, d_beta, None, d_initial, *[None] * 7
+    return d_q, d_k, d_v, d_g, d_beta, None, d_initial, *[None] * 8
 
 
 def _twice(ctx: Any, *gradients: Any) -> Any:
