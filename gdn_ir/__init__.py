@@ -1,6 +1,6 @@
-"""gdn-ir: the chunkwise gated delta rule, written once and compiled. `gdn_ir.ops` has the torch op.
+"""gdn-ir: the chunkwise gated delta rule, written once and compiled. `gdn_ir.ops` has the torch ops, `gdn_ir.nn` the layer.
 
-Importing this brings no torch; `ops`, `explain`, `use` and `__version__` are fetched when first asked for.
+Importing this brings no torch; `ops`, `nn`, `explain`, `use` and `__version__` are fetched when first asked for.
 """
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         from gdn_ir import registry
         return getattr(registry, name)
-    if name == "ops":
-        return importlib.import_module("gdn_ir.ops")
+    if name in ("ops", "nn"):
+        return importlib.import_module(f"gdn_ir.{name}")
     if name == "__version__":
         return importlib.metadata.version("gdn-ir")
     raise AttributeError(f"module 'gdn_ir' has no attribute {name!r}")
