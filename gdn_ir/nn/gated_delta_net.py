@@ -26,8 +26,8 @@ class GatedDeltaNet(nn.Module):
     """The token mixer, with the parameters of flash-linear-attention's layer of this name: its state_dict loads.
 
     hidden_size: D of the input [B, T, D]. head_dim: K of each of num_heads query and key heads. expand_v: V over K.
-    num_v_heads: value heads, a multiple of num_heads (None: as many). K a multiple of 16 up to 256, V a multiple of 16, past 256
-    of 256. use_gate: the output is gated. use_short_conv, conv_size, conv_bias: the causal convolutions over q, k and v.
+    num_v_heads: value heads, a multiple of num_heads (None: as many). K a multiple of 16 up to 256, V a multiple of 16, past
+    256 of 256. use_gate: the output is gated. use_short_conv, conv_size, conv_bias: the causal convolutions over q, k and v.
     allow_neg_eigval: beta in (0, 2). output_gate_activation: "silu" ("swish") or "sigmoid". A_log and dt_bias are marked
     `_no_weight_decay`. Raises ValueError naming an argument that does not fit.
     """
@@ -82,9 +82,10 @@ class GatedDeltaNet(nn.Module):
             mixed = convolve(mixed, weight, bias, past, cu_seqlens)
         q, k, v = F.silu(mixed).split(self.sizes, -1)
         a, b = self.a_proj(x), self.b_proj(x)
-        A_log, dt_bias = self.A_log, self.dt_bias
+        gates: tuple[Tensor, ...] = (a, b, self.A_log, self.dt_bias)
         if self.parts > 1:
-            a, b, A_log, dt_bias = (y.repeat_interleave(self.parts, -1) for y in (a, b, A_log, dt_bias))
+            gates = tuple(y.repeat_interleave(self.parts, -1) for y in gates)
+        a, b, A_log, dt_bias = gates
         op = fused_recurrent_gated_delta_rule if x.shape[1] == 1 and cu_seqlens is None else chunk_gated_delta_rule
         o, recurrent = op(q.unflatten(-1, (-1, self.K)), k.unflatten(-1, (-1, self.K)),
                           v.unflatten(-1, (-1, self.V // self.parts)), g=a, beta=b,

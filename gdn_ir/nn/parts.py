@@ -1,6 +1,8 @@
 """What surrounds the op in a layer: the short convolution and the gated norm, in torch."""
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -37,7 +39,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None
 
 
 def last_tokens(x: Tensor, width: int, past: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """The `past` [N, width - 1, D] of what follows x [B, T, D]: the last tokens of each sequence, older ones from its own past."""
+    """The `past` [N, width - 1, D] of what follows x [B, T, D]: the last tokens of each sequence, older ones from its past."""
     if cu_seqlens is None:
         past = x.new_zeros(x.shape[0], width - 1, x.shape[2]) if past is None else past.to(x.dtype)
         return torch.cat([past, x], 1)[:, x.shape[1]:]
@@ -79,4 +81,4 @@ class GatedRMSNorm(nn.Module):
         return (y if gate is None else y * ACTIVATIONS[self.activation](gate.to(wide.dtype))).to(x.dtype)
 
 
-ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "sigmoid": torch.sigmoid}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "swish": F.silu, "sigmoid": torch.sigmoid}
