@@ -1,6 +1,6 @@
 """gdn-ir: the chunkwise gated delta rule, written once and compiled. `gdn_ir.ops` has the torch ops, `gdn_ir.nn` the layer.
 
-Importing this brings no torch; `ops`, `nn`, `explain`, `use` and `__version__` are fetched when first asked for.
+Importing this brings no torch; `ops`, `nn`, `explain`, `use`, `forbid` and `__version__` are fetched when first asked for.
 """
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gdn_ir.registry import explain, use
+    from gdn_ir.registry import explain, forbid, use
 
-__all__ = ["explain", "use"]
+__all__ = ["explain", "forbid", "use"]
 
 
 def __getattr__(name: str) -> Any:

@@ -79,10 +79,15 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch")]
 @app.command()
 def explain(H: int = 16, HV: int = 32, K: int = 128, V: int = 128, T: int = 8192, B: int = 1,
             sequences: Annotated[Optional[int], typer.Option(help="packed sequences; without it, dense")] = None,
-            dtype: str = "bf16", arch: Annotated[Optional[str], typer.Option(help="cpu, sm_80, sm_90")] = None) -> None:
+            dtype: str = "bf16", arch: Annotated[Optional[str], typer.Option(help="cpu, sm_80, sm_90")] = None,
+            recurrent: Annotated[bool, typer.Option("--recurrent", help="one token at a time, as in decoding")] = False,
+            json: Annotated[bool, typer.Option("--json", help="as data")] = False) -> None:
     """Say which variant serves a shape, and why."""
+    from json import dumps
+
     from gdn_ir.registry import explain as say
-    print(say(H=H, HV=HV, K=K, V=V, T=T, B=B, sequences=sequences, dtype=dtype, arch=arch))
+    said = say(H=H, HV=HV, K=K, V=V, T=T, B=B, sequences=sequences, dtype=dtype, arch=arch, recurrent=recurrent)
+    print(dumps(said.data(), indent=1) if json else said)
 
 
 @app.command()

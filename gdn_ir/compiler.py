@@ -2,8 +2,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import Any
+
 import torch
 
 from gdn_ir.autodiff import backward
@@ -20,6 +23,7 @@ from gdn_ir.schedules.schedule import Schedule
 from gdn_ir.split import split
 
 NAMES = {v: k for k, v in TORCH.items()}
+HERE = nullcontext()
 LARGEST = 256                                              # of K and of V
 
 
@@ -156,9 +160,13 @@ class Compiled:
             return
         device = next(iter(memory.values())).device
         every = dict(memory)
-        for kernel, t, dtype in self.temps:
-            every[t.name] = torch.empty(call.shape(kernel, t), dtype=dtype, device=device)
-        with torch.cuda.device(device if device.type == "cuda" else -1):       # launches go to the tensors' device
+        shapes = call.memo.get("temporaries")
+        if shapes is None:
+            shapes = call.memo["temporaries"] = [(t.name, call.shape(kernel, t), dtype) for kernel, t, dtype in self.temps]
+        for name, shape, dtype in shapes:
+            every[name] = torch.empty(shape, dtype=dtype, device=device)
+        elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+        with torch.cuda.device(device) if elsewhere else HERE:                 # launches go to the tensors' device
             for launch in self.launches:
                 launch(every, params, call)
             if call.cu_seqlens is not None:
@@ -198,6 +206,7 @@ class Variant:
     schedule: Schedule
     arch: str
     compiled: Compiled = field(compare=False, repr=False)
+    memos: dict[tuple[int, ...], dict[str, Any]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -205,8 +214,14 @@ class Variant:
 
     def call_of(self, tensors: Mapping[str, torch.Tensor], sequences: int, cu_seqlens: torch.Tensor | None) -> Call:
         tokens, h = tensors["q"].shape[:2]
+        hv = tensors["v"].shape[1]
         length = tokens if cu_seqlens is not None else tokens // max(sequences, 1)
-        return Call(sequences, tokens, length, {"H": h, "HV": tensors["v"].shape[1]}, cu_seqlens)
+        memo = self.memos.get((sequences, tokens, h, hv))
+        if memo is None:
+            if len(self.memos) >= 4096:                    # as many lengths as the registry remembers
+                self.memos.clear()
+            memo = self.memos[sequences, tokens, h, hv] = {}
+        return Call(sequences, tokens, length, {"H": h, "HV": hv}, cu_seqlens, memo)
 
     def __call__(self, tensors: Mapping[str, torch.Tensor], scale: float, sequences: int,
                  cu_seqlens: torch.Tensor | None = None) -> None:

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import gdn_ir
-from gdn_ir import ops
 from gdn_ir.integrations import fla as integration
 from gdn_ir.nn import GatedDeltaNet
 from gdn_ir.nn.parts import GatedRMSNorm, convolve, last_tokens

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import gdn_ir
-from gdn_ir import ops
 from gdn_ir.integrations import common
 from gdn_ir.integrations import transformers as integration
 from tests.inputs import error, expected, make

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import library
 
-from gdn_ir import registry
-from gdn_ir.compiler import NAMES, Instance, Variant
+from gdn_ir import policy, registry
+from gdn_ir.compiler import Variant
 from gdn_ir.ops import checks, gates, transforms
-from gdn_ir.programs.gated_delta import Switches
+from gdn_ir.providers import Offered
 
 Tensor = torch.Tensor
 KEYWORDS = ("q", "k", "v", "g", "beta", "scale", "initial_state", "output_final_state", "use_qk_l2norm_in_kernel",
@@ -56,8 +56,10 @@ def call(op: str, recurrent: bool, q: Tensor, k: Tensor, v: Tensor, g: Tensor | 
          dt_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """What every public op does: check, apply torch's transforms, call the custom op. op: its name; recurrent: one token at a
     time."""
-    checks.flags(output_final_state=final_state, use_qk_l2norm_in_kernel=l2norm, use_beta_sigmoid_in_kernel=beta_sigmoid,
-                 allow_neg_eigval=neg_eigval, state_v_first=state_v_first, use_gate_in_kernel=gate)
+    if not (type(final_state) is type(l2norm) is type(beta_sigmoid) is type(neg_eigval) is type(state_v_first) is type(gate)
+            is bool):
+        checks.flags(output_final_state=final_state, use_qk_l2norm_in_kernel=l2norm, use_beta_sigmoid_in_kernel=beta_sigmoid,
+                     allow_neg_eigval=neg_eigval, state_v_first=state_v_first, use_gate_in_kernel=gate)
     if isinstance(q, Tensor) and q.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(q.device.type):
         q, k, v = transforms.cast(q, k, v)
     sizes = checks.inputs(q, k, v, g, beta, initial_state, cu_seqlens, cu_seqlens_cpu, state_v_first)
@@ -71,7 +73,7 @@ def call(op: str, recurrent: bool, q: Tensor, k: Tensor, v: Tensor, g: Tensor | 
         assert g is not None and A_log is not None
         g = gates.log_decay(g, A_log, dt_bias, torch.float64 if q.dtype == torch.float64 else torch.float32)
     flags = (final_state, l2norm, beta_sigmoid, neg_eigval, state_v_first, recurrent)
-    o, state = torch.ops.gdn_ir.chunk_forward(q, k, v, g, beta, scale, initial_state, cu_seqlens, cu_seqlens_cpu, *flags)
+    o, state = FORWARD(q, k, v, g, beta, scale, initial_state, cu_seqlens, cu_seqlens_cpu, *flags)
     return o, state if final_state else None
 
 
@@ -88,7 +90,6 @@ def _empty(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, final_state: bool, s
     return torch.empty_like(v, memory_format=torch.contiguous_format), q.new_empty(state, dtype=wide)
 
 
-@library.custom_op("gdn_ir::chunk_forward", mutates_args=())
 def _chunk_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float, initial_state: Tensor | None,
                    cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, final_state: bool, l2norm: bool,
                    beta_sigmoid: bool, neg_eigval: bool, state_v_first: bool, recurrent: bool) -> tuple[Tensor, Tensor]:
@@ -99,7 +100,7 @@ def _chunk_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tens
         o.zero_()
         return o, _unchanged(state, initial_state)
     chosen, tensors, sequences, ends = bind(q, k, v, g, beta, initial_state, cu_seqlens, final_state, l2norm, beta_sigmoid,
-                                            neg_eigval, state_v_first, registry.forced(), recurrent=recurrent)
+                                            neg_eigval, state_v_first, policy.asked(), recurrent=recurrent)
     tensors["o"] = o.view(-1, *o.shape[2:])
     if final_state:
         tensors["final_state"] = state
@@ -107,14 +108,23 @@ def _chunk_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tens
     return o, state
 
 
-@_chunk_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float, initial_state: Tensor | None,
-      cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, final_state: bool, l2norm: bool, beta_sigmoid: bool,
-      neg_eigval: bool, state_v_first: bool, recurrent: bool) -> tuple[Tensor, Tensor]:
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float, initial_state: Tensor | None,
+                  cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, final_state: bool, l2norm: bool,
+                  beta_sigmoid: bool, neg_eigval: bool, state_v_first: bool, recurrent: bool) -> tuple[Tensor, Tensor]:
     return _empty(q, v, cu_seqlens, final_state, state_v_first)
 
 
-_chunk_forward.register_vmap(transforms.vmap_forward)
+def operator(name: str, run: Any, fake: Any, vmap: Any) -> Any:
+    """A custom op made of its parts: `library.custom_op` also looks at every call's results for aliases, which costs a third of
+    a call's time on the host; `opcheck` does so in the tests."""
+    library.define(name, library.infer_schema(run, mutates_args=()), tags=torch.Tag.needs_exact_strides)
+    library.impl(name, ("cpu", "cuda"), run)
+    library.register_fake(name, fake)
+    library.register_vmap(name, vmap)
+    return getattr(torch.ops.gdn_ir, name.partition("::")[2]).default
+
+
+FORWARD = operator("gdn_ir::chunk_forward", _chunk_forward, _fake_forward, transforms.vmap_forward)
 
 
 def nothing(q: Tensor, cu_seqlens: Tensor | None) -> bool:
@@ -128,22 +138,20 @@ def _unchanged(state: Tensor, initial: Tensor | None) -> Tensor:
 
 def bind(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initial_state: Tensor | None,
          cu_seqlens: Tensor | None, final_state: bool, l2norm: bool, beta_sigmoid: bool, neg_eigval: bool, state_v_first: bool,
-         backend: str | None, grads: tuple[str, ...] = (), recurrent: bool = False) \
-        -> tuple[Variant, dict[str, Tensor], int, Tensor | None]:
+         asked: str, grads: tuple[str, ...] = (), recurrent: bool = False) \
+        -> tuple[Variant | Offered, dict[str, Tensor], int, Tensor | None]:
     """The variant that serves (a backward, where `grads` names gradients), and its arguments: packed, contiguous, the log decay
     float32 and boundaries int32."""
-    B, T, _, K = q.shape
+    B, T, H, K = q.shape
     HV, V = v.shape[2:]
     sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    switches = Switches("none" if g is None else "scalar", True, l2norm, beta_sigmoid, neg_eigval, initial_state is not None,
-                        final_state, state_v_first)
-    instance = Instance(switches, K, V, NAMES[q.dtype], NAMES[beta.dtype], cu_seqlens is not None, grads,
-                        grouped=not grads or q.shape[2] < HV, recurrent=recurrent)
-    chosen = registry.choose(instance, registry.architecture(q.device), sequences, HV, B * T, backend)
-    tensors = {"q": q, "k": k, "v": v, "beta": beta}
+    chosen = registry.serving(q.device, q.dtype, beta.dtype, K, V, H, HV, sequences, B * T, cu_seqlens is not None,
+                              g is not None, l2norm, beta_sigmoid, neg_eigval, initial_state is not None, final_state,
+                              state_v_first, recurrent, grads, asked)
+    tensors = {"q": q.contiguous().view(B * T, H, K), "k": k.contiguous().view(B * T, H, K),
+               "v": v.contiguous().view(B * T, HV, V), "beta": beta.contiguous().view(B * T, HV)}
     if g is not None:
-        tensors["g"] = g.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
-    tensors = {name: x.contiguous().view(B * T, *x.shape[2:]) for name, x in tensors.items()}
+        tensors["g"] = g.to(torch.float64 if q.dtype == torch.float64 else torch.float32).contiguous().view(B * T, HV)
     if initial_state is not None:
         tensors["initial_state"] = initial_state.contiguous()
     return chosen, tensors, sequences, None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import library
 
-from gdn_ir import registry
+from gdn_ir import policy
 from gdn_ir.ops import chunk, transforms
 
 Tensor = torch.Tensor
@@ -24,12 +24,11 @@ def _empty(wanted: str, **inputs: Tensor | None) -> list[Tensor]:
     return found
 
 
-@library.custom_op("gdn_ir::chunk_backward", mutates_args=())
 def _chunk_backward(d_o: Tensor, d_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor,
                     scale: float, initial_state: Tensor | None, cu_seqlens: Tensor | None, l2norm: bool, beta_sigmoid: bool,
-                    neg_eigval: bool, state_v_first: bool, wanted: str, backend: str | None) -> list[Tensor]:
+                    neg_eigval: bool, state_v_first: bool, wanted: str, asked: str) -> list[Tensor]:
     """Gradients of the inputs named in `wanted` (separated by spaces). d_o as o; d_state as the final state, None where it has
-    no gradient."""
+    no gradient. asked: the policy that held in the forward."""
     found = _empty(wanted, q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state)
     grads = dict(zip(wanted.split(), found, strict=True))
     if chunk.nothing(q, cu_seqlens):
@@ -37,7 +36,7 @@ def _chunk_backward(d_o: Tensor, d_state: Tensor | None, q: Tensor, k: Tensor, v
             x.zero_() if name != "initial_state" or d_state is None else x.copy_(d_state)
         return found
     chosen, tensors, sequences, ends = chunk.bind(q, k, v, g, beta, initial_state, cu_seqlens, d_state is not None, l2norm,
-                                                  beta_sigmoid, neg_eigval, state_v_first, backend, tuple(grads))
+                                                  beta_sigmoid, neg_eigval, state_v_first, asked, tuple(grads))
     tensors["d_o"] = d_o.contiguous().view(-1, *d_o.shape[2:])
     if d_state is not None:
         tensors["d_final_state"] = d_state.contiguous()
@@ -46,22 +45,21 @@ def _chunk_backward(d_o: Tensor, d_state: Tensor | None, q: Tensor, k: Tensor, v
     return found
 
 
-@_chunk_backward.register_fake
-def _(d_o: Tensor, d_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float,
-      initial_state: Tensor | None, cu_seqlens: Tensor | None, l2norm: bool, beta_sigmoid: bool, neg_eigval: bool,
-      state_v_first: bool, wanted: str, backend: str | None) -> list[Tensor]:
+def _fake_backward(d_o: Tensor, d_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor,
+                   scale: float, initial_state: Tensor | None, cu_seqlens: Tensor | None, l2norm: bool, beta_sigmoid: bool,
+                   neg_eigval: bool, state_v_first: bool, wanted: str, asked: str) -> list[Tensor]:
     return _empty(wanted, q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state)
 
 
-_chunk_backward.register_vmap(transforms.vmap_backward)
+BACKWARD = chunk.operator("gdn_ir::chunk_backward", _chunk_backward, _fake_backward, transforms.vmap_backward)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, g, beta, scale, initial_state, cu_seqlens, _, final_state, l2norm, beta_sigmoid, neg_eigval, v_first, _ = inputs
     ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens)
     ctx.scale, ctx.final_state, ctx.flags = scale, final_state, (l2norm, beta_sigmoid, neg_eigval, v_first)
-    ctx.backend = registry.forced()                  # what `gdn_ir.use` asks for in the forward holds for its backward
-    if ctx.backend == "tilelang":
+    ctx.asked = policy.asked()                       # what holds for the forward holds for its backward
+    if ctx.asked == "tilelang":
         raise NotImplementedError("chunk_gated_delta_rule: an input requires a gradient, and the backend that "
                                   "gdn_ir.use('tilelang') asks for has no backward yet; triton and torch have")
     ctx.set_materialize_grads(False)
@@ -75,8 +73,8 @@ def _backward(ctx: Any, d_o: Tensor | None, d_state: Tensor | None) -> tuple[Ten
     grads: dict[str, Tensor] = {}
     if wanted and (d_o is not None or d_state is not None):
         d_o = torch.zeros_like(v) if d_o is None else d_o
-        found = torch.ops.gdn_ir.chunk_backward(d_o, d_state if ctx.final_state else None, q, k, v, g, beta, ctx.scale,
-                                                initial_state, cu_seqlens, *ctx.flags, " ".join(wanted), ctx.backend)
+        found = BACKWARD(d_o, d_state if ctx.final_state else None, q, k, v, g, beta, ctx.scale,
+                         initial_state, cu_seqlens, *ctx.flags, " ".join(wanted), ctx.asked)
         grads = dict(zip(wanted, found, strict=True))
         if "g" in grads:
             grads["g"] = grads["g"].to(g.dtype)
