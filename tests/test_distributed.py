@@ -1,8 +1,10 @@
-"""Two processes, gloo on CPU: a model that uses the op under DDP and FSDP2 takes the step that one process takes."""
+"""Two processes, gloo on CPU and NCCL where there are two GPUs: a model that uses the op under DDP and FSDP2 takes the step that
+one process takes."""
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -49,15 +51,18 @@ def step(model: nn.Module, x: torch.Tensor) -> None:
     optimizer.step()
 
 
-def worker(rank: int, folder: str) -> None:
+def worker(rank: int, folder: str, device: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=PROCESSES, init_method=f"file://{folder}/store")
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group("gloo" if device == "cpu" else "nccl", rank=rank, world_size=PROCESSES,
+                            init_method=f"file://{folder}/store")
     with gdn_ir.use("torch"):
-        mine = batch().chunk(PROCESSES)[rank]
-        wrapped = DistributedDataParallel(build())
+        mine = batch().chunk(PROCESSES)[rank].to(device)
+        wrapped = DistributedDataParallel(build().to(device))
         step(wrapped, mine)
-        sharded = build()
-        mesh = init_device_mesh("cpu", (PROCESSES,))
+        sharded = build().to(device)
+        mesh = init_device_mesh(device, (PROCESSES,))
         for layer in sharded:                              # type: ignore[attr-defined]
             fully_shard(layer, mesh=mesh)
         fully_shard(sharded, mesh=mesh)
@@ -68,13 +73,16 @@ def worker(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=PROCESSES)           # type: ignore[attr-defined]
-    after = torch.load(tmp_path / "after.pt")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_two_processes_take_the_step_of_one(device: str, tmp_path: Path) -> None:
+    if device == "cuda" and torch.cuda.device_count() < PROCESSES:
+        pytest.skip("needs two GPUs")
+    torch.multiprocessing.spawn(worker, (str(tmp_path), device), nprocs=PROCESSES)    # type: ignore[attr-defined]
+    after = torch.load(tmp_path / "after.pt", map_location="cpu")
     model, before = build(), build().state_dict()
     with gdn_ir.use("torch"):
         step(model, batch())
     for name, want in model.state_dict().items():
         assert not torch.equal(want, before[name]), name
         for kind in ("ddp", "fsdp"):
-            assert torch.allclose(after[kind][name], want, atol=1e-6), (kind, name)
+            assert torch.allclose(after[kind][name], want, atol=1e-6 if device == "cpu" else 1e-5), (kind, name)

@@ -68,7 +68,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
 def _backward(ctx: Any, d_o: Tensor | None, d_state: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, g, beta, initial_state, cu_seqlens = ctx.saved_tensors
     inputs = dict(zip(INPUTS, (q, k, v, g, beta, initial_state), strict=True))
-    asked = dict(zip(INPUTS, (*ctx.needs_input_grad[:5], ctx.needs_input_grad[6]), strict=True))
+    asked = dict(zip(INPUTS, (*ctx.needs_input_grad[1:6], ctx.needs_input_grad[7]), strict=True))
     wanted = [n for n in INPUTS if asked[n] and inputs[n] is not None]
     grads: dict[str, Tensor] = {}
     if wanted and (d_o is not None or d_state is not None):
@@ -86,5 +86,28 @@ def _twice(ctx: Any, *gradients: Any) -> Any:
     raise NotImplementedError("chunk_gated_delta_rule: the gradient of a gradient is not supported")
 
 
-library.register_autograd("gdn_ir::chunk_forward", _backward, setup_context=_remember)
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, below: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            output: tuple[Tensor, Tensor] = chunk.FORWARD.redispatch(below, *inputs)
+        _remember(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        return None, *_backward(ctx, *gradients)
+
+
+def _autograd(keys: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+    """What `library.register_autograd` would do, which reads the schema anew in every call."""
+    below = keys & torch._C._after_autograd_keyset
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        return _Differentiable.apply(below, *inputs)       # type: ignore[no-any-return, no-untyped-call]
+    with torch._C._AutoDispatchBelowAutograd():
+        return chunk.FORWARD.redispatch(below, *inputs)    # type: ignore[no-any-return]
+
+
+LIBRARY = library.Library("gdn_ir", "FRAGMENT")            # what is registered lives as long as this
+LIBRARY.impl("chunk_forward", _autograd, "Autograd", with_keyset=True)
 library.register_autograd("gdn_ir::chunk_backward", _twice)
