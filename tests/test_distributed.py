@@ -1,5 +1,5 @@
-"""Two processes, gloo on CPU and NCCL where there are two GPUs: a model that uses the op under DDP and FSDP2 takes the step that
-one process takes."""
+"""Two processes, gloo on CPU and NCCL where there are two GPUs: a model that uses the op under DDP and FSDP2 takes the step of
+one process."""
 from __future__ import annotations
 
 from pathlib import Path
