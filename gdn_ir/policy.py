@@ -56,6 +56,16 @@ def use(backend: str) -> Iterator[None]:
 
 
 @contextmanager
+def automatic() -> Iterator[None]:
+    """Within the block nothing is asked for, whatever is around it."""
+    token = _asked.set("")
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+@contextmanager
 def forbid(*backends: str) -> Iterator[None]:
     """Within the block no call is served by these backends. Blocks add up; inside `use` of another backend they change nothing,
     and `use` of a forbidden one raises ValueError."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import gdn_ir
+from gdn_ir import policy, registry
 from gdn_ir.integrations import common
 from gdn_ir.integrations import transformers as integration
 from tests.inputs import error, expected, make
@@ -158,6 +159,34 @@ def test_what_we_cannot_serve_is_left_alone_with_one_warning(calls: list[str]) -
             warnings.simplefilter("error", RuntimeWarning)
             m(tokens("cpu"))
     assert torch.equal(got, want) and not calls
+
+
+def test_compiles_to_one_graph() -> None:
+    """What decides who serves is no break in a graph."""
+    integration.enable()
+    rule = modeling("qwen3_next").torch_chunk_gated_delta_rule
+    compiled = torch.compile(rule, fullgraph=True, backend="aot_eager")
+    x = make(HV=4).values()
+    for f in (compiled, rule):
+        assert error(f(*x, use_qk_l2norm_in_kernel=True)[0], expected(make(HV=4), l2norm=True)[0]) < 1e-5
+
+
+def test_who_serves_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls for which a GPU has but the torch backend stay with the library, in compiled graphs too."""
+    monkeypatch.setattr(registry, "architecture", lambda _: "sm_90")
+    common._slow.cache_clear()
+    call = (torch.device("cpu"), 128, 128, torch.bfloat16, torch.bfloat16)
+    assert common.slow(*call, True, False) is None                      # torch is asked for here
+    with policy.automatic():
+        assert common.slow(*call, False, False) is None and common.slow(*call, True, True) is None
+        monkeypatch.delenv("GDN_IR_UNVERIFIED")
+        registry.options.cache_clear()                      # which has answers from before
+        assert common.slow(*call, False, False) is None
+        assert "backward has not run" in str(common.slow(*call, True, False))
+        compiled = torch.compile(lambda x: x + (common.slow(*call, False, True) is None), fullgraph=True, backend="eager")
+        assert not compiled(torch.zeros(1)).any()
+    common._slow.cache_clear()
+    registry.options.cache_clear()
 
 
 def test_models_that_are_not_known() -> None:

@@ -24,12 +24,22 @@ def declined(q: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initial_state
     for name, size in (("K", q.shape[-1]), ("V", v.shape[-1])):
         if size % 16 or not 0 < size <= LARGEST:
             return f"{name} = {size}, which is no multiple of 16 up to {LARGEST}"
-    if q.device.type == "cpu" or registry.forced() is not None:
+    if q.device.type == "cpu":
         return None
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
     train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, v, g, beta, initial_state))
-    return _slow(q.device, q.shape[-1], v.shape[-1], dtype, beta.dtype, train, recurrent,
-                 os.environ.get("GDN_IR_UNVERIFIED") == "1")
+    reason: str | None = slow(q.device, q.shape[-1], v.shape[-1], dtype, beta.dtype, train, recurrent)
+    return reason
+
+
+@torch.compiler.assume_constant_result                     # type: ignore[untyped-decorator]
+def slow(device: torch.device, K: int, V: int, dtype: torch.dtype, beta: torch.dtype, train: bool, recurrent: bool) \
+        -> str | None:
+    """Why nothing but the torch backend would serve such calls, if so and if nobody asks for it. A compiled graph keeps the
+    answer of its compilation."""
+    if registry.forced() is not None:
+        return None
+    return _slow(device, K, V, dtype, beta, train, recurrent, os.environ.get("GDN_IR_UNVERIFIED") == "1")
 
 
 @lru_cache(maxsize=256)
