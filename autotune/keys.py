@@ -74,6 +74,7 @@ def of_instance(instance: Instance) -> Json:
     plain = asdict(Switches())
     flags = {n: v for n, v in asdict(instance.switches).items() if v != plain[n]}
     back = {"grads": list(instance.grads), "grouped": instance.grouped} if instance.grads else {}
+    back |= {"recurrent": True} if instance.recurrent else {}
     return {"flags": flags, "K": instance.K, "V": instance.V, "io": instance.io, "beta": instance.beta,
             "varlen": instance.varlen, **back}
 
@@ -81,7 +82,7 @@ def of_instance(instance: Instance) -> Json:
 def to_instance(data: Json) -> Instance:
     """The instance that `of_instance` wrote. Raises TypeError or ValueError where it is none."""
     return Instance(Switches(**data["flags"]), data["K"], data["V"], data["io"], data["beta"], data["varlen"],
-                    tuple(data.get("grads", ())), data.get("grouped", True))
+                    tuple(data.get("grads", ())), data.get("grouped", True), data.get("recurrent", False))
 
 
 def of_schedule(schedule: Schedule) -> Json:

@@ -77,6 +77,9 @@ class Candidate:
 def space_of(backend: str, arch: str, instance: Instance) -> Space:
     """The space for a backend on an architecture."""
     back, f32 = bool(instance.grads), instance.io == "f32"
+    if instance.recurrent:
+        one = (Frame("recurrent", 1),)
+        return Space(one) if arch in ("cpu", "torch") else Space(one, (None, 16, 32, 64, 128), (1, 2, 4, 8))
     if backend == "torch":
         plans: tuple[str, ...] = ("states", "naive") if back else ("fused", "solve", "states", "wy")
         return Space(tuple(Frame(p, c) for p in plans for c in (64, 32, 128)))

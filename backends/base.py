@@ -106,14 +106,15 @@ class Source:
         return self.digest[:16]
 
 
-@dataclass(frozen=True)
 class Call:
-    """Runtime sizes of one call. tokens: rows of packed tensors; length: T of each sequence (dense) or all tokens (varlen)."""
-    sequences: int
-    tokens: int
-    length: int
-    heads: Mapping[str, int]
-    cu_seqlens: torch.Tensor | None = None
+    """Runtime sizes of one call. tokens: rows of packed tensors; length: T of each sequence (dense) or all tokens (varlen).
+    memo: what was worked out from these sizes, shared by the calls of one variant that have them."""
+    __slots__ = ("cu_seqlens", "heads", "length", "memo", "sequences", "tokens")
+
+    def __init__(self, sequences: int, tokens: int, length: int, heads: Mapping[str, int],
+                 cu_seqlens: torch.Tensor | None = None, memo: dict[str, Any] | None = None) -> None:
+        self.sequences, self.tokens, self.length, self.heads, self.cu_seqlens = sequences, tokens, length, heads, cu_seqlens
+        self.memo = {} if memo is None else memo
 
     def slots(self, chunk: int) -> int:
         """Places for chunks, one for each chunk of each sequence (a few stay empty)."""
@@ -127,6 +128,13 @@ class Call:
 
 def blocks(kernel: Kernel, call: Call) -> int:
     """How many blocks a call takes: tiles of split axes, heads, then chunks (where they run at once) or sequences."""
+    found: int | None = call.memo.get(kernel.name)
+    if found is None:
+        found = call.memo[kernel.name] = _blocks(kernel, call)
+    return found
+
+
+def _blocks(kernel: Kernel, call: Call) -> int:
     if not kernel.parallel:
         found = call.sequences
     elif kernel.varlen:

@@ -55,9 +55,11 @@ def variant_of(backend: str, row: Row, x: Tensors, train: bool) -> Variant:
     """The variant of ours that a backend serves a row with; raises NotTimed with its reason where it cannot."""
     wanted = instance(row, x["q"].dtype, train)
     try:
-        return registry.choose(wanted, registry.architecture(x["q"].device), len(row.lengths), row.HV, row.tokens, backend)
-    except (Unsupported, StopIteration) as e:
-        raise NotTimed(str(e) or f"{backend} does not serve this device") from None
+        chosen = registry.choose(wanted, registry.architecture(x["q"].device), len(row.lengths), row.HV, row.tokens, backend)
+    except Unsupported as e:
+        raise NotTimed(str(e)) from None
+    assert isinstance(chosen, Variant)
+    return chosen
 
 
 def differentiated(forward: Forward, x: Tensors, names: tuple[str, ...] = LEAVES) -> Call:

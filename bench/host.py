@@ -1,40 +1,116 @@
-"""Host time of one warm eager call: what small batches wait for. Prints microseconds."""
+"""Host time of one warm eager call: what small batches wait for. Prints microseconds and writes them as JSON.
+
+On a GPU: the call as it is, forward, forward and backward, and one token at a time. Anywhere, with --stub: the same calls for
+an H100's kernels with tensors on the CPU and launches that do nothing, so that what is left is ours, torch's dispatcher and the
+allocator; --profile N prints the N functions that take most of it.
+"""
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
+import pstats
 import statistics
 import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
+from gdn_ir import registry
+from gdn_ir.backends.base import Call, Kernel, Launch, Source, blocks
+from gdn_ir.backends.triton import Triton, binder
 from gdn_ir.bench import inputs
-from gdn_ir.ops import chunk_gated_delta_rule
+from gdn_ir.compiler import variant
+from gdn_ir.ops import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+
+SHAPE = "1 x 256, H/HV 16/32"
+WARM, TIMED = 50, 250
+
+
+def calls(device: str) -> dict[str, Callable[[], object]]:
+    """What is timed, by name; inputs are made here."""
+    x = inputs.make([256], 16, 32, device=device)
+    args: dict[str, Any] = {n: x[n][None] for n in ("q", "k", "v", "g", "beta")}
+    packed = args | {"cu_seqlens": x["cu_seqlens"]}
+    one = {n: t[:, :1].contiguous() for n, t in args.items()} | {"initial_state": x["initial_state"]}
+    leaves = {n: t.clone().requires_grad_() for n, t in args.items()}
+    d_o = torch.ones_like(args["v"])
+
+    def forward(op: Callable[..., Any], a: dict[str, Any]) -> Callable[[], object]:
+        def call() -> object:
+            with torch.no_grad():
+                return op(**a, output_final_state=True)
+        return call
+
+    def step() -> object:
+        return torch.autograd.grad(chunk_gated_delta_rule(**leaves)[0], list(leaves.values()), d_o)
+    return {"dense": forward(chunk_gated_delta_rule, args), "packed": forward(chunk_gated_delta_rule, packed),
+            "one token": forward(fused_recurrent_gated_delta_rule, one), "forward and backward": step}
+
+
+@contextmanager
+def stubbed() -> Iterator[None]:
+    """Triton's variants for sm_90, whose kernels are bound to their arguments and not launched."""
+    def compile(self: Triton, kernel: Kernel, source: Source, arch: str) -> Launch:
+        arguments = binder(kernel)
+
+        def launch(memory: Mapping[str, torch.Tensor], values: Mapping[str, float], call: Call) -> None:
+            if blocks(kernel, call):
+                given = arguments(memory, values, call)
+                any(x.data_ptr() % 16 for x in given if isinstance(x, torch.Tensor))
+        return launch
+    with mock.patch.object(Triton, "compile", compile), mock.patch.object(registry, "architecture", lambda _: "sm_90"), \
+            mock.patch.object(Triton, "clear_tail", lambda *_: None):
+        for cache in (registry.serving, variant):          # what was chosen for the CPU, and what was compiled
+            cache.cache_clear()
+        yield
+    registry.serving.cache_clear()
+    variant.cache_clear()
+
+
+def median(call: Callable[[], object], wait: Callable[[], object]) -> float:
+    """Microseconds."""
+    times = []
+    for _ in range(WARM + TIMED):
+        wait()
+        start = time.perf_counter()
+        call()
+        times.append(1e6 * (time.perf_counter() - start))
+    return statistics.median(times[WARM:])
+
+
+def measure(device: str, stub: bool, profile: int = 0) -> dict[str, float]:
+    """Microseconds of each call."""
+    found = {}
+    with stubbed() if stub else nullcontext(), registry.use("triton"):
+        for name, call in calls(device).items():
+            found[name] = median(call, torch.cuda.synchronize if device == "cuda" else lambda: None)
+            if profile:
+                with cProfile.Profile() as seen:
+                    for _ in range(TIMED):
+                        call()
+                print(f"\n{name}")
+                pstats.Stats(seen).sort_stats("tottime").print_stats(profile)
+    return found
 
 
 def main() -> None:
     p = argparse.ArgumentParser()
-    p.add_argument("--out", required=True)
-    p.add_argument("--commit", required=True)
+    p.add_argument("--out", default="")
+    p.add_argument("--commit", default="")
+    p.add_argument("--stub", action="store_true", help="no GPU: kernels of an H100, bound and not launched")
+    p.add_argument("--profile", type=int, default=0)
     a = p.parse_args()
-    found = {}
-    for name, packed in (("dense", False), ("packed", True)):
-        x = inputs.make([256], 16, 32)
-        args: dict[str, Any] = {n: x[n][None] for n in ("q", "k", "v", "g", "beta")}
-        args |= ({"cu_seqlens": x["cu_seqlens"]} if packed else {})
-        times = []
-        with torch.no_grad():
-            for _ in range(300):
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                chunk_gated_delta_rule(**args, output_final_state=True)
-                times.append(1e6 * (time.perf_counter() - start))
-        found[name] = statistics.median(times[50:])
+    device = "cpu" if a.stub else "cuda"
+    found = measure(device, a.stub, a.profile)
     print({n: round(t, 1) for n, t in found.items()}, "microseconds")
-    Path(a.out).write_text(json.dumps({"commit": a.commit, "gpu": torch.cuda.get_device_name(), "shape": "1 x 256, H/HV 16/32",
-                                       "microseconds": found}) + "\n")
+    if a.out:
+        gpu = "none: launches stubbed" if a.stub else torch.cuda.get_device_name()
+        Path(a.out).write_text(json.dumps({"commit": a.commit, "gpu": gpu, "shape": SHAPE, "microseconds": found}) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""gdn-ir: the chunkwise gated delta rule, written once and compiled. `gdn_ir.ops` has the torch op.
+"""gdn-ir: the chunkwise gated delta rule, written once and compiled. `gdn_ir.ops` has the torch ops, `gdn_ir.nn` the layer.
 
-Importing this brings no torch; `ops`, `explain`, `use`, `load_pack` and `__version__` are fetched when first asked for.
+Importing this brings no torch; `ops`, `nn`, `explain`, `use`, `forbid`, `load_pack` and `__version__` are fetched when
+first asked for.
 """
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gdn_ir.packs import load_pack
-    from gdn_ir.registry import explain, use
+    from gdn_ir.registry import explain, forbid, use
 
-__all__ = ["explain", "load_pack", "use"]
+__all__ = ["explain", "forbid", "load_pack", "use"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,8 +23,8 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         from gdn_ir import registry
         return getattr(registry, name)
-    if name == "ops":
-        return importlib.import_module("gdn_ir.ops")
+    if name in ("ops", "nn"):
+        return importlib.import_module(f"gdn_ir.{name}")
     if name == "__version__":
         return importlib.metadata.version("gdn-ir")
     raise AttributeError(f"module 'gdn_ir' has no attribute {name!r}")

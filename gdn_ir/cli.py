@@ -87,14 +87,19 @@ def explain(shapes: Annotated[Optional[list[str]], typer.Argument(help="packed c
             H: int = 16, HV: int = 32, K: int = 128, V: int = 128, T: int = 8192, B: int = 1,
             sequences: Annotated[Optional[int], typer.Option(help="packed sequences; without it, dense")] = None,
             dtype: str = "bf16", arch: Annotated[Optional[str], typer.Option(help="cpu, sm_80, sm_90")] = None,
-            final_state: Annotated[bool, typer.Option(help="whether the final state is asked for")] = False) -> None:
+            final_state: Annotated[bool, typer.Option(help="whether the final state is asked for")] = False,
+            recurrent: Annotated[bool, typer.Option("--recurrent", help="one token at a time, as in decoding")] = False,
+            json: Annotated[bool, typer.Option("--json", help="as data: a list, an entry for each call")] = False) -> None:
     """Say which variant serves a shape, and why: where its schedule comes from, too."""
+    from json import dumps
+
     from gdn_ir.bench.cases import parse
     from gdn_ir.registry import explain as say
     calls = [(sum(lengths), 1, len(lengths), h, hv) for lengths, h, hv in parse(",".join(shapes), "forward")] if shapes else \
         [(T, B, sequences, H, HV)]
-    for tokens, rows, count, h, hv in calls:
-        print(say(H=h, HV=hv, K=K, V=V, T=tokens, B=rows, sequences=count, dtype=dtype, arch=arch, final_state=final_state))
+    said = [say(H=h, HV=hv, K=K, V=V, T=tokens, B=rows, sequences=count, dtype=dtype, arch=arch, recurrent=recurrent,
+                final_state=final_state) for tokens, rows, count, h, hv in calls]
+    print(dumps([s.data() for s in said], indent=1) if json else "\n".join(map(str, said)))
 
 
 @app.command()

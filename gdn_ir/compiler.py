@@ -2,8 +2,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import Any
+
 import torch
 
 from gdn_ir.artifacts import NotCompiled
@@ -21,6 +24,7 @@ from gdn_ir.schedules.schedule import Schedule
 from gdn_ir.split import split
 
 NAMES = {v: k for k, v in TORCH.items()}
+HERE = nullcontext()
 LARGEST = 256                                              # of K and of V
 
 
@@ -34,6 +38,7 @@ class Instance:
 
     grads: inputs whose gradients are computed: then it is the backward, which reads d_o (and d_final_state) and writes d_q, ...
     grouped: in the backward, whether value heads may share a key head (HV > H), so that d_q and d_k are sums over them.
+    recurrent: asked for one token at a time, as in decoding (forward only).
     """
     switches: Switches
     K: int
@@ -43,11 +48,14 @@ class Instance:
     varlen: bool
     grads: tuple[str, ...] = ()
     grouped: bool = True
+    recurrent: bool = False
 
     def __post_init__(self) -> None:
         unknown = set(self.grads) - set(program_of(self.switches).read())
         if unknown:
             raise ValueError(f"grads: got {', '.join(sorted(unknown))}; accepts {', '.join(program_of(self.switches).read())}")
+        if self.recurrent and self.grads:
+            raise ValueError("recurrent: got True with grads; accepts False in a backward")
         for name, dtype in (("dtype", self.io), ("beta's dtype", self.beta)):
             if dtype not in TORCH:
                 raise ValueError(f"{name}: got {dtype!r}; accepts {', '.join(TORCH)}")
@@ -61,6 +69,7 @@ class Instance:
         beta = "" if self.beta == self.io else f" (beta {self.beta})"
         back = [f"gradients of {' '.join(self.grads)}", f"heads {'' if self.grouped else 'not '}grouped"] if self.grads else []
         layout = "packed" if self.varlen else "dense"
+        back += ["one token at a time"] if self.recurrent else []
         return ", ".join([name, *back, f"{self.io}{beta}", f"K x V {self.K} x {self.V}", layout, *on])
 
     @property
@@ -158,9 +167,13 @@ class Compiled:
             return
         device = next(iter(memory.values())).device
         every = dict(memory)
-        for kernel, t, dtype in self.temps:
-            every[t.name] = torch.empty(call.shape(kernel, t), dtype=dtype, device=device)
-        with torch.cuda.device(device if device.type == "cuda" else -1):       # launches go to the tensors' device
+        shapes = call.memo.get("temporaries")
+        if shapes is None:
+            shapes = call.memo["temporaries"] = [(t.name, call.shape(kernel, t), dtype) for kernel, t, dtype in self.temps]
+        for name, shape, dtype in shapes:
+            every[name] = torch.empty(shape, dtype=dtype, device=device)
+        elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+        with torch.cuda.device(device) if elsewhere else HERE:                 # launches go to the tensors' device
             for launch in self.launches:
                 launch(every, params, call)
             if call.cu_seqlens is not None:
@@ -200,6 +213,7 @@ class Variant:
     schedule: Schedule
     arch: str
     compiled: Compiled = field(compare=False, repr=False)
+    memos: dict[tuple[int, ...], dict[str, Any]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -207,8 +221,14 @@ class Variant:
 
     def call_of(self, tensors: Mapping[str, torch.Tensor], sequences: int, cu_seqlens: torch.Tensor | None) -> Call:
         tokens, h = tensors["q"].shape[:2]
+        hv = tensors["v"].shape[1]
         length = tokens if cu_seqlens is not None else tokens // max(sequences, 1)
-        return Call(sequences, tokens, length, {"H": h, "HV": tensors["v"].shape[1]}, cu_seqlens)
+        memo = self.memos.get((sequences, tokens, h, hv))
+        if memo is None:
+            if len(self.memos) >= 4096:                    # as many lengths as the registry remembers
+                self.memos.clear()
+            memo = self.memos[sequences, tokens, h, hv] = {}
+        return Call(sequences, tokens, length, {"H": h, "HV": hv}, cu_seqlens, memo)
 
     def __call__(self, tensors: Mapping[str, torch.Tensor], scale: float, sequences: int,
                  cu_seqlens: torch.Tensor | None = None) -> None:

@@ -3,38 +3,25 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
+from gdn_ir import policy, providers
 from gdn_ir.autotune.lookup import schedule_for
-from gdn_ir.compiler import Instance, Unsupported, Variant, variant
+from gdn_ir.compiler import NAMES, Instance, Unsupported, Variant, variant
+from gdn_ir.explanation import Choice, Explanation
+from gdn_ir.policy import forbid, use
+from gdn_ir.providers import Offered
 from gdn_ir.programs.gated_delta import Switches
 
 PREFERENCE = {"cuda": ("triton", "tilelang", "torch"), "cpu": ("tilelang", "torch", "triton")}
-_forced: ContextVar[str | None] = ContextVar("gdn_ir_backend", default=None)
-
-
-@contextmanager
-def use(backend: str) -> Iterator[None]:
-    """Within the block every call is served by this backend; where it cannot, the call raises its reason."""
-    from gdn_ir.backends import BACKENDS
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}; accepts {', '.join(BACKENDS)}")
-    token = _forced.set(backend)
-    try:
-        yield
-    finally:
-        _forced.reset(token)
 
 
 def forced() -> str | None:
-    """The backend that `use` asks for here, if any."""
-    return _forced.get()
+    """The backend that `use` or GDN_IR_BACKEND asks for here, if any."""
+    return policy.forced(policy.asked())
 
 
 @lru_cache(maxsize=16)
@@ -51,7 +38,7 @@ def architecture(device: torch.device) -> str:
 class Option:
     """One backend's answer to a call: a variant and why it has this schedule, or why there is none."""
     backend: str
-    variant: Variant | None
+    variant: Variant | Offered | None
     reason: str
 
 
@@ -62,41 +49,73 @@ def options(instance: Instance, arch: str, sequences: int, heads: int, tokens: i
     found = []
     for name in PREFERENCE[kind]:
         target = "torch" if name == "torch" else arch       # it has one schedule, wherever it runs
-        if instance.grads and arch != "cpu" and name != "torch" and os.environ.get("GDN_IR_UNVERIFIED") != "1":
-            found.append(Option(name, None, f"{name}'s backward has not run on all it ships for (GDN_IR_UNVERIFIED=1 lets it)"))
-            continue
+        if arch != "cpu" and name != "torch" and os.environ.get("GDN_IR_UNVERIFIED") != "1":
+            part = "backward" if instance.grads else "kernel of one token at a time" if instance.recurrent else ""
+            if part:
+                why = f"{name}'s {part} has not run on all it ships for (GDN_IR_UNVERIFIED=1 lets it)"
+                found.append(Option(name, None, why))
+                continue
         try:
             schedule, why = schedule_for(target, instance, sequences, heads, tokens, name)
             found.append(Option(name, variant(instance, schedule, name, target), why))
         except ValueError as e:                            # Unsupported, an illegal step, an architecture without a default
             found.append(Option(name, None, str(e)))
-    return tuple(found)
+    first: list[Option] = []
+    for provider in providers.providers().values():
+        try:
+            run, why = provider.offer(instance, arch, sequences, heads, tokens)
+            option = Option(provider.name, Offered(provider.name, instance, run), why)
+        except ValueError as e:
+            option = Option(provider.name, None, str(e))
+        (first if provider.first else found).append(option)
+    return (*first, *found)
 
 
 @lru_cache(maxsize=4096)
-def choose(instance: Instance, arch: str, sequences: int, heads: int, tokens: int, backend: str | None = None) -> Variant:
-    """The variant that serves. Raises Unsupported with the backend's reason where one is asked for and cannot serve."""
-    every = options(instance, arch, sequences, heads, tokens)
-    if backend is not None:
-        option = next(o for o in every if o.backend == backend)
-        if option.variant is None:
-            raise Unsupported(f"{backend} cannot serve {instance}: {option.reason}")
+def choose(instance: Instance, arch: str, sequences: int, heads: int, tokens: int, asked: str | None = None) \
+        -> Variant | Offered:
+    """The variant that serves. asked: a policy (see `gdn_ir.policy`); a backend's name forces it, and raises Unsupported with
+    its reason where it cannot serve."""
+    every, wanted = options(instance, arch, sequences, heads, tokens), asked or ""
+    if policy.forced(wanted):
+        option = next((o for o in every if o.backend == wanted), None)
+        if option is None or option.variant is None:
+            raise Unsupported(f"{wanted} cannot serve {instance}: {option.reason if option else 'it is not registered'}")
         return option.variant
-    for i, option in enumerate(every):
+    allowed = [o for o in every if o.backend not in policy.forbidden(wanted)]
+    for i, option in enumerate(allowed):
         if option.variant is not None:
             if i and arch != "cpu":                        # on a GPU something faster was to be expected
-                warnings.warn(f"gdn_ir: {every[0].backend} cannot serve this call, {option.backend} does: {every[0].reason}",
-                              RuntimeWarning, stacklevel=4)
+                _warn(allowed[0].backend, option.backend, allowed[0].reason)
             return option.variant
-    raise Unsupported("no backend serves " + str(instance) + "".join(f"\n  {o.backend}: {o.reason}" for o in every))
+    raise Unsupported("no backend serves " + str(instance) + "".join(
+        f"\n  {o.backend}: {o.reason if o in allowed else 'forbidden here'}" for o in every))
+
+
+@lru_cache(maxsize=4096)
+def serving(device: torch.device, io: torch.dtype, beta: torch.dtype, K: int, V: int, H: int, HV: int, sequences: int,
+            tokens: int, varlen: bool, decay: bool, l2norm: bool, beta_sigmoid: bool, neg_eigval: bool, initial_state: bool,
+            final_state: bool, state_v_first: bool, recurrent: bool, grads: tuple[str, ...], asked: str) -> Variant | Offered:
+    """`choose`, by what an op sees of its arguments: a warm call looks here alone."""
+    switches = Switches("scalar" if decay else "none", True, l2norm, beta_sigmoid, neg_eigval, initial_state, final_state,
+                        state_v_first)
+    instance = Instance(switches, K, V, NAMES[io], NAMES[beta], varlen, grads, grouped=not grads or H < HV, recurrent=recurrent)
+    return choose(instance, architecture(device), sequences, HV, tokens, asked)
+
+
+@lru_cache(maxsize=256)
+def _warn(missed: str, served: str, reason: str) -> None:
+    """Once for each reason, whatever the shapes that meet it."""
+    warnings.warn(f"gdn_ir: {missed} cannot serve this call, {served} does: {reason}", RuntimeWarning, stacklevel=5)
 
 
 def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, sequences: int | None = None,
-            dtype: str | torch.dtype = "bf16", arch: str | None = None, **switches: bool | str) -> str:
-    """Every variant that could serve such a call, and why it is or is not chosen. dtype: "bf16", "f16", "f32", "f64" or
-    torch's; sequences: of packed input (None: dense, B of them); arch: "cpu", "sm_80", "sm_90" (None: this machine's); further
+            dtype: str | torch.dtype = "bf16", arch: str | None = None, recurrent: bool = False, grads: tuple[str, ...] = (),
+            **switches: bool | str) -> Explanation:
+    """Every variant that could serve such a call, and why it is or is not chosen: printed it is a page to read, and `data()` of
+    it is plain data. dtype: "bf16", "f16", "f32", "f64" or torch's; sequences: of packed input (None: dense, B of them); arch:
+    "cpu", "sm_80", "sm_90" (None: this machine's); recurrent: one token at a time; grads: a backward, of these inputs; further
     keywords: `Switches`' fields, such as l2norm=True. H and HV: heads of q and of v; T: tokens of a batch row."""
-    from gdn_ir.compiler import NAMES
     here = architecture(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     arch = arch or here
     io = NAMES[dtype] if isinstance(dtype, torch.dtype) else dtype
@@ -111,20 +130,27 @@ def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, 
                         f"{', '.join(Switches.__dataclass_fields__)}")
     if HV < H or HV % H:
         raise ValueError(f"HV: got {HV}; accepts a multiple of H = {H}")
-    instance = Instance(Switches(**switches), K, V, io, io, sequences is not None)       # type: ignore[arg-type]
+    instance = Instance(Switches(**switches), K, V, io, io, sequences is not None, grads,          # type: ignore[arg-type]
+                        grouped=not grads or HV > H, recurrent=recurrent)
     every = options(instance, arch, sequences or B, HV, B * T)
-    wanted = forced()
-    chosen = next((o for o in every if o.variant is not None and wanted in (None, o.backend)), None)
+    asked = policy.asked()
+    wanted, out = policy.forced(asked), policy.forbidden(asked)
+    chosen = next((o for o in every if o.variant is not None and wanted in (None, o.backend) and o.backend not in out), None)
     kind = f"packed {io}, {sequences} sequences of {T} tokens together" if instance.varlen else f"dense {io}, {B} x {T} tokens"
-    lines = [f"{kind}, H/HV {H}/{HV}, K x V {K} x {V}, on {arch}"]
+    kind += ", one token at a time" if recurrent else ""
+    kind += f", gradients of {' '.join(grads)}" if grads else ""
+    choices = []
     for rank, o in enumerate(every):
-        if o.variant is None:
-            lines.append(f"  {o.backend:<8} cannot: {o.reason}")
-            continue
-        kernels = ", ".join(f"{s.kernel} {s.hash}" for s in o.variant.sources)
-        mark = "chosen" if o is chosen else "not chosen"
-        why = f"gdn_ir.use({wanted!r}) asks for it" if o is chosen and wanted else \
-            f"first that can serve on {arch}" if o is chosen else f"ranks {rank + 1} of {len(every)} on {arch}"
-        lines += [f"  {o.backend:<8} {mark}: {why}", f"           schedule {o.variant.schedule.name}: {o.reason}",
-                  f"           kernels: {kernels}"]
-    return "\n".join(lines)
+        if o.backend in out:
+            choices.append(Choice(o.backend, "forbidden", "gdn_ir.forbid or GDN_IR_FORBID names it"))
+        elif o.variant is None:
+            choices.append(Choice(o.backend, "cannot", o.reason))
+        else:
+            why = f"gdn_ir.use({wanted!r}) asks for it" if o is chosen and wanted else \
+                f"first that can serve on {arch}" if o is chosen else f"ranks {rank + 1} of {len(every)} on {arch}"
+            choices.append(Choice(o.backend, "chosen" if o is chosen else "not chosen", why,
+                                  o.variant.schedule.name, o.reason, tuple((s.kernel, s.hash) for s in o.variant.sources)))
+    return Explanation(f"{kind}, H/HV {H}/{HV}, K x V {K} x {V}", arch, tuple(choices))
+
+
+__all__ = ["Option", "architecture", "choose", "explain", "forbid", "forced", "options", "serving", "use"]

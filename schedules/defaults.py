@@ -25,6 +25,9 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
     erase, io = instance.switches.erase, instance.io
     if arch == "cpu":
         return Schedule("recurrent", 1), "native code: one token at a time, the state in a core's cache; heads go to threads"
+    if instance.recurrent and (arch == "torch" or arch in MULTIPROCESSORS):
+        parts = (("*", KernelOptions(32, 4, 1)),) if backend == "triton" else (("*", KernelOptions()),)
+        return Schedule("recurrent", 1, kernels=parts), "one token at a time, as was asked"
     if arch == "torch":
         return Schedule("fused", steps=plan("fused", erase, io)), "any device: one pass over the chunks, the whole grid at once"
     if arch not in MULTIPROCESSORS:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
@@ -34,6 +34,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of our public ops, in the order in which integrations call them."""
+    from gdn_ir import ops
+    found: list[str] = []
+
+    def counted(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
+        def seen(*args: Any, **kwargs: Any) -> Any:
+            found.append(name)
+            return op(*args, **kwargs)
+        return seen
+    for name in ops.__all__:
+        monkeypatch.setattr(ops, name, counted(name, getattr(ops, name)))
+    return found
 
 
 TABLE: list[str] = []

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,8 @@ def of_correlated(schedule: Schedule, top: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Cases: ["program", name], ["cell", name], ["backward", cell's name], ["plan", plan's name, cell's name, chunk],
-    ["mutant", number] or ["correlated", plan's name, top of beta]."""
+    """Cases: ["program", name], ["cell", name], ["recurrent", cell's name], ["backward", cell's name],
+    ["plan", plan's name, cell's name, chunk], ["mutant", number] or ["correlated", plan's name, top of beta]."""
     cells = {c.name: c for c in table()}
     found = {}
     for case in json.loads(Path(sys.argv[3]).read_text()):
@@ -93,6 +94,10 @@ def main() -> None:
                 found[json.dumps(case)] = of_program(case[1])
             elif case[0] == "cell":
                 found[json.dumps(case)] = of_cell(cells[case[1]])
+            elif case[0] == "recurrent":
+                cell = cells[case[1]]
+                one = replace(cell.instance, recurrent=True)
+                found[json.dumps(case)] = of_cell(cell, default(ARCH, one, 1, cell.layout.HV, 1, BACKEND)[0])
             elif case[0] == "backward":
                 found[json.dumps(case)] = {"error": worst(check(cells[case[1]], BACKEND, ARCH)["errors"].values())}
             elif case[0] == "mutant":
@@ -100,10 +105,10 @@ def main() -> None:
             elif case[0] == "correlated":
                 found[json.dumps(case)] = of_correlated(Schedule(case[1], steps=plan(case[1], io="f32")), case[2])
             else:
-                _, name, cell, chunk = case
-                i: Instance = cells[cell].instance
+                _, name, which, chunk = case
+                i: Instance = cells[which].instance
                 steps = plan(name, i.switches.erase, i.io, chunk) if chunk > 1 else ()
-                found[json.dumps(case)] = of_cell(cells[cell], Schedule(name, chunk, steps))
+                found[json.dumps(case)] = of_cell(cells[which], Schedule(name, chunk, steps))
         except Exception:
             found[json.dumps(case)] = {"failed": traceback.format_exc(limit=-3)}
     Path(sys.argv[3]).write_text(json.dumps(found))

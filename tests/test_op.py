@@ -146,9 +146,9 @@ def _reference(x: dict[str, torch.Tensor], S0: torch.Tensor, cu: torch.Tensor | 
 def test_opcheck() -> None:
     x = make()
     op = torch.ops.gdn_ir.chunk_forward
-    library.opcheck(op, (*x.values(), 0.1, None, None, None, True, False, False, False, False))
+    library.opcheck(op, (*x.values(), 0.1, None, None, None, True, False, False, False, False, False))
     library.opcheck(op, (*x.values(), 0.1, torch.randn(2, 2, 32, 32), torch.tensor([0, 30, 90]), None, True, True, True,
-                               True, True))
+                               True, True, False))
 
 
 def test_compiles_to_one_graph() -> None:

@@ -121,7 +121,7 @@ def test_explain_says_where_a_schedule_comes_from(records: Records) -> None:
     keep(records, winner())
     registry.options.cache_clear()
     try:
-        text = gdn_ir.explain(H=16, HV=32, T=8192, sequences=1, arch="sm_90", final_state=True)
+        text = str(gdn_ir.explain(H=16, HV=32, T=8192, sequences=1, arch="sm_90", final_state=True))
         assert "schedule mine: tuned (same architecture) for 1x8192:16/32 on NVIDIA H100 80GB HBM3" in text
     finally:
         registry.options.cache_clear()

@@ -1,19 +1,22 @@
 """What serves a call and why; forcing; the command line; the demo."""
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
 import gdn_ir
-from gdn_ir import cli, demo, registry
+from gdn_ir import cli, demo, policy, providers, registry
 from gdn_ir.compiler import Instance, Unsupported
 from gdn_ir.ops import chunk_gated_delta_rule
 from gdn_ir.programs.gated_delta import Switches
@@ -21,6 +24,7 @@ from gdn_ir.schedules.plans import plan
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 from tests.inputs import make
 
+F32 = Instance(Switches(), 32, 32, "f32", "f32", False)
 BF16 = Instance(Switches(final_state=True), 128, 128, "bf16", "bf16", True)
 
 
@@ -52,15 +56,159 @@ def test_use_forces_and_ends() -> None:
         pass
 
 
+def test_a_fallback_is_told_once() -> None:
+    """However many shapes meet the same reason."""
+    wide = Instance(Switches(), 64, 64, "f64", "f64", False)
+    registry._warn.cache_clear()
+    with pytest.warns(RuntimeWarning, match="torch does") as told:
+        for tokens in (101, 102, 103):
+            assert registry.choose(wide, "sm_90", 1, 4, tokens).backend == "torch"
+    assert len(told) == 1
+
+
+def test_forbid() -> None:
+    x = make()
+    with gdn_ir.forbid("tilelang"):
+        assert registry.choose(F32, "cpu", 1, 2, 100, policy.asked()).backend == "torch"
+        with gdn_ir.forbid("torch"):
+            assert policy.asked() == "-tilelang-torch"
+            with pytest.raises(Unsupported, match=r"no backend serves .*\n  tilelang: forbidden here\n  torch: forbidden here\n"
+                                                  r"  triton: triton lowers"):
+                chunk_gated_delta_rule(**x)
+            with gdn_ir.use("torch"), gdn_ir.forbid("triton"):           # an inner block's word counts
+                chunk_gated_delta_rule(**x)
+        said = gdn_ir.explain(H=1, HV=1, T=64, arch="cpu", dtype="f32")
+        assert said.chosen == "torch" and "tilelang forbidden: gdn_ir.forbid or GDN_IR_FORBID names it" in str(said)
+    assert policy.asked() == ""
+    with pytest.raises(ValueError, match="backends: got 'cuda'; accepts triton"), gdn_ir.forbid("cuda"):
+        pass
+    with gdn_ir.use("torch"), pytest.raises(ValueError, match="torch is asked for here"), gdn_ir.forbid("torch"):
+        pass
+
+
+def test_a_forbidden_backend_stays_forbidden_in_the_backward() -> None:
+    """Gradients are computed after the block has ended, and perhaps in another thread."""
+    x = make()
+    x["v"].requires_grad_()
+    with gdn_ir.forbid("tilelang", "triton"):
+        o = chunk_gated_delta_rule(**x)[0]
+    asked: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        serving = registry.serving
+        patch.setattr(registry, "serving", lambda *a: (asked.append(a[-1]), serving(*a))[1])
+        torch.autograd.grad(o.sum(), x["v"])
+    assert asked == ["-tilelang-triton"]
+
+
+@pytest.mark.parametrize(("variables", "prints"), [
+    ({"GDN_IR_BACKEND": "torch"}, "torch"), ({"GDN_IR_FORBID": "tilelang, triton"}, "-tilelang-triton"),
+    ({"GDN_IR_BACKEND": "cuda"}, "GDN_IR_BACKEND: got 'cuda'; accepts triton, tilelang, torch"),
+    ({"GDN_IR_FORBID": "torch,cuda"}, "GDN_IR_FORBID: got 'cuda'; accepts triton, tilelang, torch"),
+    ({"GDN_IR_BACKEND": "torch", "GDN_IR_FORBID": "torch"}, "GDN_IR_FORBID: got 'torch', and GDN_IR_BACKEND asks for torch")])
+def test_environment(variables: dict[str, str], prints: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy, "_process", (variables.get("GDN_IR_BACKEND", ""), variables.get("GDN_IR_FORBID", "")))
+    try:
+        assert policy.asked() == prints
+    except ValueError as e:
+        assert prints in str(e)
+    with gdn_ir.use("triton"):
+        assert policy.asked() == "triton"
+
+
+def test_environment_of_a_process() -> None:
+    code = "import gdn_ir; print(gdn_ir.explain(H=1, HV=1, T=64, arch='cpu', dtype='f32').chosen)"
+    for variable in ({"GDN_IR_BACKEND": "torch"}, {"GDN_IR_FORBID": "tilelang"}):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                              env={**os.environ, **variable})
+        assert done.stdout == "torch\n"
+
+
+# ---- third parties ----------------------------------------------------------------------------------------------------------
+
+
+class Doubling:
+    """Offers, for float32 on CPUs, what torch serves times two."""
+    name, first = "doubling", True
+
+    def offer(self, instance: Instance, arch: str, sequences: int, heads: int, tokens: int) -> tuple[Callable[..., None], str]:
+        if instance.grads or instance.io != "f32" or arch != "cpu":
+            raise ValueError("doubles float32 forwards on CPUs only")
+
+        def run(tensors: dict[str, torch.Tensor], *rest: Any) -> None:
+            registry.choose(instance, arch, sequences, heads, tokens, "torch")(tensors, *rest)
+            tensors["o"].mul_(2)
+        return run, "for the test"
+
+
+@pytest.fixture
+def doubling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Installed by an entry point, beside one that is broken."""
+    entries = [importlib.metadata.EntryPoint("a", "tests.test_registry:Nothing", providers.GROUP),
+               importlib.metadata.EntryPoint("b", "tests.test_registry:DOUBLING", providers.GROUP)]
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries if group == providers.GROUP else [])
+    providers._load.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"entry point a = tests.test_registry:Nothing are left out: AttributeError"):
+        assert providers.names()[-1] == "doubling"
+    yield
+    providers.unregister("doubling")
+
+
+def test_a_third_party_serves(doubling: None) -> None:
+    x = make()
+    plain = {}
+    for name in ("torch", "doubling"):
+        with gdn_ir.use(name):
+            plain[name] = chunk_gated_delta_rule(**x)[0]
+    assert torch.equal(plain["doubling"], 2 * plain["torch"])
+    assert torch.equal(chunk_gated_delta_rule(**x)[0], plain["doubling"])        # it asks to be first
+    with gdn_ir.forbid("doubling", "tilelang"):
+        assert torch.equal(chunk_gated_delta_rule(**x)[0], plain["torch"])
+    with gdn_ir.use("doubling"), pytest.raises(Unsupported, match=r"doubling cannot serve .*: doubles float32"):
+        chunk_gated_delta_rule(**make(dtype=torch.bfloat16))
+    said = gdn_ir.explain(H=1, HV=1, T=64, arch="cpu", dtype="f32")
+    assert said.chosen == "doubling" and "schedule its own: for the test" in str(said)
+    with pytest.raises(ValueError, match=r"provider\.name: got 'doubling'; accepts an identifier"):
+        providers.register(Doubling())
+
+
+def test_a_withdrawn_third_party_is_gone(doubling: None) -> None:
+    providers.unregister("doubling")
+    try:
+        assert "doubling" not in str(gdn_ir.explain(H=1, HV=1, T=64, arch="cpu", dtype="f32"))
+        with pytest.raises(ValueError, match="name: got 'doubling'; accepts nothing"):
+            providers.unregister("doubling")
+    finally:
+        providers.register(Doubling())
+
+
+DOUBLING = Doubling()
+
+
+# ---- explain ----------------------------------------------------------------------------------------------------------------
+
+
+def test_explain_as_data(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    said = gdn_ir.explain(H=2, HV=4, T=64, arch="sm_90", recurrent=True, grads=())
+    assert said.call.startswith("dense bf16, 1 x 64 tokens, one token at a time") and said.chosen in ("torch", "triton")
+    back = gdn_ir.explain(H=2, HV=4, T=64, arch="cpu", dtype="f32", grads=("q", "v")).data()
+    assert back["chosen"] == "torch" and "gradients of q v" in back["call"]
+    first = gdn_ir.explain(H=16, HV=32, T=8192, arch="sm_90").data()["choices"][0]
+    assert first["backend"] == "triton" and first["state"] == "chosen" and set(first["kernels"]) == {"solve", "scan", "output"}
+    monkeypatch.setattr(sys, "argv", ["gdn-ir", "explain", "--json", "--arch", "cpu", "--recurrent", "--dtype", "f32"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert [call["chosen"] for call in json.loads(capsys.readouterr().out)] == ["tilelang"]
+
+
 def test_explain() -> None:
-    text = gdn_ir.explain(H=16, HV=32, T=32768, sequences=1, arch="sm_90")
+    text = str(gdn_ir.explain(H=16, HV=32, T=32768, sequences=1, arch="sm_90"))
     assert "packed bf16, 1 sequences of 32768 tokens together" in text
     assert "triton   chosen: first that can serve on sm_90" in text and "tiles of 32 columns" in text
     assert "torch    not chosen" in text
     with gdn_ir.use("torch"):
-        assert "torch    chosen: gdn_ir.use('torch') asks for it" in gdn_ir.explain(H=1, HV=1, T=64, arch="sm_90")
-    assert "tiles of 16 columns" in gdn_ir.explain(H=2, HV=8, T=32768, sequences=1, arch="sm_90")
-    assert "triton   cannot: triton lowers to sm_80 and sm_90, not to cpu" in gdn_ir.explain(H=1, HV=1, T=64, arch="cpu")
+        assert "torch    chosen: gdn_ir.use('torch') asks for it" in str(gdn_ir.explain(H=1, HV=1, T=64, arch="sm_90"))
+    assert "tiles of 16 columns" in str(gdn_ir.explain(H=2, HV=8, T=32768, sequences=1, arch="sm_90"))
+    assert "triton   cannot: triton lowers to sm_80 and sm_90, not to cpu" in str(gdn_ir.explain(H=1, HV=1, T=64, arch="cpu"))
 
 
 def test_explain_takes_shapes(command: Callable[..., tuple[int, str, str]]) -> None:
@@ -75,7 +223,7 @@ def test_other_gpus_are_served_by_torch(monkeypatch: pytest.MonkeyPatch) -> None
     for capability, name in (((7, 5), "sm_75"), ((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((12, 0), "sm_120")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d, c=capability: c)
         assert registry.architecture.__wrapped__(device) == name               # type: ignore[attr-defined]
-    text = gdn_ir.explain(H=1, HV=1, T=64, arch="sm_75")
+    text = str(gdn_ir.explain(H=1, HV=1, T=64, arch="sm_75"))
     assert "triton   cannot: arch: got 'sm_75'; accepts cpu, sm_80, sm_90" in text and "torch    chosen" in text
 
 

@@ -194,7 +194,7 @@ class Statements(Printer):
     def reduce(self, name: str, n: Node, depth: int) -> None:
         here, x = self.here(n.axes), n.args[0]
         sums = name
-        if self.whole and n.axes:                          # what is cleared in shared memory, TileLang would take for a copy ahead
+        if self.whole and n.axes:                          # shared memory that is cleared, TileLang would take for a copy ahead
             sums = self.beside(f"{name}_sums")
             self.allocate(sums, n, product=True)
         target = f"{sums}[{', '.join(here.values()) or '0'}]"

@@ -41,8 +41,9 @@ class Torch:
             device = next(iter(memory.values())).device
             places = {t.name: Memory(memory.get(t.name) if t.name in read else None, call.shape(kernel, t), t.dtype, device)
                       for t in tensors}
-            function(*places.values(), *([call.cu_seqlens] if kernel.varlen else []), *(values[p] for p in params),
-                     call.length, call.sequences, *(call.heads[h] for h in sizes))
+            with torch.autocast(device.type, enabled=False):           # the program says what is rounded, and to what
+                function(*places.values(), *([call.cu_seqlens] if kernel.varlen else []), *(values[p] for p in params),
+                         call.length, call.sequences, *(call.heads[h] for h in sizes))
             return {name: place.value() for name, place in places.items() if name in written}
         return launch
 

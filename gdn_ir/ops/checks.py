@@ -11,9 +11,8 @@ from gdn_ir.compiler import LARGEST
 Tensor = torch.Tensor
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # flags of flash-linear-attention that are not served yet, and the value that asks for nothing
-LATER = {"use_gate_in_kernel": False, "A_log": None, "dt_bias": None, "transpose_state_layout": False, "safe_gate": False,
-         "lower_bound": None, "cp_context": None, "chunk_indices": None, "head_first": False,
-         "return_intermediate_states": False}
+LATER = {"transpose_state_layout": False, "safe_gate": False, "lower_bound": None, "cp_context": None, "chunk_indices": None,
+         "head_first": False, "return_intermediate_states": False, "gk": None, "gv": None}
 
 
 def describe(x: object) -> str:
@@ -27,12 +26,11 @@ def bad(name: str, got: object, accepts: str, error: type[Exception] = ValueErro
     return error(f"{name}: got {describe(got)}; accepts {accepts}")
 
 
-def keywords(given: dict[str, Any], known: tuple[str, ...]) -> None:
+def keywords(op: str, given: dict[str, Any], known: tuple[str, ...]) -> None:
     """Refuse flags: those not served yet with NotImplementedError, unknown ones with TypeError."""
     for name, value in given.items():
         if name not in LATER:
-            raise TypeError(f"chunk_gated_delta_rule: unknown keyword {name!r}, got {describe(value)}; "
-                            f"accepts {', '.join(known)}")
+            raise TypeError(f"{op}: unknown keyword {name!r}, got {describe(value)}; accepts {', '.join(known)}")
         if value is not LATER[name] and value != LATER[name]:
             raise NotImplementedError(f"{name}: got {describe(value)}; only {LATER[name]!r} is served so far")
 
@@ -70,9 +68,31 @@ def tensor(name: str, x: object, shape: tuple[str, ...], sizes: dict[str, int], 
             raise bad(name, x, f"{layout} with {want}")
 
 
+_passed: dict[tuple[Any, ...], dict[str, int]] = {}        # sizes, by what the checks look at
+
+
 def inputs(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initial_state: Tensor | None,
            cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, state_v_first: bool) -> dict[str, int]:
-    """Check all tensors; returns B, T, H, HV, K, V and N. Raises TypeError (kind, dtype) or ValueError (all else)."""
+    """Check all tensors; returns B, T, H, HV, K, V and N. Raises TypeError (kind, dtype) or ValueError (all else). Tensors like
+    those that passed before are not looked at again."""
+    given = (q, k, v, g, beta, initial_state, cu_seqlens, cu_seqlens_cpu)
+    if torch.compiler.is_compiling():                      # sizes are symbols there, and may not become keys
+        return _inputs(*given, state_v_first)
+    try:
+        key = (state_v_first, *[None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in given])
+        sizes = _passed.get(key)
+    except (AttributeError, TypeError):                    # something else than a tensor: the checks will say so
+        return _inputs(*given, state_v_first)
+    if sizes is None:
+        sizes = _inputs(*given, state_v_first)
+        if len(_passed) >= 4096:
+            _passed.clear()
+        _passed[key] = sizes
+    return sizes
+
+
+def _inputs(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initial_state: Tensor | None,
+            cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, state_v_first: bool) -> dict[str, int]:
     sizes: dict[str, int] = {}
     tensor("q", q, ("B", "T", "H", "K"), sizes, FLOATS, None)
     tensor("k", k, ("B", "T", "H", "K"), sizes, (q.dtype,), q.device)
@@ -107,6 +127,21 @@ def inputs(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, init
         tensor("initial_state", initial_state, ("N", "HV", *(("V", "K") if state_v_first else ("K", "V"))), sizes,
                (torch.float64 if q.dtype == torch.float64 else torch.float32,), q.device)
     return sizes
+
+
+def gate(g: Tensor | None, use: bool, A_log: Tensor | None, dt_bias: Tensor | None, HV: int, device: torch.device) -> None:
+    """Check what `use_gate_in_kernel` needs, and that nothing is given in vain without it."""
+    if not use:
+        for name, x in (("A_log", A_log), ("dt_bias", dt_bias)):
+            if x is not None:
+                raise bad(name, x, "None without use_gate_in_kernel")
+        return
+    for name, x in (("g", g), ("A_log", A_log)):
+        if x is None:
+            raise bad(name, x, "a tensor with use_gate_in_kernel", TypeError)
+    for name, x in (("A_log", A_log), ("dt_bias", dt_bias)):
+        if x is not None:
+            tensor(name, x, ("HV",), {"HV": HV}, FLOATS, device)
 
 
 def boundaries(cu: Tensor | None, cpu: Tensor | None, T: int) -> None:

@@ -6,22 +6,24 @@ from typing import Any
 import torch
 from torch import library
 
-from gdn_ir import registry
-from gdn_ir.compiler import NAMES, Instance, Variant
-from gdn_ir.ops import checks
-from gdn_ir.ops.define import op
-from gdn_ir.programs.gated_delta import Switches
+from gdn_ir import policy, registry
+from gdn_ir.compiler import Variant
+from gdn_ir.ops import checks, gates, transforms
+from gdn_ir.providers import Offered
 
 Tensor = torch.Tensor
 KEYWORDS = ("q", "k", "v", "g", "beta", "scale", "initial_state", "output_final_state", "use_qk_l2norm_in_kernel",
-            "use_beta_sigmoid_in_kernel", "allow_neg_eigval", "state_v_first", "cu_seqlens", "cu_seqlens_cpu")
+            "use_beta_sigmoid_in_kernel", "allow_neg_eigval", "state_v_first", "cu_seqlens", "cu_seqlens_cpu",
+            "use_gate_in_kernel", "A_log", "dt_bias")
 
 
 def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float | None = None,
                            initial_state: Tensor | None = None, output_final_state: bool = False,
                            use_qk_l2norm_in_kernel: bool = False, use_beta_sigmoid_in_kernel: bool = False,
                            allow_neg_eigval: bool = False, state_v_first: bool = False, cu_seqlens: Tensor | None = None,
-                           cu_seqlens_cpu: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+                           cu_seqlens_cpu: Tensor | None = None, *, use_gate_in_kernel: bool = False,
+                           A_log: Tensor | None = None, dt_bias: Tensor | None = None, **kwargs: Any) \
+        -> tuple[Tensor, Tensor | None]:
     """The gated delta rule (arXiv 2412.06464) over whole sequences: o_t = scale S_t^T q_t, with
     S_t = exp(g_t) S_{t-1} + k_t beta_t (v_t - exp(g_t) S_{t-1}^T k_t)^T.
 
@@ -30,26 +32,49 @@ def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, be
     float32, it counts as -100. beta [B, T, HV]: write strength.
     scale: of q, K^-1/2 if None. initial_state [N, HV, K, V] float32 ([N, HV, V, K] with state_v_first), float64 where q is.
     use_qk_l2norm_in_kernel: q and k are normalised over K first. use_beta_sigmoid_in_kernel: beta comes as a logit; with
-    allow_neg_eigval it is doubled. cu_seqlens [N + 1], int32 or int64: boundaries of N packed sequences (B = 1); rows past the
-    last come back as zeros. cu_seqlens_cpu: the same on the host, only to be checked.
+    allow_neg_eigval it is doubled. use_gate_in_kernel: g comes raw, and the log decay is -exp(A_log) softplus(g + dt_bias),
+    with A_log [HV] and dt_bias [HV] or None; torch computes it in float32 before the op. cu_seqlens [N + 1], int32 or int64:
+    boundaries of N packed sequences (B = 1); rows past the last come back as zeros. cu_seqlens_cpu: the same on the host, only
+    to be checked.
 
     Returns o [B, T, HV, V] in q's dtype and the final state (None unless output_final_state), with dtype and layout of
-    initial_state. Differentiable once, in q, k, v, g, beta and initial_state, through both results; only gradients that are
-    asked for are computed (a gradient of a gradient raises NotImplementedError). Bad input raises TypeError or ValueError
-    before anything is launched.
+    initial_state. Differentiable once, in q, k, v, g, beta, initial_state, A_log and dt_bias, through both results; only
+    gradients that are asked for are computed (a gradient of a gradient raises NotImplementedError, and so do forward-mode
+    derivatives and torch.func.grad). Under autocast q, k and v are cast to its dtype, as for a matrix product; g and states
+    stay float32, beta as it is. torch.func.vmap joins the mapped dimension to the batch (not with cu_seqlens). Bad input
+    raises TypeError or ValueError before anything is launched.
     """
-    checks.keywords(kwargs, KEYWORDS)
-    checks.flags(output_final_state=output_final_state, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
-                 use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel, allow_neg_eigval=allow_neg_eigval,
-                 state_v_first=state_v_first)
+    checks.keywords("chunk_gated_delta_rule", kwargs, KEYWORDS)
+    return call("chunk_gated_delta_rule", False, q, k, v, g, beta, scale, initial_state, output_final_state,
+                use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens,
+                cu_seqlens_cpu, use_gate_in_kernel, A_log, dt_bias)
+
+
+def call(op: str, recurrent: bool, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float | None,
+         initial_state: Tensor | None, final_state: bool, l2norm: bool, beta_sigmoid: bool, neg_eigval: bool,
+         state_v_first: bool, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, gate: bool, A_log: Tensor | None,
+         dt_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What every public op does: check, apply torch's transforms, call the custom op. op: its name; recurrent: one token at a
+    time."""
+    if not (type(final_state) is type(l2norm) is type(beta_sigmoid) is type(neg_eigval) is type(state_v_first) is type(gate)
+            is bool):
+        checks.flags(output_final_state=final_state, use_qk_l2norm_in_kernel=l2norm, use_beta_sigmoid_in_kernel=beta_sigmoid,
+                     allow_neg_eigval=neg_eigval, state_v_first=state_v_first, use_gate_in_kernel=gate)
+    if isinstance(q, Tensor) and q.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(q.device.type):
+        q, k, v = transforms.cast(q, k, v)
     sizes = checks.inputs(q, k, v, g, beta, initial_state, cu_seqlens, cu_seqlens_cpu, state_v_first)
-    if allow_neg_eigval and not use_beta_sigmoid_in_kernel:
+    checks.gate(g, gate, A_log, dt_bias, sizes["HV"], q.device)
+    if neg_eigval and not beta_sigmoid:
         raise ValueError("allow_neg_eigval: got True without use_beta_sigmoid_in_kernel; accepts it only where the op itself "
                          "makes beta (otherwise pass a doubled beta)")
+    transforms.refuse(op, q, k, v, g, beta, initial_state, A_log, dt_bias)
     scale = checks.number("scale", sizes["K"] ** -0.5 if scale is None else scale)
-    flags = (output_final_state, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first)
-    o, state = torch.ops.gdn_ir.chunk_forward(q, k, v, g, beta, scale, initial_state, cu_seqlens, cu_seqlens_cpu, *flags)
-    return o, state if output_final_state else None
+    if gate:
+        assert g is not None and A_log is not None
+        g = gates.log_decay(g, A_log, dt_bias, torch.float64 if q.dtype == torch.float64 else torch.float32)
+    flags = (final_state, l2norm, beta_sigmoid, neg_eigval, state_v_first, recurrent)
+    o, state = FORWARD(q, k, v, g, beta, scale, initial_state, cu_seqlens, cu_seqlens_cpu, *flags)
+    return o, state if final_state else None
 
 
 # ---- one custom op for the whole forward ----------------------------------------------------------------------------------
@@ -65,17 +90,17 @@ def _empty(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, final_state: bool, s
     return torch.empty_like(v, memory_format=torch.contiguous_format), q.new_empty(state, dtype=wide)
 
 
-@op("gdn_ir::chunk_forward")
 def _chunk_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float, initial_state: Tensor | None,
                    cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, final_state: bool, l2norm: bool,
-                   beta_sigmoid: bool, neg_eigval: bool, state_v_first: bool) -> tuple[Tensor, Tensor]:
+                   beta_sigmoid: bool, neg_eigval: bool, state_v_first: bool, recurrent: bool) -> tuple[Tensor, Tensor]:
+    """recurrent: by the program of chunks of one token, whose results are the same."""
     checks.boundaries(cu_seqlens, cu_seqlens_cpu, q.shape[1])
     o, state = _empty(q, v, cu_seqlens, final_state, state_v_first)
     if nothing(q, cu_seqlens):
         o.zero_()
         return o, _unchanged(state, initial_state)
     chosen, tensors, sequences, ends = bind(q, k, v, g, beta, initial_state, cu_seqlens, final_state, l2norm, beta_sigmoid,
-                                            neg_eigval, state_v_first, registry.forced())
+                                            neg_eigval, state_v_first, policy.asked(), recurrent=recurrent)
     tensors["o"] = o.view(-1, *o.shape[2:])
     if final_state:
         tensors["final_state"] = state
@@ -83,13 +108,23 @@ def _chunk_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tens
     return o, state
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float, initial_state: Tensor | None,
-          cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, final_state: bool, l2norm: bool, beta_sigmoid: bool,
-          neg_eigval: bool, state_v_first: bool) -> tuple[Tensor, Tensor]:
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float, initial_state: Tensor | None,
+                  cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, final_state: bool, l2norm: bool,
+                  beta_sigmoid: bool, neg_eigval: bool, state_v_first: bool, recurrent: bool) -> tuple[Tensor, Tensor]:
     return _empty(q, v, cu_seqlens, final_state, state_v_first)
 
 
-library.register_fake("gdn_ir::chunk_forward", _fake)
+def operator(name: str, run: Any, fake: Any, vmap: Any) -> Any:
+    """A custom op made of its parts: `library.custom_op` also looks at every call's results for aliases, which costs a third of
+    a call's time on the host; `opcheck` does so in the tests."""
+    library.define(name, library.infer_schema(run, mutates_args=()), tags=torch.Tag.needs_exact_strides)
+    library.impl(name, ("cpu", "cuda"), run)
+    library.register_fake(name, fake)
+    library.register_vmap(name, vmap)
+    return getattr(torch.ops.gdn_ir, name.partition("::")[2]).default
+
+
+FORWARD = operator("gdn_ir::chunk_forward", _chunk_forward, _fake_forward, transforms.vmap_forward)
 
 
 def nothing(q: Tensor, cu_seqlens: Tensor | None) -> bool:
@@ -103,21 +138,20 @@ def _unchanged(state: Tensor, initial: Tensor | None) -> Tensor:
 
 def bind(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initial_state: Tensor | None,
          cu_seqlens: Tensor | None, final_state: bool, l2norm: bool, beta_sigmoid: bool, neg_eigval: bool, state_v_first: bool,
-         backend: str | None, grads: tuple[str, ...] = ()) -> tuple[Variant, dict[str, Tensor], int, Tensor | None]:
+         asked: str, grads: tuple[str, ...] = (), recurrent: bool = False) \
+        -> tuple[Variant | Offered, dict[str, Tensor], int, Tensor | None]:
     """The variant that serves (a backward, where `grads` names gradients), and its arguments: packed, contiguous, the log decay
     float32 and boundaries int32."""
-    B, T, _, K = q.shape
+    B, T, H, K = q.shape
     HV, V = v.shape[2:]
     sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    switches = Switches("none" if g is None else "scalar", True, l2norm, beta_sigmoid, neg_eigval, initial_state is not None,
-                        final_state, state_v_first)
-    instance = Instance(switches, K, V, NAMES[q.dtype], NAMES[beta.dtype], cu_seqlens is not None, grads,
-                        grouped=not grads or q.shape[2] < HV)
-    chosen = registry.choose(instance, registry.architecture(q.device), sequences, HV, B * T, backend)
-    tensors = {"q": q, "k": k, "v": v, "beta": beta}
+    chosen = registry.serving(q.device, q.dtype, beta.dtype, K, V, H, HV, sequences, B * T, cu_seqlens is not None,
+                              g is not None, l2norm, beta_sigmoid, neg_eigval, initial_state is not None, final_state,
+                              state_v_first, recurrent, grads, asked)
+    tensors = {"q": q.contiguous().view(B * T, H, K), "k": k.contiguous().view(B * T, H, K),
+               "v": v.contiguous().view(B * T, HV, V), "beta": beta.contiguous().view(B * T, HV)}
     if g is not None:
-        tensors["g"] = g.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
-    tensors = {name: x.contiguous().view(B * T, *x.shape[2:]) for name, x in tensors.items()}
+        tensors["g"] = g.to(torch.float64 if q.dtype == torch.float64 else torch.float32).contiguous().view(B * T, HV)
     if initial_state is not None:
         tensors["initial_state"] = initial_state.contiguous()
     return chosen, tensors, sequences, None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()

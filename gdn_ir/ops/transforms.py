@@ -1,0 +1,73 @@
+"""How the ops behave inside torch's transforms: autocast, vmap, and those that they cannot serve, which they refuse."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+Tensor = torch.Tensor
+
+
+def refuse(op: str, *tensors: Tensor | None) -> None:
+    """Raise NotImplementedError where a tangent, or a gradient taken by torch.func, would be lost on the way."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active():
+        kinds = torch._C._functorch.TransformType
+        for level in torch._C._functorch.get_interpreter_stack() or ():
+            if level.key() in (kinds.Grad, kinds.Jvp):
+                raise NotImplementedError(f"{op}: torch.func's grad, vjp, jvp and what is made of them are not supported; "
+                                          "accepts torch.autograd (backward, grad) and torch.func.vmap")
+    if forward_ad._current_level >= 0:
+        for x in tensors:
+            if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+                raise NotImplementedError(f"{op}: forward-mode differentiation is not supported; accepts torch.autograd's "
+                                          "backward and grad")
+
+
+def cast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v in autocast's dtype, as the operands of a matrix product; what is not a float of at most 32 bits stays."""
+    found = []
+    dtype = torch.get_autocast_dtype(q.device.type)
+    for x in (q, k, v):
+        found.append(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x)
+    return found[0], found[1], found[2]
+
+
+# ---- vmap: the mapped dimension joins the batch ---------------------------------------------------------------------------
+
+
+def _fold(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    if x is None:
+        return None
+    x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.flatten(0, 1)
+
+
+def _dense(cu_seqlens: Tensor | None) -> None:
+    if cu_seqlens is not None:
+        raise NotImplementedError("cu_seqlens: vmap over packed sequences is not supported; accepts None under vmap (or pack "
+                                  "the mapped dimension too)")
+
+
+def vmap_forward(info: Any, in_dims: tuple[int | None, ...], q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor,
+                 scale: float, initial_state: Tensor | None, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None,
+                 final_state: bool, *flags: bool) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    _dense(cu_seqlens)
+    n = info.batch_size
+    inputs = [_fold(x, d, n) for x, d in zip((q, k, v, g, beta), in_dims)]
+    initial_state = _fold(initial_state, in_dims[6], n)
+    o, state = torch.ops.gdn_ir.chunk_forward(*inputs, scale, initial_state, None, None, final_state, *flags)
+    batch = o.shape[0] // n
+    return (o.view(n, batch, *o.shape[1:]), state.view(n, batch if final_state else 0, *state.shape[1:])), (0, 0)
+
+
+def vmap_backward(info: Any, in_dims: tuple[int | None, ...], d_o: Tensor, d_state: Tensor | None, q: Tensor, k: Tensor,
+                  v: Tensor, g: Tensor | None, beta: Tensor, scale: float, initial_state: Tensor | None,
+                  cu_seqlens: Tensor | None, *rest: Any) -> tuple[list[Tensor], list[int]]:
+    _dense(cu_seqlens)
+    n = info.batch_size
+    inputs = [_fold(x, d, n) for x, d in zip((d_o, d_state, q, k, v, g, beta), in_dims)]
+    found = torch.ops.gdn_ir.chunk_backward(*inputs, scale, _fold(initial_state, in_dims[8], n), None, *rest)
+    return [x.view(n, x.shape[0] // n, *x.shape[1:]) for x in found], [0] * len(found)
