@@ -52,7 +52,7 @@ class Shape:
     tokens: int = 8192
 
 
-TOY = Shape(4, 32, 32, 64, 2, 4, 16, 16, (2, 1, 16), 2, 40)
+TOY = Shape(4, 32, 32, 64, 2, 4, 16, 16, (2, 1, 16), 1, 24)
 
 
 def build(shape: Shape, device: str, dtype: torch.dtype) -> Any:

@@ -74,7 +74,7 @@ def test_dense(changes: dict[str, Any]) -> None:
     assert state is None and error(y, expected(layer, x, **changes)) < 1e-5
 
 
-@pytest.mark.parametrize("changes", VARIANTS[:4], ids=lambda c: ",".join(c) or "plain")
+@pytest.mark.parametrize("changes", [VARIANTS[0], VARIANTS[3]], ids=lambda c: ",".join(c) or "plain")
 def test_state_cache(changes: dict[str, Any]) -> None:
     """A prefill in two pieces, the second shorter than the convolution, then token after token."""
     layer, x = built(**changes), torch.randn(2, 14, 24)
@@ -87,7 +87,7 @@ def test_state_cache(changes: dict[str, Any]) -> None:
     assert isinstance(state, State) and (state.conv is None) == ("use_short_conv" in changes)
 
 
-@pytest.mark.parametrize("changes", VARIANTS[:5], ids=lambda c: ",".join(c) or "plain")
+@pytest.mark.parametrize("changes", [VARIANTS[0], *VARIANTS[3:5]], ids=lambda c: ",".join(c) or "plain")
 def test_packed(changes: dict[str, Any]) -> None:
     """Sequences of any length, none included, in two calls: each is what it is alone."""
     layer, lengths = built(**changes), ((5, 3), (0, 2), (1, 1), (4, 0), (2, 7))

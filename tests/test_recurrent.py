@@ -62,7 +62,7 @@ def test_native_code_decodes() -> None:
 
 def test_triton_decodes() -> None:
     """The schedule it is given on a GPU, V in several tiles, by Triton's interpreter."""
-    found = interpreted([["recurrent", "initial state, f32"], ["recurrent", "gated delta rule, f32, K != V"]])
+    found = interpreted([["recurrent", "initial state, f32"]])
     assert all(r.get("error", 1.0) < 1e-5 for r in found.values()), found      # type: ignore[operator]
 
 
