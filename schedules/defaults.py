@@ -78,6 +78,9 @@ def options(arch: str, instance: Instance, width: int) -> dict[str, KernelOption
 
 def backward_default(arch: str, instance: Instance, sequences: int, heads: int, backend: str) -> tuple[Schedule, str]:
     """The same for a backward."""
+    if arch == "cpu":
+        return Schedule("backward-fused", 16, backward_plan("fused", instance.program, instance.io, 16)), \
+            "native code: states again, then their adjoints in reverse, kept a chunk of 16 tokens apart; heads go to threads"
     if arch != "torch" and (backend != "triton" or arch not in MULTIPROCESSORS):
         raise ValueError(f"no schedule of a backward for {backend} on {arch} yet")
     if arch != "torch" and max(instance.K, instance.V) > 128:

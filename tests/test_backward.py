@@ -27,7 +27,7 @@ from gdn_ir.schedules import steps
 from gdn_ir.schedules.defaults import default
 from gdn_ir.schedules.plans import backward_plan
 from gdn_ir.schedules.schedule import Schedule
-from tests.differential import interpreted
+from tests.differential import executed, interpreted
 
 FAMILY = list(itertools.product(("scalar", "none"), (True, False)))
 AXES, CU = {"C": 16, "K": 5, "V": 6, "H": 1, "HV": 2}, [0, 37, 37, 53]
@@ -61,7 +61,7 @@ def compare(p: Program, plan: tuple[tuple[str | int, ...], ...], padded: bool = 
 
 
 @pytest.mark.parametrize("flags", [{}, STATES | {"l2norm": True}, STATES | {"beta_sigmoid": True, "neg_eigval": True}])
-@pytest.mark.parametrize("name", ["naive", "states"])
+@pytest.mark.parametrize("name", ["naive", "fused", "states"])
 @pytest.mark.parametrize(("decay", "erase"), FAMILY)
 def test_plans_are_exact(name: str, decay: str, erase: bool, flags: dict[str, bool]) -> None:
     p = backward(build(Switches(decay=decay, erase=erase, **flags)))           # type: ignore[arg-type]
@@ -170,7 +170,7 @@ def test_refusals_without_a_node() -> None:
         steps.apply(build(), (("store_as", "u", "io"),))
     with pytest.raises(steps.IllegalStep, match="sum_after: nothing is stored that is summed"):
         steps.apply(build(), (("sum_after", "heads"),))
-    with pytest.raises(ValueError, match="plan: got 'best'; accepts naive, states"):
+    with pytest.raises(ValueError, match="plan: got 'best'; accepts naive, fused, states"):
         backward_plan("best", backward(build()))
     with pytest.raises(ValueError, match="grads: got w; accepts g, k, beta, v, q"):
         Instance(Switches(), 64, 64, "f32", "f32", True, ("w",))
@@ -223,6 +223,15 @@ def test_triton_executed() -> None:
     found = interpreted([["backward", n] for n in names])
     bad = {k: v for k, v in found.items()
            if "error" not in v or not float(v["error"]) < (2e-5 if "f32" in k else 4.5e-3)}     # type: ignore[arg-type]
+    assert not bad, json.dumps(bad, indent=1)[:3000]
+
+
+def test_native_code_executed() -> None:
+    """TileLang's C: packed with zero lengths, states either way; groups and a ragged tail; norms; K != V without a solve. (More
+    inputs, by way of the op: test_op.py.)"""
+    names = ["states [V, K], f32", "gated delta rule, f32, GVA", "l2norm in kernel, f32", "linear attention, f32, K != V"]
+    found = executed([["backward", n] for n in names], "tilelang", "cpu")
+    bad = {k: v for k, v in found.items() if "error" not in v or not float(v["error"]) < 2e-5}         # type: ignore[arg-type]
     assert not bad, json.dumps(bad, indent=1)[:3000]
 
 

@@ -7,7 +7,7 @@ from functools import reduce
 
 from gdn_ir.backends.base import Kernel
 from gdn_ir.backends.linearize import infix, paren
-from gdn_ir.nodes import FUNCTIONS, At, Node, Op, Rows, Slot, Tile, Turn, base
+from gdn_ir.nodes import FUNCTIONS, At, Members, Node, Op, Rows, Slot, Tile, Turn, base
 
 At_ = Mapping[str, str]                                    # a tile axis -> the text of a coordinate along it
 Element = Callable[[Node, At_], str]
@@ -83,9 +83,21 @@ def region(n: Node, k: Kernel) -> str:
     return "" if tuple(order) != n.axes or any(k.padded(a) for a in order) else f"{n['tensor'].name}_[{', '.join(box)}]"
 
 
+def several(n: Node) -> bool:
+    """Whether a LOAD is the sum of several places."""
+    return any(isinstance(t, Members) for t in n["index"])
+
+
+def count(n: Node) -> str:
+    """How many places a LOAD of several sums."""
+    return next(f"T.truncdiv({dim}, {t.grid})" for t, dim in zip(n["index"], n["tensor"].dims, strict=True)
+                if isinstance(t, Members))
+
+
 def where(n: Node, at: At_, k: Kernel, whole: bool = False, first: str = "t0", rows: str = "rows") -> tuple[str, str]:
     """A LOAD's or STORE's element: the indices of its tensor, and the condition under which it exists ("" where always).
-    whole: whether the chunk has all of its rows; first and rows: its first token, and how many it has."""
+    whole: whether the chunk has all of its rows; first and rows: its first token, and how many it has. Of several places,
+    the i-th."""
     indices, inside = [], []
     for term in n["index"]:
         match term:
@@ -103,6 +115,8 @@ def where(n: Node, at: At_, k: Kernel, whole: bool = False, first: str = "t0", r
                 indices.append("slot")
             case Turn(scan):
                 indices.append(f"i_{scan}")
+            case Members(grid):
+                indices.append(f"i_{grid} * {count(n)} + i")
     condition = reduce(lambda a, b: f"T.And({a}, {b})", inside) if inside else ""
     return f"{n['tensor'].name}_[{', '.join(indices)}]", condition
 

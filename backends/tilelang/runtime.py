@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -38,6 +39,7 @@ def compiler() -> tuple[Any, Any]:
     import tilelang
     import tvm                                             # can be imported only after TileLang, which brings it
     tilelang.set_log_level("ERROR")
+    logging.getLogger("tilelang.cache.kernel_cache").setLevel(logging.ERROR)       # it warns where two variants share a kernel
     return tilelang, tvm
 
 
@@ -85,7 +87,7 @@ def for_cpu(function: Any, names: list[str], sizes: list[str]) -> Run:
     names: of its arguments, in order; sizes: of tensors' dimensions that are known at the call, in the order in which they
     first occur: TileLang passes them after the arguments.
     """
-    built = native(function)
+    built = native(function)                               # which makes that logger, if it is the first
     entry, order = ctypes.CDLL(built.adapter.libpath).call, [*names, *sizes]
     source = built.adapter.lib_code                        # absent where the library came from TileLang's cache
     if source:

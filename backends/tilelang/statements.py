@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gdn_ir.backends.base import Kernel
 from gdn_ir.backends.linearize import Assign, Loop, Stmt, Style, Write, listed, paren
 from gdn_ir.backends.printer import Printer
-from gdn_ir.backends.tilelang.rules import DTYPES, RULES, guarded, region, where
+from gdn_ir.backends.tilelang.rules import DTYPES, RULES, count, guarded, region, several, where
 from gdn_ir.nodes import Node, Op
 from gdn_ir.program import ScanView, uses
 
@@ -32,8 +32,8 @@ SM_90 = Target("T.alloc_shared", "T.alloc_fragment", "T.Parallel", "T.Parallel",
 SM_80 = Target("T.alloc_shared", "T.alloc_fragment", "T.Parallel", "T.Parallel", threads=True, ring=1)
 
 OPERANDS = frozenset({Op.DOT, Op.TRI_SOLVE})
-C_STYLE = Style(OPERANDS, masks=False)
-CUDA_STYLE = Style(OPERANDS | {Op.CUMSUM}, masks=False, rows=True, loads=True, rounded=frozenset({"tf32"}))
+C_STYLE = Style(OPERANDS, masks=False, sums=True)
+CUDA_STYLE = Style(OPERANDS | {Op.CUMSUM}, masks=False, rows=True, loads=True, sums=True, rounded=frozenset({"tf32"}))
 
 
 def coordinate(axis: str) -> str:
@@ -123,6 +123,9 @@ class Statements(Printer):
 
     def fill(self, name: str, n: Node, depth: int) -> None:
         """A tile from an expression of its elements; of a tile in memory, those that exist, and zeros."""
+        if n.op is Op.LOAD and several(n):
+            self.total(name, n, depth)
+            return
         source = n.args[0] if n.op is Op.CAST and n.args[0].op is Op.LOAD and n.args[0] not in self.linear.names else n
         if self.whole and self.copied(n):
             self.put(depth, f"T.copy({region(n, self.kernel)}, {name})")
@@ -138,6 +141,18 @@ class Statements(Printer):
         self.put(inside + 1, f"{target} = " + (f'T.cast({text}, "{DTYPES[n.type.dtype]}")' if cast else text))
         self.put(inside, "else:")
         self.put(inside + 1, f"{target} = 0.0")
+
+    def total(self, name: str, n: Node, depth: int) -> None:
+        """A tile that is the sum of several in memory, added in order."""
+        inside, here = self.over(n.axes, depth), self.here(n.axes)
+        target = f"{name}[{', '.join(here.values()) or '0'}]"
+        text, condition = where(n, here, self.kernel, self.whole)
+        self.put(inside, f"{target} = 0.0")
+        if condition:
+            self.put(inside, f"if {condition}:")
+        deepest = inside + bool(condition)
+        self.put(deepest, f"for i in T.serial({count(n)}):")
+        self.put(deepest + 1, f"{target} += {text}")
 
     def copied(self, n: Node) -> bool:
         """Whether a whole chunk's tile is a box of its tensor, as the copy engines take it: in one piece, in the same order."""
