@@ -12,12 +12,18 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 
 @app.command()
-def demo(text: Annotated[Optional[Path], typer.Argument(help="a text file (by default one of Python's own)")] = None) -> None:
-    """Run the op on real text, on every backend this machine can run."""
-    from gdn_ir.demo import run
+def demo(text: Annotated[Optional[Path], typer.Argument(help="a text file (by default one of Python's own)")] = None,
+         train: Annotated[bool, typer.Option("--train", help="train a small language model on the text instead")] = False,
+         seconds: Annotated[float, typer.Option(help="of training")] = 60.0) -> None:
+    """Run the op on real text, on every backend this machine can run; or train a model with it."""
+    from gdn_ir import demo as variants
+    from gdn_ir import demo_train
     if text is not None and not text.is_file():
         raise ValueError(f"text: got {text}; accepts the path of a file")
-    run(text)
+    if train:
+        demo_train.run(text, seconds)
+    else:
+        variants.run(text)
 
 
 @app.command()

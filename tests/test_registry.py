@@ -13,8 +13,9 @@ import torch
 from rich.console import Console
 
 import gdn_ir
-from gdn_ir import cli, demo, registry
+from gdn_ir import cli, demo, demo_train, registry
 from gdn_ir.compiler import Instance, Unsupported
+from gdn_ir.demo_model import Model, Size
 from gdn_ir.ops import chunk_gated_delta_rule
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.schedules.plans import plan
@@ -154,6 +155,34 @@ def test_demo_on_a_text(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ValueError, match=r"text: got .*empty.txt, which is empty"):
         demo.run(tmp_path / "empty.txt", console)
+
+
+def test_demo_trains(tmp_path: Path) -> None:
+    """Words that repeat are learnt at once; going on from states is the same as reading it all."""
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five six seven eight nine ten. " * 100)
+    small = demo_train.Recipe(Size(layers=1, width=32, H=1, HV=2, K=16, V=16), batch=8, context=64, rate=2e-2, sample=20)
+    console = Console(record=True, width=160)
+    losses = demo_train.run(text, 3.0, console, small)
+    page = console.export_text()
+    assert losses[0] > 4 and sum(losses[-5:]) / 5 < 0.5 * losses[0]
+    assert "text held out" in page and "nats per byte" in page and "A sample" in page
+    (tmp_path / "short.txt").write_text("one two three")
+    with pytest.raises(ValueError, match=r"text: got short.txt of 13 bytes; accepts a text of at least 1280"):
+        demo_train.run(tmp_path / "short.txt", 1.0, console, small)
+    with pytest.raises(ValueError, match=r"seconds: got 0.0; accepts a number above 0"):
+        demo_train.run(text, 0.0, console, small)
+
+
+def test_the_demo_model_goes_on_from_states() -> None:
+    torch.manual_seed(0)
+    model = Model(Size(layers=2, width=32, H=1, HV=2, K=16, V=16))
+    text = torch.randint(0, 256, (2, 20))
+    with registry.use("torch"), torch.no_grad():
+        whole, _ = model(text)
+        first, past = model(text[:, :13], keep=True)
+        rest, _ = model(text[:, 13:], past)
+    assert torch.allclose(torch.cat([first, rest], 1), whole, atol=1e-4)
 
 
 def test_demo_makes_what_a_layer_makes() -> None:
