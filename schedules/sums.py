@@ -11,7 +11,7 @@ what reverse mode derives multiplies more than it must.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 
 from gdn_ir.analysis import needs
@@ -24,6 +24,7 @@ from gdn_ir.schedules.pipeline import Pipeline, find, put, refuse, replace_node,
 from gdn_ir.verify import verify
 
 Term = tuple[int, tuple[Node, ...]]                        # a sign, and factors
+Nodes = Mapping[Node, None]                                # all there are, in the program's order: emitted code depends on it
 
 
 def is_elem(n: Node, *fns: str) -> bool:
@@ -102,12 +103,12 @@ def regroup(pipeline: Pipeline) -> Pipeline:
     return tuple(_everywhere(p, _regrouped) for p in pipeline)
 
 
-def _everywhere(p: Program, rule: Callable[[Node, frozenset[Node]], Node | None]) -> Program:
+def _everywhere(p: Program, rule: Callable[[Node, Nodes], Node | None]) -> Program:
     """The program with a rule, told of all nodes there are, applied until it fits nowhere."""
     while True:
-        nodes = frozenset(p.nodes())
+        nodes = dict.fromkeys(p.nodes())
 
-        def change(old: Node, args: tuple[Node, ...], nodes: frozenset[Node] = nodes) -> Node | None:
+        def change(old: Node, args: tuple[Node, ...], nodes: Nodes = nodes) -> Node | None:
             return rule(old, nodes) if args == old.args else None
         new = simplify(p.rebuild(change))
         if new == p:
@@ -115,7 +116,7 @@ def _everywhere(p: Program, rule: Callable[[Node, frozenset[Node]], Node | None]
         p = new
 
 
-def _regrouped(n: Node, nodes: frozenset[Node]) -> Node | None:
+def _regrouped(n: Node, nodes: Nodes) -> Node | None:
     if not is_elem(n, "mul"):
         return None
     for x, D in (n.args, n.args[::-1]):
@@ -128,12 +129,12 @@ def _regrouped(n: Node, nodes: frozenset[Node]) -> Node | None:
     return None
 
 
-def _part_of(sign: int, part: Node, D: Node, whole: Node, nodes: frozenset[Node]) -> tuple[int, Node] | None:
+def _part_of(sign: int, part: Node, D: Node, whole: Node, nodes: Nodes) -> tuple[int, Node] | None:
     """part * D as (a product that exists, D among its factors) * the rest."""
     s, fs = factors(part)
     wanted = Counter([*fs, D])
     best: tuple[int, Node, Counter[Node]] | None = None
-    for m in sorted((m for m in nodes if is_elem(m, "mul") and m.axes == whole.axes), key=lambda m: m is not None):
+    for m in (m for m in nodes if is_elem(m, "mul") and m.axes == whole.axes):
         t, gs = factors(m)
         have = Counter(gs)
         if D in have and have < wanted and (best is None or have.total() > best[2].total()):
@@ -156,9 +157,9 @@ def exchange(pipeline: Pipeline) -> Pipeline:
 
 def _exchange(p: Program) -> Program:
     for d in [n for n in p.nodes() if n.op is Op.DOT]:
-        nodes = frozenset(p.nodes())
+        nodes = dict.fromkeys(p.nodes())
         if d in nodes:
-            def change(old: Node, args: tuple[Node, ...], d: Node = d, nodes: frozenset[Node] = nodes) -> Node | None:
+            def change(old: Node, args: tuple[Node, ...], d: Node = d, nodes: Nodes = nodes) -> Node | None:
                 return _exchanged(old, d, nodes) if args == old.args else None
             new = simplify(p.rebuild(change))
             if d not in set(new.nodes()):
@@ -166,7 +167,7 @@ def _exchange(p: Program) -> Program:
     return p
 
 
-def _exchanged(n: Node, d: Node, nodes: frozenset[Node]) -> Node | None:
+def _exchanged(n: Node, d: Node, nodes: Nodes) -> Node | None:
     """A sum without the product d in it, if n is a sum that can be had from another product."""
     if n.op is not Op.REDUCE or n["fn"] != "sum" or n["over"] not in d.axes:
         return None
@@ -202,7 +203,7 @@ def _near(x: Node) -> Iterable[Node]:
         yield x
 
 
-def _swapped(fs: tuple[Node, ...], axis: str, d: Node, nodes: frozenset[Node]) -> Node | None:
+def _swapped(fs: tuple[Node, ...], axis: str, d: Node, nodes: Nodes) -> Node | None:
     inside = [f for f in fs if axis in f.axes and f is not d]
     if fs.count(d) != 1 or len(inside) != 1:
         return None

@@ -20,6 +20,7 @@ from gdn_ir.interp import Sizes, run, run_pipeline
 from gdn_ir.legalize import ungrouped
 from gdn_ir.nodes import Node, Op
 from gdn_ir.padding import pad
+from gdn_ir.printer import dump
 from gdn_ir.program import Program
 from gdn_ir.programs.gated_delta import Switches, build
 from gdn_ir.prune import prune
@@ -245,3 +246,13 @@ def test_default_compiles_without_a_gpu(arch: str) -> None:
         built = cross_compile(kernel, source, arch)
         assert built.metadata.shared <= {"sm_80": 166912, "sm_90": 232448}[arch]
         assert "atom" not in source.text
+
+
+def test_plans_make_one_source() -> None:
+    """Whatever lies where in this process's memory: a source's hash names a measurement."""
+    seen, kept = set(), []
+    for i in range(8):
+        kept.append([object() for _ in range(1 + 1013 * i)])
+        p = backward(build(Switches(final_state=True)))
+        seen.add(dump(steps.apply(p, backward_plan("states", p))[4], notes=False))
+    assert len(seen) == 1
