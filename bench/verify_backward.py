@@ -18,7 +18,8 @@ from gdn_ir.backends import BACKENDS
 from gdn_ir.backends.triton.ptx import TritonPtx
 from gdn_ir.coverage import DTYPES, Cell, table
 
-SIZES = ((16, 16), (16, 128), (48, 96), (128, 64), (80, 112), (32, 32), (96, 128), (64, 128))
+SIZES = ((16, 16), (16, 128), (48, 96), (128, 64), (80, 112), (32, 32), (96, 128), (64, 128), (256, 256), (160, 192), (256, 64),
+         (64, 256))
 
 
 def shipped() -> Iterator[tuple[Cell, int | None, str]]:
