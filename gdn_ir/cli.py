@@ -35,8 +35,10 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch")]
          sequences: Annotated[int, typer.Option(help="a call's: the default schedule depends on it")] = 1,
          HV: Annotated[int, typer.Option(help="heads of v: likewise")] = 32,
          T: Annotated[int, typer.Option(help="tokens: likewise")] = 8192,
-         schedule: Annotated[str, typer.Option(help="default; a plan with modest options: naive, fused, solve, states or wy; "
-                                                    "or a JSON file")] = "default",
+         H: Annotated[Optional[int], typer.Option(help="heads of q (all of v's by default; likewise)")] = None,
+         grads: Annotated[str, typer.Option(help="the backward: gradients of these, such as q,k,v,g,beta,initial_state")] = "",
+         schedule: Annotated[str, typer.Option(help="default; a plan with modest options: naive, fused, solve, states or wy "
+                                                    "(of a backward: naive, fused or states); or a JSON file")] = "default",
          kernel: Annotated[str, typer.Option(help="only this kernel")] = "",
          generated: Annotated[bool, typer.Option("--generated", help="print what the toolchain makes of it: PTX (triton), or "
                                                  "TIR and C (tilelang)")] = False,
@@ -47,15 +49,19 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch")]
     from gdn_ir.compiler import Instance, variant
     from gdn_ir.programs.gated_delta import Switches
     from gdn_ir.schedules.defaults import default
-    from gdn_ir.schedules.plans import plan
+    from gdn_ir.schedules.plans import PLANS, backward_plan, plan
     from gdn_ir.schedules.schedule import Schedule
     if backend not in BACKENDS:
         raise ValueError(f"--backend: got {backend!r}; accepts {', '.join(BACKENDS)}")
     for name, size in (("--sequences", sequences), ("--HV", HV), ("--T", T)):
         if size < 1:
             raise ValueError(f"{name}: got {size}; accepts a number from 1 on")
-    switches = Switches("scalar" if decay else "none", erase, l2norm, initial_state=initial_state, final_state=final_state)
-    instance = Instance(switches, K, V, dtype, dtype, varlen)
+    switches = Switches("scalar" if decay else "none", erase, l2norm, final_state=final_state,
+                        initial_state=initial_state or "initial_state" in names(grads))
+    wrt = names(grads)
+    if H is not None and (H < 1 or HV < H or HV % H):
+        raise ValueError(f"--H: got {H}; accepts a divisor of HV = {HV}")
+    instance = Instance(switches, K, V, dtype, dtype, varlen, wrt, grouped=not wrt or (H is not None and H < HV))
     if schedule == "default":
         wanted = default("torch" if backend == "torch" else arch, instance, sequences, HV, T, backend)[0]
     elif Path(schedule).is_file():
@@ -64,11 +70,11 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch")]
         except ValueError as e:
             raise ValueError(f"--schedule {schedule}: {e}") from None
     else:
-        try:
-            wanted = Schedule(schedule, steps=plan(schedule, erase, dtype))
-        except ValueError:
-            raise ValueError(f"--schedule: got {schedule!r}; accepts default, naive, fused, solve, states, wy, "
-                             "or a JSON file that exists") from None
+        known = PLANS["backward" if wrt else "forward"]
+        if schedule not in known:
+            raise ValueError(f"--schedule: got {schedule!r}; accepts default, {', '.join(known)}, or a JSON file that exists")
+        steps = backward_plan(schedule, instance.program, dtype) if wrt else plan(schedule, erase, dtype)
+        wanted = Schedule(schedule, steps=steps)
     if json:
         print(wanted.to_json())
         return
@@ -82,13 +88,20 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch")]
     print("\n\n".join([sources[kernel]] if kernel else sources.values()), end="")
 
 
+def names(listed: str) -> tuple[str, ...]:
+    return tuple(n.strip() for n in listed.split(",") if n.strip())
+
+
 @app.command()
 def explain(H: int = 16, HV: int = 32, K: int = 128, V: int = 128, T: int = 8192, B: int = 1,
             sequences: Annotated[Optional[int], typer.Option(help="packed sequences; without it, dense")] = None,
-            dtype: str = "bf16", arch: Annotated[Optional[str], typer.Option(help="cpu, sm_80, sm_90")] = None) -> None:
+            dtype: str = "bf16", arch: Annotated[Optional[str], typer.Option(help="cpu, sm_80, sm_90")] = None,
+            grads: Annotated[str, typer.Option(help="of the backward: gradients of these, such as q,k,v,g,beta")] = "") -> None:
     """Say which variant serves a shape, and why."""
     from gdn_ir.registry import explain as say
-    print(say(H=H, HV=HV, K=K, V=V, T=T, B=B, sequences=sequences, dtype=dtype, arch=arch))
+    wrt = names(grads)
+    print(say(H=H, HV=HV, K=K, V=V, T=T, B=B, sequences=sequences, dtype=dtype, arch=arch, grads=wrt,
+              initial_state="initial_state" in wrt))
 
 
 @app.command()

@@ -92,10 +92,12 @@ def choose(instance: Instance, arch: str, sequences: int, heads: int, tokens: in
 
 
 def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, sequences: int | None = None,
-            dtype: str | torch.dtype = "bf16", arch: str | None = None, **switches: bool | str) -> str:
+            dtype: str | torch.dtype = "bf16", arch: str | None = None, grads: tuple[str, ...] = (),
+            **switches: bool | str) -> str:
     """Every variant that could serve such a call, and why it is or is not chosen. dtype: "bf16", "f16", "f32", "f64" or
-    torch's; sequences: of packed input (None: dense, B of them); arch: "cpu", "sm_80", "sm_90" (None: this machine's); further
-    keywords: `Switches`' fields, such as l2norm=True. H and HV: heads of q and of v; T: tokens of a batch row."""
+    torch's; sequences: of packed input (None: dense, B of them); arch: "cpu", "sm_80", "sm_90" (None: this machine's);
+    grads: of a backward, the inputs whose gradients are asked for; further keywords: `Switches`' fields, such as
+    l2norm=True. H and HV: heads of q and of v; T: tokens of a batch row."""
     from gdn_ir.compiler import NAMES
     here = architecture(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     arch = arch or here
@@ -111,12 +113,14 @@ def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, 
                         f"{', '.join(Switches.__dataclass_fields__)}")
     if HV < H or HV % H:
         raise ValueError(f"HV: got {HV}; accepts a multiple of H = {H}")
-    instance = Instance(Switches(**switches), K, V, io, io, sequences is not None)       # type: ignore[arg-type]
+    instance = Instance(Switches(**switches), K, V, io, io, sequences is not None, tuple(grads),  # type: ignore[arg-type]
+                        grouped=not grads or H < HV)
     every = options(instance, arch, sequences or B, HV, B * T)
     wanted = forced()
     chosen = next((o for o in every if o.variant is not None and wanted in (None, o.backend)), None)
     kind = f"packed {io}, {sequences} sequences of {T} tokens together" if instance.varlen else f"dense {io}, {B} x {T} tokens"
-    lines = [f"{kind}, H/HV {H}/{HV}, K x V {K} x {V}, on {arch}"]
+    what = f"gradients of {' '.join(grads)}: " if grads else ""
+    lines = [f"{what}{kind}, H/HV {H}/{HV}, K x V {K} x {V}, on {arch}"]
     for rank, o in enumerate(every):
         if o.variant is None:
             lines.append(f"  {o.backend:<8} cannot: {o.reason}")

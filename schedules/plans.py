@@ -22,6 +22,7 @@ from gdn_ir.nodes import Node, Op
 from gdn_ir.program import Program, ScanView, toposort
 
 Steps = tuple[tuple[str | int, ...], ...]
+PLANS = {"forward": ("naive", "fused", "solve", "states", "wy"), "backward": ("naive", "fused", "states")}
 LESS: Steps = (("factor",), ("regroup",), ("exchange",), ("symmetric",))       # fewer products than reverse mode derives
 
 
@@ -61,8 +62,8 @@ def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64
     heads: Steps = (("sum_after", "heads"),) if any(n["sum"] for n in stores) else ()
     if name == "naive":
         return (*apart, *heads)
-    if name not in ("fused", "states"):
-        raise ValueError(f"plan: got {name!r}; accepts naive, fused, states")
+    if name not in PLANS["backward"]:
+        raise ValueError(f"plan: got {name!r}; accepts {', '.join(PLANS['backward'])}")
     back = scans[-1]["carries"] == ("d_S",)
     merges = {"f64": "f64", "f32": "tf32x3"}.get(io, "tf32")
     solves = [n for n in ("u_again", "d_r") if n in named]

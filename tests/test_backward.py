@@ -222,17 +222,16 @@ def test_triton_executed() -> None:
     names = [c.name for c in table() if c.io == "f32" and (c.name.startswith("gated delta rule,") or "varlen" in c.name
                                                            or "V, K" in c.name or "sigmoid" in c.name or "l2norm" in c.name)]
     names += ["gated delta rule, f16, varlen", "gated delta rule, f16, GVA"]
-    tiled = ["gated delta rule, f32, GVA", "gated linear attention, f32, K != V"]
-    found = interpreted([*(["backward", n] for n in names), *(["backward", n, 32] for n in tiled)])
+    found = interpreted([*(["backward", n] for n in names), ["backward", "gated delta rule, f32, GVA", 32]])
     bad = {k: v for k, v in found.items()
            if "error" not in v or not float(v["error"]) < (2e-5 if "f32" in k else 4.5e-3)}     # type: ignore[arg-type]
     assert not bad, json.dumps(bad, indent=1)[:3000]
 
 
 def test_native_code_executed() -> None:
-    """TileLang's C: packed with zero lengths, states either way; groups and a ragged tail; norms; K != V without a solve. (More
+    """TileLang's C: packed with zero lengths, states either way; groups and a ragged tail; K != V without a solve. (More
     inputs, by way of the op: test_op.py.)"""
-    names = ["states [V, K], f32", "gated delta rule, f32, GVA", "l2norm in kernel, f32", "linear attention, f32, K != V"]
+    names = ["states [V, K], f32", "gated delta rule, f32, GVA", "linear attention, f32, K != V"]
     found = executed([["backward", n] for n in names], "tilelang", "cpu")
     bad = {k: v for k, v in found.items() if "error" not in v or not float(v["error"]) < 2e-5}         # type: ignore[arg-type]
     assert not bad, json.dumps(bad, indent=1)[:3000]

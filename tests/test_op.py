@@ -16,7 +16,7 @@ from gdn_ir.compiler import Instance
 from gdn_ir.ops import chunk_gated_delta_rule
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.reference import recurrence
-from tests.inputs import error, expected, make
+from tests.inputs import HARD, error, expected, make
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4.5e-3, torch.bfloat16: 4.5e-3}
 
@@ -247,10 +247,6 @@ def test_native_code_through_the_op() -> None:
             assert error(o, want_o) < 1e-6 and error(S, want_S) < 1e-6
             with pytest.raises(ValueError, match=r"tilelang cannot serve .*no bfloat16 on cpu"):
                 chunk_gated_delta_rule(**make(dtype=torch.bfloat16))
-
-
-HARD = {"as they come": {}, "no decay, to the digit": {"g": 0.0}, "a reset each step": {"g": -50.0},
-        "beta near 2": {"beta": 1.999}}
 
 
 @pytest.mark.parametrize("backend", ["tilelang", "torch"])

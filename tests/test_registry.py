@@ -100,7 +100,9 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("words", [("--kernel", "scan"), ("--arch", "sm_80"), ("--schedule", "naive", "--dtype", "f32"),
-                                   ("--schedule", "wy"), ("--backend", "torch", "--no-erase"), ("--no-decay",)])
+                                   ("--grads", "q,k,v,g,beta,initial_state", "--H", "16"),
+                                   ("--grads", "v", "--schedule", "fused", "--no-erase"), ("--schedule", "wy"),
+                                   ("--backend", "torch", "--no-erase"), ("--no-decay",)])
 def test_emit_prints_what_compiles(command: Callable[..., tuple[int, str, str]], words: tuple[str, ...]) -> None:
     code, out, err = command("emit", *words)
     assert code == 0 and not err
@@ -118,6 +120,12 @@ def test_emit_generated(command: Callable[..., tuple[int, str, str]], words: tup
     assert code == 0 and all(s in out for s in seen), out[:500]
 
 
+def test_explain_of_a_backward(command: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = command("explain", "--grads", "q,k,v,g,beta,initial_state", "--dtype", "f32", "--arch", "cpu")
+    assert code == 0 and out.startswith("gradients of q k v g beta initial_state: dense f32")
+    assert "tilelang chosen" in out and "kernels: again" in out
+
+
 def test_emit_takes_a_schedule_file(command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     mine = Schedule("mine", steps=plan("fused")).with_options(scan=KernelOptions(64, 8, 2))
     (tmp_path / "mine.json").write_text(mine.to_json())
@@ -130,6 +138,10 @@ def test_emit_takes_a_schedule_file(command: Callable[..., tuple[int, str, str]]
     (("emit", "--kernel", "best"), "--kernel: got 'best'; this schedule has solve, scan, output"),
     (("emit", "--schedule", "best"), "--schedule: got 'best'; accepts default, naive, fused"),
     (("emit", "--schedule", "--schedule: got 'none.json'; accepts"), "--schedule: got 'none.json'; accepts"),
+    (("emit", "--schedule", "wy", "--grads", "v"), "--schedule: got 'wy'; accepts default, naive, fused, states, or a JSON"),
+    (("emit", "--grads", "q,w"), "grads: got w; accepts"),
+    (("emit", "--H", "5"), "--H: got 5; accepts a divisor of HV = 32"),
+    (("explain", "--grads", "o"), "grads: got o; accepts"),
     (("emit", "--backend", "cuda"), "--backend: got 'cuda'; accepts triton, tilelang, torch"),
     (("emit", "--arch", "sm_70"), "arch: got 'sm_70'; accepts cpu, sm_80, sm_90"),
     (("emit", "--dtype", "int8"), "dtype: got 'int8'; accepts"),
