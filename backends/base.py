@@ -158,7 +158,7 @@ def heads(kernel: Kernel) -> tuple[str, ...]:
     for n in kernel.program.nodes():
         if n.op in (Op.LOAD, Op.STORE):
             found |= {t.share: None for t in n["index"] if isinstance(t, At) and t.share}
-            found |= {d: None for t, d in zip(n["index"], n["tensor"].dims, strict=True) if isinstance(t, Members)}
+            found |= {d: None for t, d in zip(n["index"], n["tensor"].dims, strict=True) if isinstance(t, Members) and t.grid}
     return tuple(found)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from gdn_ir.backends.base import Kernel
-from gdn_ir.nodes import Node, Op, twin
+from gdn_ir.nodes import Members, Node, Op, twin
 from gdn_ir.program import Line, ScanView, Scopes, token_chains, uses
 
 
@@ -43,11 +43,13 @@ Stmt = Assign | Write | Loop
 class Style:
     """Which values a backend wants by name. named: operands of these operations; masks: conditions that are used again;
     rows: what a larger tile would compute again for each of its rows; loads: tiles as they lie in memory, so that a cast stands
-    where they are used; rounded: dtypes whose casts it writes out where the value meets more than products."""
+    where they are used; sums: loads of several places, which take a loop; rounded: dtypes whose casts it writes out where the
+    value meets more than products."""
     named: frozenset[Op] = frozenset()
     masks: bool = True
     rows: bool = False
     loads: bool = False
+    sums: bool = False
     rounded: frozenset[str] = frozenset()
 
 
@@ -153,7 +155,8 @@ class Linear:
         once = len(users) == 1 and users[0].args.count(node) == 1
         loads = self.style.loads and bool(node.axes)
         if node.op is Op.LOAD:                             # a tile that is only widened is loaded and widened in one line
-            return not loads and once and users[0].op is Op.CAST and self._same_block(node, users[0])
+            several = self.style.sums and any(isinstance(t, Members) for t in node["index"])
+            return not loads and not several and once and users[0].op is Op.CAST and self._same_block(node, users[0])
         if loads and node.op is Op.CAST and node.args[0].op is Op.LOAD:
             return True
         if self.style.rows and node.op is Op.ELEM and node["fn"] in COSTLY and any(len(u.axes) > len(node.axes) for u in users):

@@ -55,7 +55,7 @@ def address(kernel: Kernel, node: Node) -> Address:
                 if kernel.padded(axis):
                     bounds.append(axis)
             case At(grid, share):
-                scalar = "n" if grid == "N" else f"i_{share or grid}"
+                scalar = "n" if grid == "N" else number(kernel, grid) if grid.endswith("#") else f"i_{share or grid}"
             case Rows(_, axis, single):
                 scalar = "t0"
                 if not single:
@@ -65,7 +65,7 @@ def address(kernel: Kernel, node: Node) -> Address:
                 scalar = "slot"
             case Turn(scan):
                 scalar = f"i_{scan}"
-            case Members(grid):                            # the first of them
+            case Members(grid) if grid:                    # the first of them
                 scalar = f"i_{grid} * ({tensor.dims[i]} // {grid})"
         if scalar is not None:
             factor = product(step)
@@ -76,11 +76,19 @@ def address(kernel: Kernel, node: Node) -> Address:
 
 
 def members(kernel: Kernel, node: Node) -> tuple[str, str] | None:
-    """Of a load that sums several places: how far they lie apart, and how many there are, as text."""
+    """Of a load that sums several places: how far they lie apart, and how many there are, as text. (Several dimensions of them
+    lie one in another, next to each other.)"""
+    dims, step, counts = node["tensor"].dims, "", []
     for i, term in enumerate(node["index"]):
         if isinstance(term, Members):
-            return product(stride(kernel, node["tensor"], i)), f"{node['tensor'].dims[i]} // {term.grid}"
-    return None
+            step = product(stride(kernel, node["tensor"], i))
+            counts.append(f"{dims[i]} // {term.grid}" if term.grid else str(size(kernel, dims[i])))
+    return (step, " * ".join(counts)) if counts else None
+
+
+def number(kernel: Kernel, grid: str) -> str:
+    """Which tile of a split axis a block owns, as text."""
+    return f"(start // {kernel.tile(grid[:-1])})"
 
 
 def index_suffix(axes: tuple[str, ...], to: tuple[str, ...]) -> str:

@@ -20,7 +20,8 @@ from gdn_ir.compiler import variant
 from gdn_ir.coverage import DTYPES, Cell, table
 from gdn_ir.schedules.defaults import default
 
-SIZES = ((16, 16), (16, 128), (48, 96), (128, 64), (80, 112), (32, 32), (96, 128), (64, 128))
+SIZES = ((16, 16), (16, 128), (48, 96), (128, 64), (80, 112), (32, 32), (96, 128), (64, 128), (256, 256), (160, 192), (256, 64),
+         (64, 256))
 
 
 def shipped() -> Iterator[tuple[Cell, int | None, str]]:

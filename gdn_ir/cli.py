@@ -17,12 +17,18 @@ app.command("compile")(tuning.compile_)
 
 
 @app.command()
-def demo(text: Annotated[Optional[Path], typer.Argument(help="a text file (by default one of Python's own)")] = None) -> None:
-    """Run the op on real text, on every backend this machine can run."""
-    from gdn_ir.demo import run
+def demo(text: Annotated[Optional[Path], typer.Argument(help="a text file (by default one of Python's own)")] = None,
+         train: Annotated[bool, typer.Option("--train", help="train a small language model on the text instead")] = False,
+         seconds: Annotated[float, typer.Option(help="of training")] = 60.0) -> None:
+    """Run the op on real text, on every backend this machine can run; or train a model with it."""
+    from gdn_ir import demo as variants
+    from gdn_ir import demo_train
     if text is not None and not text.is_file():
         raise ValueError(f"text: got {text}; accepts the path of a file")
-    run(text)
+    if train:
+        demo_train.run(text, seconds)
+    else:
+        variants.run(text)
 
 
 @app.command()
@@ -34,8 +40,10 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch")]
          sequences: Annotated[int, typer.Option(help="a call's: the default schedule depends on it")] = 1,
          HV: Annotated[int, typer.Option(help="heads of v: likewise")] = 32,
          T: Annotated[int, typer.Option(help="tokens: likewise")] = 8192,
-         schedule: Annotated[str, typer.Option(help="default; a plan with modest options: naive, fused, solve, states or wy; "
-                                                    "or a JSON file")] = "default",
+         H: Annotated[Optional[int], typer.Option(help="heads of q (all of v's by default; likewise)")] = None,
+         grads: Annotated[str, typer.Option(help="the backward: gradients of these, such as q,k,v,g,beta,initial_state")] = "",
+         schedule: Annotated[str, typer.Option(help="default; a plan with modest options: naive, fused, solve, states or wy "
+                                                    "(of a backward: naive, fused or states); or a JSON file")] = "default",
          kernel: Annotated[str, typer.Option(help="only this kernel")] = "",
          generated: Annotated[bool, typer.Option("--generated", help="print what the toolchain makes of it: PTX (triton), or "
                                                  "TIR and C (tilelang)")] = False,
@@ -46,15 +54,19 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch")]
     from gdn_ir.compiler import Instance, variant
     from gdn_ir.programs.gated_delta import Switches
     from gdn_ir.schedules.defaults import default
-    from gdn_ir.schedules.plans import plan
+    from gdn_ir.schedules.plans import PLANS, backward_plan, plan
     from gdn_ir.schedules.schedule import Schedule
     if backend not in BACKENDS:
         raise ValueError(f"--backend: got {backend!r}; accepts {', '.join(BACKENDS)}")
     for name, size in (("--sequences", sequences), ("--HV", HV), ("--T", T)):
         if size < 1:
             raise ValueError(f"{name}: got {size}; accepts a number from 1 on")
-    switches = Switches("scalar" if decay else "none", erase, l2norm, initial_state=initial_state, final_state=final_state)
-    instance = Instance(switches, K, V, dtype, dtype, varlen)
+    switches = Switches("scalar" if decay else "none", erase, l2norm, final_state=final_state,
+                        initial_state=initial_state or "initial_state" in names(grads))
+    wrt = names(grads)
+    if H is not None and (H < 1 or HV < H or HV % H):
+        raise ValueError(f"--H: got {H}; accepts a divisor of HV = {HV}")
+    instance = Instance(switches, K, V, dtype, dtype, varlen, wrt, grouped=not wrt or (H is not None and H < HV))
     if schedule == "default":
         wanted = default("torch" if backend == "torch" else arch, instance, sequences, HV, T, backend)[0]
     elif Path(schedule).is_file():
@@ -63,11 +75,11 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch")]
         except ValueError as e:
             raise ValueError(f"--schedule {schedule}: {e}") from None
     else:
-        try:
-            wanted = Schedule(schedule, steps=plan(schedule, erase, dtype))
-        except ValueError:
-            raise ValueError(f"--schedule: got {schedule!r}; accepts default, naive, fused, solve, states, wy, "
-                             "or a JSON file that exists") from None
+        known = PLANS["backward" if wrt else "forward"]
+        if schedule not in known:
+            raise ValueError(f"--schedule: got {schedule!r}; accepts default, {', '.join(known)}, or a JSON file that exists")
+        steps = backward_plan(schedule, instance.program, dtype) if wrt else plan(schedule, erase, dtype)
+        wanted = Schedule(schedule, steps=steps)
     if json:
         print(wanted.to_json())
         return
@@ -81,6 +93,10 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch")]
     print("\n\n".join([sources[kernel]] if kernel else sources.values()), end="")
 
 
+def names(listed: str) -> tuple[str, ...]:
+    return tuple(n.strip() for n in listed.split(",") if n.strip())
+
+
 @app.command()
 def explain(shapes: Annotated[Optional[list[str]], typer.Argument(help="packed calls, as 8x1024:16/32 (lengths, H/HV), instead "
                                                                   "of H, HV, T, B and sequences")] = None,
@@ -89,6 +105,7 @@ def explain(shapes: Annotated[Optional[list[str]], typer.Argument(help="packed c
             dtype: str = "bf16", arch: Annotated[Optional[str], typer.Option(help="cpu, sm_80, sm_90")] = None,
             final_state: Annotated[bool, typer.Option(help="whether the final state is asked for")] = False,
             recurrent: Annotated[bool, typer.Option("--recurrent", help="one token at a time, as in decoding")] = False,
+            grads: Annotated[str, typer.Option(help="of the backward: gradients of these, such as q,k,v,g,beta")] = "",
             json: Annotated[bool, typer.Option("--json", help="as data: a list, an entry for each call")] = False) -> None:
     """Say which variant serves a shape, and why: where its schedule comes from, too."""
     from json import dumps
@@ -97,8 +114,9 @@ def explain(shapes: Annotated[Optional[list[str]], typer.Argument(help="packed c
     from gdn_ir.registry import explain as say
     calls = [(sum(lengths), 1, len(lengths), h, hv) for lengths, h, hv in parse(",".join(shapes), "forward")] if shapes else \
         [(T, B, sequences, H, HV)]
-    said = [say(H=h, HV=hv, K=K, V=V, T=tokens, B=rows, sequences=count, dtype=dtype, arch=arch, recurrent=recurrent,
-                final_state=final_state) for tokens, rows, count, h, hv in calls]
+    wrt = names(grads)
+    said = [say(H=h, HV=hv, K=K, V=V, T=tokens, B=rows, sequences=count, dtype=dtype, arch=arch, recurrent=recurrent, grads=wrt,
+                initial_state="initial_state" in wrt, final_state=final_state) for tokens, rows, count, h, hv in calls]
     print(dumps([s.data() for s in said], indent=1) if json else "\n".join(map(str, said)))
 
 

@@ -21,7 +21,7 @@ from gdn_ir.programs.gated_delta import Switches, build
 from gdn_ir.rewrite import simplify
 from gdn_ir.schedules import steps
 from gdn_ir.schedules.schedule import Schedule
-from gdn_ir.split import split
+from gdn_ir.split import parts
 
 NAMES = {v: k for k, v in TORCH.items()}
 HERE = nullcontext()
@@ -110,6 +110,16 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
     if stray:
         raise steps.IllegalStep(f"kernels: no kernel is called {', '.join(sorted(stray))}; the plan makes "
                                 f"{', '.join(p.name for p in pipeline)}")
+    whole = {a: e if a in tokens else backend.tile(a, e, arch) for a, e in extents.items()}
+    split = {}
+    for p in pipeline:
+        tile = schedule.options(p.name).v_tile
+        if backend.splits_grid and tile is not None and "V" in tile_axes(p) and tile < whole["V"]:
+            split[p.name] = tile
+    pipeline = parts(pipeline, "V", split)
+    for p in pipeline:
+        if any("V#" in p.tensors()[n].dims for n in p.written()):
+            extents["V#"] = -(-extents["V"] // split[p.name])
     kernels = []
     for p in pipeline:
         options = schedule.options(p.name)
@@ -117,12 +127,8 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
         p = precision(storage(p, **dtypes), products, rest)
         p = split_products(p) if backend.reads_tf32(arch) else p
         p = simplify(p)
-        tiles = {a: e if a in tokens else backend.tile(a, e, arch) for a, e in extents.items()}
-        used = set(tile_axes(p))
-        if backend.splits_grid and options.v_tile is not None and "V" in used and options.v_tile < tiles["V"]:
-            p = split(p, "V")
-            tiles["V"] = options.v_tile
-        padded = {a for a in used if a in tokens or extents[a] % tiles[a]}
+        tiles = whole | ({"V": split[p.name]} if p.name in split else {})
+        padded = {a for a in tile_axes(p) if a in tokens or extents[a] % tiles[a]}
         p = pad(p, frozenset(padded))
         kernels.append(Kernel(p.name, p, extents, tiles, options, varlen, origin))
     return tuple(kernels)

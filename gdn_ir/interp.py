@@ -67,6 +67,9 @@ class Sizes:
             return self.sequences
         if name == "X":
             return self.slots("C")
+        if name.endswith("#"):                             # how many tiles a split axis has
+            a = name[:-1]
+            return -(-self.axes[a] // self.tiles.get(a, self.axes[a]))
         return self.axes[base(name)]
 
 
@@ -133,9 +136,6 @@ class _Run:
         return {name: self.memory[name] for name in p.written() if name in tensors}
 
     def _grid_extent(self, axis: str) -> int:
-        if axis.endswith("#"):                               # tiles of a split axis
-            a = axis[:-1]
-            return -(-self.sizes.axes[a] // self.sizes.tiles.get(a, self.sizes.axes[a]))
         return self.sizes.dim(axis)
 
     # -- tiles: where they start, how many coordinates are real, how many there are
@@ -307,6 +307,9 @@ class _Run:
                 case Turn(scan):
                     where.append(self.chunk((scan,), env))
                 case Members(grid):
+                    if grid is None:
+                        where.append(slice(None))
+                        continue
                     group = self.sizes.dim(dim) // self.sizes.dim(grid)
                     where.append(slice(self.point[grid] * group, (self.point[grid] + 1) * group))
         return where, pad

@@ -108,9 +108,9 @@ class Turn:
 
 @dataclass(frozen=True)
 class Members:
-    """Several places for each point of a grid axis: those of the dimension that share it, one after another. A load sums them,
-    in order; nothing can be stored there."""
-    grid: str
+    """Several places for each point of a grid axis: those of the dimension that share it, one after another; without an axis,
+    all there are. A load sums them, in order; nothing can be stored there."""
+    grid: str | None = None
 
 
 Term = Tile | At | Rows | Slot | Turn | Members

@@ -130,7 +130,7 @@ def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, 
                         f"{', '.join(Switches.__dataclass_fields__)}")
     if HV < H or HV % H:
         raise ValueError(f"HV: got {HV}; accepts a multiple of H = {H}")
-    instance = Instance(Switches(**switches), K, V, io, io, sequences is not None, grads,          # type: ignore[arg-type]
+    instance = Instance(Switches(**switches), K, V, io, io, sequences is not None, tuple(grads),  # type: ignore[arg-type]
                         grouped=not grads or HV > H, recurrent=recurrent)
     every = options(instance, arch, sequences or B, HV, B * T)
     asked = policy.asked()

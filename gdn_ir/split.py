@@ -2,24 +2,26 @@
 
 Where nothing sums along the axis (V in the forward) the blocks are independent. Where something does (V in the backward:
 the gradients of q, k, the decay and beta), each block has a partial sum; that is legal iff all that is done to it up to
-the stores is linear, and the stores then sum over the blocks.
+the stores is linear, and the stores then sum over the blocks. Several kernels share such sums through memory (`parts`).
 """
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from dataclasses import replace
 
-from gdn_ir.nodes import IRError, Node, Op
-from gdn_ir.program import Program
+from gdn_ir.nodes import At, IRError, Members, Node, Op, Rows, Slot, Tensor, Term, make
+from gdn_ir.program import Note, Program, ScanView, only
 from gdn_ir.verify import verify
 
 WHOLE, PART, SUM = "whole", "part", "partial sum"          # the same in every block; the block's own; to be summed over blocks
 
 
-def split(program: Program, axis: str) -> Program:
-    """The program with `axis` tiled over the grid (its grid axis is called axis + "#"). Raises IRError naming the node
-    where a partial sum would enter something that is not linear, or every block would write the same whole value."""
+def split(program: Program, axis: str, partial: Container[str] = ()) -> Program:
+    """The program with `axis` tiled over the grid (its grid axis is called axis + "#"). partial: tensors of which a block reads
+    its own partial sum. Raises IRError naming the node where a partial sum would enter something that is not linear, or every
+    block would write the same whole value."""
     grid = axis + "#"
-    kind = _kinds(program, axis)
+    kind = _kinds(program, axis, partial)
 
     def change(old: Node, args: tuple[Node, ...]) -> Node | None:
         if old.op is not Op.STORE or kind[old.args[0]] == PART:
@@ -31,16 +33,74 @@ def split(program: Program, axis: str) -> Program:
     return verify(replace(result, grid=(*program.grid, grid)))
 
 
+def parts(pipeline: tuple[Program, ...], axis: str, tiles: Mapping[str, int]) -> tuple[Program, ...]:
+    """The pipeline with `axis` tiled over the grid in the kernels named in `tiles` (extents of their tiles), and no store of
+    chunks summed over tiles: each block stores its part in float32, in a tensor with one more dimension. A kernel with the same
+    tiles reads its own parts; others read sums of them, in order; outputs are summed by one more kernel, called tiles. Raises
+    IRError as `split` does, or where sums are over tiles of two sizes."""
+    grid = axis + "#"
+    made: dict[str, Tensor] = {}
+    sums: dict[int, str] = {}                              # sizes of tiles that are summed over, and a kernel of each
+    done: list[Program] = []
+    totals: list[Node] = []
+    notes: dict[Node, Note] = {}
+    for p in pipeline:
+        tile = tiles.get(p.name)
+        own = tile in sums
+        q = split(p, axis, made if own else ()) if tile else p
+
+        def change(old: Node, args: tuple[Node, ...], own: bool = own, tile: int | None = tile, p: Program = p) -> Node | None:
+            if old.op is Op.LOAD and old["tensor"].name in made:
+                index = _widened(old["index"], At(grid) if own else Members())
+                return old.but(args, tensor=made[old["tensor"].name], index=index)
+            if not tile or old.op is not Op.STORE or old["sum"] != (grid,) or not isinstance(old["index"][0], Rows | Slot):
+                return None
+            t = old["tensor"]
+            sums.setdefault(tile, p.name)
+            part = Tensor(f"{t.name}_tiles", _dims(t, old["index"], grid), "f32", temp=True)
+            if t.temp:
+                made[t.name] = part
+            else:
+                total = make(Op.LOAD, (), tensor=part, index=_widened(old["index"], Members()))
+                totals.append(make(Op.STORE, (total,), tensor=t, index=old["index"], sum=()))
+                notes[total] = Note(t.name, p.lines_of(old.args[0]))
+            return old.but(args, tensor=part, index=_widened(old["index"], At(grid)), sum=())
+        done.append(verify(q.rebuild(change)))
+    if len(sums) > 1:
+        raise IRError(f"split {axis}: tiles that are summed over must have one size, got " +
+                      ", ".join(f"{tile} in {name}" for tile, name in sums.items()))
+    if totals:
+        scan = next(ScanView.of(r) for p in pipeline for r in p.roots if r.op is Op.SCAN)
+        root = scan.with_parts(carries=(), inits=(), nexts=(), effects=tuple(totals), reverse=False)
+        done.append(verify(Program("tiles", pipeline[0].grid, (root,), only(notes, (root,)))))
+    return tuple(done)
+
+
+def _place(index: tuple[Term, ...]) -> int:
+    """Where the dimension of tiles goes: after that of heads, so that several heads' parts lie one after another."""
+    return 1 + max(i for i, t in enumerate(index) if isinstance(t, At | Members | Rows | Slot))
+
+
+def _widened(index: tuple[Term, ...], term: Term) -> tuple[Term, ...]:
+    at = _place(index)
+    return (*index[:at], term, *index[at:])
+
+
+def _dims(tensor: Tensor, index: tuple[Term, ...], dim: str) -> tuple[str, ...]:
+    at = _place(index)
+    return (*tensor.dims[:at], dim, *tensor.dims[at:])
+
+
 def _refuse(program: Program, axis: str, node: Node, why: str) -> IRError:
     return IRError(f"split {axis}: {why}\n  in {program.describe(node)}")
 
 
-def _kinds(program: Program, axis: str) -> dict[Node, str]:
+def _kinds(program: Program, axis: str, partial: Container[str]) -> dict[Node, str]:
     """What each value is in one block. Raises IRError where a partial sum is not used linearly."""
     kind: dict[Node, str] = {}
     for n in program.nodes():
         sums = [i for i, a in enumerate(n.args) if kind[a] == SUM]
-        kind[n] = PART if axis in n.axes else WHOLE
+        kind[n] = PART if axis in n.axes else SUM if n.op is Op.LOAD and n["tensor"].name in partial else WHOLE
         over = {Op.DOT: "over", Op.REDUCE: "over", Op.CUMSUM: "axis", Op.TRI_SOLVE: "axis"}.get(n.op)
         if over and n[over] == axis:
             if n.op not in (Op.DOT, Op.REDUCE) or (n.op is Op.REDUCE and n["fn"] != "sum"):
@@ -79,5 +139,3 @@ def _linear(n: Node, sums: list[int], kind: dict[Node, str]) -> bool:
 
 def _zero(n: Node) -> bool:
     return n.const == 0.0 or (n.op is Op.BROADCAST and _zero(n.args[0]))
-
-

@@ -51,7 +51,7 @@ def tensors_agree(program: Program) -> Iterator[Finding]:
             if first["tensor"] != n["tensor"]:
                 yield n, f"tensor {n['tensor']} was declared as {first['tensor']}"
             for t in n["index"]:
-                if isinstance(t, At | Members) and t.grid not in program.grid:
+                if isinstance(t, At | Members) and t.grid not in (*program.grid, None):
                     yield n, f"index {t} is not on the grid {program.grid}"
 
 

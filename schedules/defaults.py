@@ -81,21 +81,29 @@ def options(arch: str, instance: Instance, width: int) -> dict[str, KernelOption
 
 def backward_default(arch: str, instance: Instance, sequences: int, heads: int, backend: str) -> tuple[Schedule, str]:
     """The same for a backward."""
-    if arch != "torch" and (backend != "triton" or arch not in MULTIPROCESSORS):
+    if arch == "cpu":
+        return Schedule("backward-fused", 16, backward_plan("fused", instance.program, instance.io, 16)), \
+            "native code: states again, then their adjoints in reverse, kept a chunk of 16 tokens apart; heads go to threads"
+    if arch != "torch" and (backend not in ("triton", "tilelang") or arch not in MULTIPROCESSORS):
         raise ValueError(f"no schedule of a backward for {backend} on {arch} yet")
-    if arch != "torch" and max(instance.K, instance.V) > 128:
-        raise ValueError(f"no schedule of a backward for K x V of {instance.K} x {instance.V} on {arch} yet; 128 at most")
     steps = backward_plan("states", instance.program, instance.io)
     if arch == "torch":
         return Schedule("backward", steps=steps), "any device: one pass over the chunks each way, the rest of them at once"
-    width = scan_width(arch, instance, sequences * heads)
+    if backend == "tilelang" and max(instance.K, instance.V) > 128:
+        raise ValueError(f"no schedule of a backward for K x V of {instance.K} x {instance.V} by tilelang yet; 128 at most")
+    width = 32 if backend == "tilelang" else scan_width(arch, instance, sequences * heads)
     whole = instance.io == "f32"
     scan = KernelOptions(width, 4, 2)
     every = KernelOptions(None, 8, 1)
-    kernels = {"solve": KernelOptions(None, 4 if whole else 1, 1), "again": scan, "local": every, "back": scan, "inner": every,
+    if max(instance.K, instance.V) > 128:                  # a state is more than a block holds: sums over V in parts
+        every = KernelOptions(32 if whole else 64, 8, 1)
+        scan = KernelOptions(width, 8 if width == 64 else 4, 2 if arch == "sm_90" and not whole else 1)
+    carried = instance.program.scans()[-1]["carries"]      # none where nothing passes from chunk to chunk, in reverse
+    kernels = {"solve": KernelOptions(None, 1 if not whole and backend == "triton" else 4, 1), "again": scan, "local": every,
+               "back": scan if carried else every, "inner": every,
                "grads": every, "heads": KernelOptions(None, 4, 1)}
     made = {step[-1] for step in steps if step[0] in ("hoist", "lift", "sink", "sum_after")} | \
         {str(name) for step in steps if step[0] == "separate" for name in step[2:]}
     schedule = Schedule(f"backward-{width}", steps=steps).with_options(**{k: o for k, o in kernels.items() if k in made})
     return schedule, (f"{arch}: states again, then their adjoints in reverse, in tiles of {width} columns; the rest for all "
-                      "chunks at once")
+                      f"chunks at once{f', V in tiles of {every.v_tile}' if every.v_tile else ''}")

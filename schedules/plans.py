@@ -11,6 +11,7 @@ The kernels are called solve, scan and output.
 The derived backward has plans of its own (`backward_plan`), of the same steps:
 
     naive     its scans, one kernel each; the solves row by row
+    fused     likewise, with fewer products: u is kept, and what reverse mode derives is rearranged
     states    solve, as above; again, a scan that saves each chunk's entering state and u; local, for all chunks at once, what
               needs no adjoint of the state; back, a scan in reverse that only carries that adjoint; inner and grads, for all
               chunks at once, the other gradients; heads, the sums over value heads that share a key head
@@ -21,6 +22,8 @@ from gdn_ir.nodes import Node, Op
 from gdn_ir.program import Program, ScanView, toposort
 
 Steps = tuple[tuple[str | int, ...], ...]
+PLANS = {"forward": ("naive", "fused", "solve", "states", "wy"), "backward": ("naive", "fused", "states")}
+LESS: Steps = (("factor",), ("regroup",), ("exchange",), ("symmetric",))       # fewer products than reverse mode derives
 
 
 def plan(name: str, erase: bool = True, io: str = "bf16", chunk: int = 64, block: int = 16, sums: bool = False) -> Steps:
@@ -59,8 +62,8 @@ def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64
     heads: Steps = (("sum_after", "heads"),) if any(n["sum"] for n in stores) else ()
     if name == "naive":
         return (*apart, *heads)
-    if name != "states":
-        raise ValueError(f"plan: got {name!r}; accepts naive, states")
+    if name not in PLANS["backward"]:
+        raise ValueError(f"plan: got {name!r}; accepts {', '.join(PLANS['backward'])}")
     back = scans[-1]["carries"] == ("d_S",)
     merges = {"f64": "f64", "f32": "tf32x3"}.get(io, "tf32")
     solves = [n for n in ("u_again", "d_r") if n in named]
@@ -68,8 +71,10 @@ def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64
     if len(scans) == 2:
         steps += [("keep", "u", "u_again", "io")] if {"u", "u_again"} <= named else []
         steps += [("store_as", "S_kept", "io")]
+    if name == "fused":
+        return (*steps, *LESS, ("move_scales",), *heads)
     steps += [("turn", "d_u")] if "d_u" in named and "d_r" not in named else []
-    steps += [("factor",), ("regroup",), ("exchange",), ("symmetric",)]
+    steps += LESS
     steps += [("invert", n, "A") for n in solves]
     if solves:
         steps += [("merge", "A", chunk, block, merges), ("hoist", "A", "io", "solve")]

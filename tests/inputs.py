@@ -8,7 +8,9 @@ import torch
 from gdn_ir.bench.errors import relative as error
 from gdn_ir.reference import recurrence
 
-__all__ = ["correlated", "error", "expected", "make"]
+__all__ = ["HARD", "correlated", "error", "expected", "make"]
+HARD: dict[str, dict[str, float]] = {"as they come": {}, "no decay, to the digit": {"g": 0.0},
+                                     "a reset each step": {"g": -50.0}, "beta near 2": {"beta": 1.999}}
 
 
 def make(B: int = 1, T: int = 100, H: int = 2, HV: int = 2, K: int = 32, V: int = 32, dtype: torch.dtype = torch.float32,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gdn_ir.bench.errors import worst
-from gdn_ir.bench.gradients import check
+from gdn_ir.bench.gradients import backward_of, check
 from gdn_ir.backends.base import TORCH, Reason
 from gdn_ir.coverage import Cell, table
 from gdn_ir.compiler import Instance, Unsupported, variant
@@ -21,8 +21,8 @@ from gdn_ir.interp import Sizes, run
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.reference import recurrence
 from gdn_ir.schedules.defaults import default
-from gdn_ir.schedules.plans import plan
-from gdn_ir.schedules.schedule import Schedule
+from gdn_ir.schedules.plans import backward_plan, plan
+from gdn_ir.schedules.schedule import KernelOptions, Schedule
 from tests import inputs, mutants, programs
 from tests.differential import by_backend, distance
 
@@ -67,6 +67,13 @@ def of_cell(cell: Cell, schedule: Schedule | None = None, backend: str = BACKEND
     return {"error": worst(errors) if clean else float("inf")}
 
 
+def of_backward(cell: Cell, tile: int | None = None) -> dict[str, Any]:
+    instance = backward_of(cell)
+    steps = backward_plan("states", instance.program, cell.io)
+    schedule = Schedule("tiled", 64, steps).with_options(**{"*": KernelOptions(tile)})
+    return {"error": worst(check(cell, BACKEND, ARCH, schedule=schedule if tile else None)["errors"].values())}
+
+
 def of_mutant(i: int) -> dict[str, Any]:
     p = mutants.mutant(i)
     want = run(p, mutants.inputs(), Sizes(mutants.AXES, mutants.CU), {"scale": 0.7})
@@ -84,8 +91,8 @@ def of_correlated(schedule: Schedule, top: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Cases: ["program", name], ["cell", name], ["recurrent", cell's name], ["backward", cell's name],
-    ["plan", plan's name, cell's name, chunk], ["mutant", number] or ["correlated", plan's name, top of beta]."""
+    """Cases: ["program", name], ["cell", name], ["recurrent", cell's name], ["backward", cell's name] (with a number: V in
+    tiles of it), ["plan", plan's name, cell's name, chunk], ["mutant", number] or ["correlated", plan's name, top of beta]."""
     cells = {c.name: c for c in table()}
     found = {}
     for case in json.loads(Path(sys.argv[3]).read_text()):
@@ -99,7 +106,7 @@ def main() -> None:
                 one = replace(cell.instance, recurrent=True)
                 found[json.dumps(case)] = of_cell(cell, default(ARCH, one, 1, cell.layout.HV, 1, BACKEND)[0])
             elif case[0] == "backward":
-                found[json.dumps(case)] = {"error": worst(check(cells[case[1]], BACKEND, ARCH)["errors"].values())}
+                found[json.dumps(case)] = of_backward(cells[case[1]], *case[2:])
             elif case[0] == "mutant":
                 found[json.dumps(case)] = of_mutant(case[1])
             elif case[0] == "correlated":

@@ -18,17 +18,18 @@ from gdn_ir.compiler import Instance, variant
 from gdn_ir.coverage import LAYOUTS, Cell, Layout, table
 from gdn_ir.interp import Sizes, run, run_pipeline
 from gdn_ir.legalize import ungrouped
-from gdn_ir.nodes import Node, Op
+from gdn_ir.nodes import IRError, Node, Op
 from gdn_ir.padding import pad
 from gdn_ir.printer import dump
-from gdn_ir.program import Program
+from gdn_ir.program import Program, tile_axes
 from gdn_ir.programs.gated_delta import Switches, build
 from gdn_ir.prune import prune
 from gdn_ir.schedules import steps
 from gdn_ir.schedules.defaults import default
 from gdn_ir.schedules.plans import backward_plan
 from gdn_ir.schedules.schedule import Schedule
-from tests.differential import interpreted
+from gdn_ir.split import parts
+from tests.differential import executed, interpreted
 
 FAMILY = list(itertools.product(("scalar", "none"), (True, False)))
 AXES, CU = {"C": 16, "K": 5, "V": 6, "H": 1, "HV": 2}, [0, 37, 37, 53]
@@ -62,7 +63,7 @@ def compare(p: Program, plan: tuple[tuple[str | int, ...], ...], padded: bool = 
 
 
 @pytest.mark.parametrize("flags", [{}, STATES | {"l2norm": True}, STATES | {"beta_sigmoid": True, "neg_eigval": True}])
-@pytest.mark.parametrize("name", ["naive", "states"])
+@pytest.mark.parametrize("name", ["naive", "fused", "states"])
 @pytest.mark.parametrize(("decay", "erase"), FAMILY)
 def test_plans_are_exact(name: str, decay: str, erase: bool, flags: dict[str, bool]) -> None:
     p = backward(build(Switches(decay=decay, erase=erase, **flags)))           # type: ignore[arg-type]
@@ -171,7 +172,7 @@ def test_refusals_without_a_node() -> None:
         steps.apply(build(), (("store_as", "u", "io"),))
     with pytest.raises(steps.IllegalStep, match="sum_after: nothing is stored that is summed"):
         steps.apply(build(), (("sum_after", "heads"),))
-    with pytest.raises(ValueError, match="plan: got 'best'; accepts naive, states"):
+    with pytest.raises(ValueError, match="plan: got 'best'; accepts naive, fused, states"):
         backward_plan("best", backward(build()))
     with pytest.raises(ValueError, match="grads: got w; accepts g, k, beta, v, q"):
         Instance(Switches(), 64, 64, "f32", "f32", True, ("w",))
@@ -221,18 +222,66 @@ def test_triton_executed() -> None:
     names = [c.name for c in table() if c.io == "f32" and (c.name.startswith("gated delta rule,") or "varlen" in c.name
                                                            or "V, K" in c.name or "sigmoid" in c.name or "l2norm" in c.name)]
     names += ["gated delta rule, f16, varlen", "gated delta rule, f16, GVA"]
-    found = interpreted([["backward", n] for n in names])
+    found = interpreted([*(["backward", n] for n in names), ["backward", "gated delta rule, f32, GVA", 32]])
     bad = {k: v for k, v in found.items()
            if "error" not in v or not float(v["error"]) < (2e-5 if "f32" in k else 4.5e-3)}     # type: ignore[arg-type]
     assert not bad, json.dumps(bad, indent=1)[:3000]
 
 
+def test_native_code_executed() -> None:
+    """TileLang's C: packed with zero lengths, states either way; groups and a ragged tail; K != V without a solve. (More
+    inputs, by way of the op: test_op.py.)"""
+    names = ["states [V, K], f32", "gated delta rule, f32, GVA", "linear attention, f32, K != V"]
+    found = executed([["backward", n] for n in names], "tilelang", "cpu")
+    bad = {k: v for k, v in found.items() if "error" not in v or not float(v["error"]) < 2e-5}         # type: ignore[arg-type]
+    assert not bad, json.dumps(bad, indent=1)[:3000]
+
+
+@pytest.mark.parametrize(("K", "V"), [(128, 128), (96, 96), (256, 160), (16, 16)])
+@pytest.mark.parametrize("erase", [True, False])
+def test_every_subset_of_gradients_lowers(erase: bool, K: int, V: int) -> None:
+    names = ("q", "k", "v", "g", "beta", "initial_state")
+    subsets = [g for r in (1, 2, 6) for g in itertools.combinations(names, r)] if (K, V) == (96, 96) else [(n,) for n in names]
+    for grads in subsets:
+        instance = Instance(replace(FULL, erase=erase), K, V, "bf16", "bf16", True, grads)
+        variant(instance, default("sm_90", instance, 1, 8, 100)[0], "triton", "sm_90").sources         # noqa: B018
+
+
+@pytest.mark.parametrize("tile", [2, 3, 4])
+@pytest.mark.parametrize("wrt", [None, ("q",), ("k", "g"), ("beta",)])
+def test_v_in_tiles(wrt: tuple[str, ...] | None, tile: int) -> None:
+    """Kernels that sum over V keep a part for each tile, in the interpreter: what reads them is exact."""
+    p = backward(build(Switches(**STATES)), wrt)           # type: ignore[arg-type]
+    sizes = Sizes(AXES, CU, {"V": tile})
+    given = memory(p, sizes)
+    want = run(p, given, Sizes(AXES, CU), {"scale": 0.7})
+    kernels = steps.apply(p, in_f64(backward_plan("states", p, chunk=16, block=4)))
+    tiled = parts(kernels, "V", {k.name: tile for k in kernels if "V" in tile_axes(k)})
+    assert not any("V#" in n["sum"] for k in tiled for n in k.nodes() if n.op is Op.STORE)
+    assert ("tiles" in [k.name for k in tiled]) == (wrt != ("q",))
+    got = dict(given)
+    for k in tiled:
+        got |= run_pipeline([k], got, sizes if "V#" in k.grid else Sizes(AXES, CU), {"scale": 0.7})
+    for n in (f"d_{name}" for name in wrt or ("q", "k", "v", "g", "beta", "initial_state")):
+        assert float((got[n] - want[n]).abs().max()) < 1e-10, n
+
+
+def test_tiles_that_are_summed_over_have_one_size() -> None:
+    p = backward(build(), ["q"])
+    last = steps.apply(p, backward_plan("states", p))[-2]
+    with pytest.raises(IRError, match="split V: tiles that are summed over must have one size, got 32 in back, 64 in more"):
+        parts((last, replace(last, name="more")), "V", {"back": 32, "more": 64})
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_default_compiles_without_a_gpu(arch: str) -> None:
-    cell = Cell("x", FULL, "bf16", replace(LAYOUTS["varlen"], H=1, HV=2, K=128, V=128))
+@pytest.mark.parametrize("size", [128, 256])
+def test_default_compiles_without_a_gpu(arch: str, size: int) -> None:
+    """With heads of 256 sums over V are kept in parts, and summed."""
+    cell = Cell("x", FULL, "bf16", replace(LAYOUTS["varlen"], H=1, HV=2, K=size, V=size))
     instance = backward_of(cell)
     chosen = variant(instance, default(arch, instance, 1, 32, 8192)[0], "triton", arch)
-    assert [s.kernel for s in chosen.sources] == ["solve", "again", "local", "back", "inner", "grads", "heads"]
+    assert [s.kernel for s in chosen.sources] == ["solve", "again", "local", "back", "inner", "grads", "heads",
+                                                  *(["tiles"] if size > 128 else [])]
     for kernel, source in zip(chosen.compiled.kernels, chosen.sources, strict=True):
         built = cross_compile(kernel, source, arch)
         assert built.metadata.shared <= {"sm_80": 166912, "sm_90": 232448}[arch]

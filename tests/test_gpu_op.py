@@ -11,7 +11,7 @@ import gdn_ir
 from gdn_ir.compiler import Unsupported
 from gdn_ir.ops import chunk, chunk_gated_delta_rule
 from gdn_ir.reference import recurrence
-from tests.inputs import error, expected, make
+from tests.inputs import HARD, error, expected, make
 
 pytestmark = pytest.mark.gpu
 BOUNDS = {torch.bfloat16: 4.5e-3, torch.float16: 4.5e-3, torch.float32: 1e-4}
@@ -103,7 +103,7 @@ def test_cuda_graph() -> None:
 
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("shape", [{}, {"B": 2, "T": 130, "K": 64, "V": 128}, {"H": 1, "HV": 3, "K": 128, "V": 128},
-                                   {"K": 48, "V": 80}])
+                                   {"K": 48, "V": 80}, {"K": 256, "V": 256}, {"HV": 4, "K": 160, "V": 192}])
 def test_gradients(shape: dict[str, int], dtype: torch.dtype) -> None:
     """Through o and the final state, by Triton, against float64 autograd of the recurrence."""
     x = make(**shape, dtype=dtype, device="cuda")
@@ -125,8 +125,33 @@ def test_gradients_agree_to_the_bit() -> None:
     leaves = [t.requires_grad_() for t in x.values()]
     with gdn_ir.use("triton"):
         o = chunk_gated_delta_rule(**x)[0]
-    a, b = (torch.autograd.grad(o, leaves, torch.ones_like(o), retain_graph=True) for _ in range(2))
-    assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+    first = torch.autograd.grad(o, leaves, torch.ones_like(o), retain_graph=True)
+    for _ in range(100):
+        again = torch.autograd.grad(o, leaves, torch.ones_like(o), retain_graph=True)
+        assert all(torch.equal(s, t) for s, t in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("kind", HARD)
+def test_gradients_of_hard_inputs(kind: str, dtype: torch.dtype) -> None:
+    """Packed, with sequences of no token and of one; rows that no sequence owns get zeros."""
+    lengths = [0, 1, 100, 0, 64, 1]
+    x = make(1, sum(lengths) + 9, 1, 2, 64, 64, dtype, "cuda")
+    for name, value in HARD[kind].items():
+        x[name].fill_(value)
+    leaves = {n: t.requires_grad_() for n, t in (x | {"initial_state": torch.randn(6, 2, 64, 64, device="cuda")}).items()}
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], device="cuda")
+    with gdn_ir.use("triton"):
+        o, S = chunk_gated_delta_rule(**leaves, output_final_state=True, cu_seqlens=cu)
+        assert S is not None
+        weights = torch.randn_like(o), torch.randn_like(S)
+        got = torch.autograd.grad([o, S], list(leaves.values()), list(weights))
+    exact = {n: t.detach().cpu().double().requires_grad_() for n, t in leaves.items()}
+    wide = [w.cpu().double() for w in weights]
+    want = torch.autograd.grad(recurrence(**exact, cu_seqlens=cu.cpu()), list(exact.values()), wide)
+    for name, a, b in zip(leaves, got, want, strict=True):
+        assert (a.cpu() - b).norm() <= GRADIENT_BOUNDS[dtype] * b.norm().clamp(min=1e-3), name
+        assert name == "initial_state" or not a[:, sum(lengths):].any(), name
 
 
 def test_two_calls_agree_to_the_bit() -> None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,12 @@ from hypothesis import strategies as st
 from torch import library
 
 import gdn_ir
+from gdn_ir import registry
+from gdn_ir.compiler import Instance
 from gdn_ir.ops import chunk_gated_delta_rule
-from tests.inputs import error, expected, make
+from gdn_ir.programs.gated_delta import Switches
+from gdn_ir.reference import recurrence
+from tests.inputs import HARD, error, expected, make
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4.5e-3, torch.bfloat16: 4.5e-3}
 
@@ -196,13 +201,6 @@ def test_gradients_of_no_tokens() -> None:
     assert x["v"].grad is not None and x["v"].grad.shape == x["v"].shape
 
 
-def test_forced_backend_without_a_backward() -> None:
-    x = make()
-    x["q"].requires_grad_()
-    with gdn_ir.use("tilelang"), pytest.raises(NotImplementedError, match="use\\('tilelang'\\) asks for has no backward yet"):
-        chunk_gated_delta_rule(**x)
-
-
 def test_only_gradients_that_are_asked_for() -> None:
     """Of one input, through the final state alone, from a decay in bfloat16; all are what they are beside the others."""
     x = make(HV=4)
@@ -249,6 +247,35 @@ def test_native_code_through_the_op() -> None:
             assert error(o, want_o) < 1e-6 and error(S, want_S) < 1e-6
             with pytest.raises(ValueError, match=r"tilelang cannot serve .*no bfloat16 on cpu"):
                 chunk_gated_delta_rule(**make(dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("backend", ["tilelang", "torch"])
+@pytest.mark.parametrize("kind", HARD)
+def test_gradients_of_hard_inputs(kind: str, backend: str) -> None:
+    """Packed: sequences of no token, of one, of whole and broken chunks; rows that no sequence owns get zeros."""
+    lengths = [0, 1, 40, 0, 16, 1]
+    x = make(1, sum(lengths) + 9, 1, 2, 32, 48)
+    for name, value in HARD[kind].items():
+        x[name].fill_(value)
+    leaves = {n: t.requires_grad_() for n, t in (x | {"initial_state": torch.randn(6, 2, 32, 48)}).items()}
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    with gdn_ir.use(backend):
+        o, S = chunk_gated_delta_rule(**leaves, output_final_state=True, cu_seqlens=cu)
+        assert S is not None
+        weights = torch.randn_like(o), torch.randn_like(S)
+        got = torch.autograd.grad([o, S], list(leaves.values()), list(weights))
+    exact = {n: t.detach().double().requires_grad_() for n, t in leaves.items()}
+    want = torch.autograd.grad(recurrence(**exact, cu_seqlens=cu), list(exact.values()), [w.double() for w in weights])
+    for name, a, b in zip(leaves, got, want, strict=True):
+        assert (a - b).norm() <= 2e-5 * b.norm().clamp(min=1e-3), name          # of g after resets: it is nothing but rounding
+        assert name == "initial_state" or not a[:, sum(lengths):].any(), name
+
+
+def test_native_gradients_are_served_unasked() -> None:
+    """Float32 on a CPU: what the registry chooses for a backward is native code."""
+    instance = Instance(Switches(), 32, 48, "f32", "f32", True, ("q", "v"))
+    assert registry.choose(instance, "cpu", 1, 2, 100).backend == "tilelang"
+    assert registry.choose(replace(instance, io="bf16"), "cpu", 1, 2, 100).backend == "torch"
 
 
 def test_a_cache_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:

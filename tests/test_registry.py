@@ -16,8 +16,9 @@ import torch
 from rich.console import Console
 
 import gdn_ir
-from gdn_ir import cli, demo, policy, providers, registry
+from gdn_ir import cli, demo, demo_train, policy, providers, registry
 from gdn_ir.compiler import Instance, Unsupported
+from gdn_ir.demo_model import Model, Size
 from gdn_ir.ops import chunk_gated_delta_rule
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.schedules.plans import plan
@@ -254,7 +255,9 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("words", [("--kernel", "scan"), ("--arch", "sm_80"), ("--schedule", "naive", "--dtype", "f32"),
-                                   ("--schedule", "wy"), ("--backend", "torch", "--no-erase"), ("--no-decay",)])
+                                   ("--grads", "q,k,v,g,beta,initial_state", "--H", "16"),
+                                   ("--grads", "v", "--schedule", "fused", "--no-erase"), ("--schedule", "wy"),
+                                   ("--backend", "torch", "--no-erase"), ("--no-decay",)])
 def test_emit_prints_what_compiles(command: Callable[..., tuple[int, str, str]], words: tuple[str, ...]) -> None:
     code, out, err = command("emit", *words)
     assert code == 0 and not err
@@ -272,6 +275,12 @@ def test_emit_generated(command: Callable[..., tuple[int, str, str]], words: tup
     assert code == 0 and all(s in out for s in seen), out[:500]
 
 
+def test_explain_of_a_backward(command: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = command("explain", "--grads", "q,k,v,g,beta,initial_state", "--dtype", "f32", "--arch", "cpu")
+    assert code == 0 and out.startswith("gradients of q k v g beta initial_state: dense f32")
+    assert "tilelang chosen" in out and "kernels: again" in out
+
+
 def test_emit_takes_a_schedule_file(command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     mine = Schedule("mine", steps=plan("fused")).with_options(scan=KernelOptions(64, 8, 2))
     (tmp_path / "mine.json").write_text(mine.to_json())
@@ -284,6 +293,10 @@ def test_emit_takes_a_schedule_file(command: Callable[..., tuple[int, str, str]]
     (("emit", "--kernel", "best"), "--kernel: got 'best'; this schedule has solve, scan, output"),
     (("emit", "--schedule", "best"), "--schedule: got 'best'; accepts default, naive, fused"),
     (("emit", "--schedule", "--schedule: got 'none.json'; accepts"), "--schedule: got 'none.json'; accepts"),
+    (("emit", "--schedule", "wy", "--grads", "v"), "--schedule: got 'wy'; accepts default, naive, fused, states, or a JSON"),
+    (("emit", "--grads", "q,w"), "grads: got w; accepts"),
+    (("emit", "--H", "5"), "--H: got 5; accepts a divisor of HV = 32"),
+    (("explain", "--grads", "o"), "grads: got o; accepts"),
     (("emit", "--backend", "cuda"), "--backend: got 'cuda'; accepts triton, tilelang, torch"),
     (("emit", "--arch", "sm_70"), "arch: got 'sm_70'; accepts cpu, sm_80, sm_90"),
     (("emit", "--dtype", "int8"), "dtype: got 'int8'; accepts"),
@@ -309,6 +322,34 @@ def test_demo_on_a_text(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ValueError, match=r"text: got .*empty.txt, which is empty"):
         demo.run(tmp_path / "empty.txt", console)
+
+
+def test_demo_trains(tmp_path: Path) -> None:
+    """Words that repeat are learnt at once; going on from states is the same as reading it all."""
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five six seven eight nine ten. " * 100)
+    small = demo_train.Recipe(Size(layers=1, width=32, H=1, HV=2, K=16, V=16), batch=8, context=64, rate=2e-2, sample=20)
+    console = Console(record=True, width=160)
+    losses = demo_train.run(text, 3.0, console, small)
+    page = console.export_text()
+    assert losses[0] > 4 and sum(losses[-5:]) / 5 < 0.5 * losses[0]
+    assert "text held out" in page and "nats per byte" in page and "A sample" in page
+    (tmp_path / "short.txt").write_text("one two three")
+    with pytest.raises(ValueError, match=r"text: got short.txt of 13 bytes; accepts a text of at least 1280"):
+        demo_train.run(tmp_path / "short.txt", 1.0, console, small)
+    with pytest.raises(ValueError, match=r"seconds: got 0.0; accepts a number above 0"):
+        demo_train.run(text, 0.0, console, small)
+
+
+def test_the_demo_model_goes_on_from_states() -> None:
+    torch.manual_seed(0)
+    model = Model(Size(layers=2, width=32, H=1, HV=2, K=16, V=16))
+    text = torch.randint(0, 256, (2, 20))
+    with registry.use("torch"), torch.no_grad():
+        whole, _ = model(text)
+        first, past = model(text[:, :13], keep=True)
+        rest, _ = model(text[:, 13:], past)
+    assert torch.allclose(torch.cat([first, rest], 1), whole, atol=1e-4)
 
 
 def test_demo_makes_what_a_layer_makes() -> None:

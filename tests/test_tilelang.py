@@ -3,14 +3,17 @@ test_coverage.py, test_programs.py and test_mutants.py)."""
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
+from gdn_ir.bench.gradients import backward_of
 from gdn_ir.backends import BACKENDS
 from gdn_ir.backends.base import Kernel
-from gdn_ir.backends.tilelang.runtime import cross_compile
+from gdn_ir.backends.tilelang.runtime import cross_compile, lowered
 from gdn_ir.cache import load_source
 from gdn_ir.compiler import Instance, Unsupported, lower, program_of, variant
+from gdn_ir.coverage import LAYOUTS, Cell
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.schedules.defaults import default
 from gdn_ir.schedules.schedule import Schedule
@@ -49,6 +52,21 @@ def test_defaults_compile_without_a_gpu(arch: str) -> None:
         assert ("wgmma" in cuda) == (arch == "sm_90") and "mma" in cuda
         if kernel.name == "scan":
             assert ("tma_load(" if arch == "sm_90" else "cp_async") in cuda
+
+
+SHARED = {"sm_80": 166912, "sm_90": 232448}                # bytes a block can have: an A100's, an H100's
+
+
+@pytest.mark.parametrize(("arch", "name", "io"), [("sm_90", "back", "bf16"), ("sm_80", "grads", "f16")])
+def test_the_backward_lowers_without_a_gpu(arch: str, name: str, io: str) -> None:
+    """Sums along products' sums, which other threads hold; as far as CUDA (nvcc takes half a minute for each)."""
+    cell = Cell("x", FULL, io, replace(LAYOUTS["varlen"], H=1, HV=2, K=128, V=128))
+    instance = backward_of(cell)
+    chosen = variant(instance, default(arch, instance, 1, 32, 8192, "tilelang")[0], "tilelang", arch)
+    assert [s.kernel for s in chosen.sources] == ["solve", "again", "local", "back", "inner", "grads", "heads"]
+    source = next(s for s in chosen.sources if s.kernel == name)
+    cuda, shared = lowered(getattr(load_source("tilelang", name, source.hash, source.text), name), arch)
+    assert "mma" in cuda and "atomic" not in cuda and shared <= SHARED[arch]
 
 
 def test_no_schedule_compiles_without_a_gpu() -> None:

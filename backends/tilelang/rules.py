@@ -7,7 +7,7 @@ from functools import reduce
 
 from gdn_ir.backends.base import Kernel
 from gdn_ir.backends.linearize import infix, paren
-from gdn_ir.nodes import FUNCTIONS, At, Node, Op, Rows, Slot, Tile, Turn, base
+from gdn_ir.nodes import FUNCTIONS, At, Members, Node, Op, Rows, Slot, Tile, Turn, base
 
 At_ = Mapping[str, str]                                    # a tile axis -> the text of a coordinate along it
 Element = Callable[[Node, At_], str]
@@ -70,7 +70,7 @@ def region(n: Node, k: Kernel) -> str:
                 order.append(axis)
                 box.append(f"start:start + {k.tile(axis)}" if base(axis) in k.splits else f"0:{k.tile(axis)}")
             case At(grid, share):
-                box.append("n" if grid == "N" else f"i_{share or grid}")
+                box.append(point(grid, share, k))
             case Rows(_, axis, False):
                 order.append(axis)
                 box.append(f"t0:t0 + {k.tile(axis)}")
@@ -83,10 +83,29 @@ def region(n: Node, k: Kernel) -> str:
     return "" if tuple(order) != n.axes or any(k.padded(a) for a in order) else f"{n['tensor'].name}_[{', '.join(box)}]"
 
 
+def several(n: Node) -> bool:
+    """Whether a LOAD is the sum of several places."""
+    return any(isinstance(t, Members) for t in n["index"])
+
+
+def counts(n: Node, k: Kernel) -> list[str]:
+    """Of a LOAD of several places: how many there are, by dimension."""
+    return [f"T.truncdiv({dim}, {t.grid})" if t.grid else str(k.extents[dim])
+            for t, dim in zip(n["index"], n["tensor"].dims, strict=True) if isinstance(t, Members)]
+
+
+def point(grid: str, share: str | None, k: Kernel) -> str:
+    """Where on a grid axis a block is."""
+    if grid.endswith("#"):
+        return f"T.truncdiv(start, {k.tile(grid[:-1])})"
+    return "n" if grid == "N" else f"i_{share or grid}"
+
+
 def where(n: Node, at: At_, k: Kernel, whole: bool = False, first: str = "t0", rows: str = "rows") -> tuple[str, str]:
     """A LOAD's or STORE's element: the indices of its tensor, and the condition under which it exists ("" where always).
-    whole: whether the chunk has all of its rows; first and rows: its first token, and how many it has."""
-    indices, inside = [], []
+    whole: whether the chunk has all of its rows; first and rows: its first token, and how many it has. Of several places,
+    the i-th."""
+    indices, inside, members = [], [], counts(n, k)
     for term in n["index"]:
         match term:
             case Tile(axis):
@@ -94,7 +113,7 @@ def where(n: Node, at: At_, k: Kernel, whole: bool = False, first: str = "t0", r
                 if k.padded(axis):
                     inside.append(f"{indices[-1]} < {k.extents[base(axis)]}")
             case At(grid, share):
-                indices.append("n" if grid == "N" else f"i_{share or grid}")
+                indices.append(point(grid, share, k))
             case Rows(_, axis, single):
                 indices.append(first if single else f"{first} + {at[axis]}")
                 if not single and not whole:
@@ -103,6 +122,10 @@ def where(n: Node, at: At_, k: Kernel, whole: bool = False, first: str = "t0", r
                 indices.append("slot")
             case Turn(scan):
                 indices.append(f"i_{scan}")
+            case Members(grid) if grid:
+                indices.append(f"i_{grid} * {members[0]} + {'i' if len(members) == 1 else f'T.truncdiv(i, {members[1]})'}")
+            case Members():
+                indices.append("i" if len(members) == 1 else f"T.truncmod(i, {members[-1]})")
     condition = reduce(lambda a, b: f"T.And({a}, {b})", inside) if inside else ""
     return f"{n['tensor'].name}_[{', '.join(indices)}]", condition
 

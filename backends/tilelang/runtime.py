@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import re
 import subprocess
@@ -44,6 +45,7 @@ def compiler() -> tuple[Any, Any]:
     import tilelang
     import tvm                                             # can be imported only after TileLang, which brings it
     tilelang.set_log_level("ERROR")
+    logging.getLogger("tilelang.cache.kernel_cache").setLevel(logging.ERROR)       # it warns where two variants share a kernel
     return tilelang, tvm
 
 
@@ -69,6 +71,16 @@ def uncached() -> Iterator[None]:
 def cuda(function: Any, arch: str) -> Any:
     target = {"kind": "cuda", "arch": {"sm_90": "sm_90a"}.get(arch, arch)}
     return compiler()[0].compile(function, target=target, execution_backend="tvm_ffi", pass_configs=MASKED | FAST)
+
+
+def lowered(function: Any, arch: str) -> tuple[str, int]:
+    """The CUDA of a prim_func, which nvcc has not seen, and the bytes of shared memory that it asks for."""
+    tilelang, tvm = compiler()
+    target = tvm.target.Target({"kind": "cuda", "arch": {"sm_90": "sm_90a"}.get(arch, arch)})
+    with target, tvm.transform.PassContext(config=MASKED | FAST):
+        made = tilelang.lower(function, target=target, enable_device_compile=False)
+    wanted = [dict(f.attrs).get("dyn_shared_memory_buf", 0) for f in made.device_mod.functions.values()]
+    return str(made.kernel_source), max(int(w) for w in wanted)
 
 
 def native(function: Any) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gdn_ir.backends.base import Kernel
 from gdn_ir.backends.linearize import Assign, Loop, Stmt, Style, Write, listed, paren
 from gdn_ir.backends.printer import Printer
-from gdn_ir.backends.tilelang.rules import DTYPES, RULES, guarded, region, where
+from gdn_ir.backends.tilelang.rules import DTYPES, RULES, counts, guarded, region, several, where
 from gdn_ir.nodes import Node, Op
 from gdn_ir.program import ScanView, uses
 
@@ -32,8 +32,8 @@ SM_90 = Target("T.alloc_shared", "T.alloc_fragment", "T.Parallel", "T.Parallel",
 SM_80 = Target("T.alloc_shared", "T.alloc_fragment", "T.Parallel", "T.Parallel", threads=True, ring=1)
 
 OPERANDS = frozenset({Op.DOT, Op.TRI_SOLVE})
-C_STYLE = Style(OPERANDS, masks=False)
-CUDA_STYLE = Style(OPERANDS | {Op.CUMSUM}, masks=False, rows=True, loads=True, rounded=frozenset({"tf32"}))
+C_STYLE = Style(OPERANDS, masks=False, sums=True)
+CUDA_STYLE = Style(OPERANDS | {Op.CUMSUM}, masks=False, rows=True, loads=True, sums=True, rounded=frozenset({"tf32"}))
 
 
 def coordinate(axis: str) -> str:
@@ -107,6 +107,12 @@ class Statements(Printer):
             return all(u.op in same and (self.named(u) or alike(u)) for u in self.users.get(n, []))
         return alike(node)
 
+    def crossed(self, node: Node) -> bool:
+        """Whether something sums along a value, or reads it lying across: then threads need what others hold."""
+        def across(u: Node) -> bool:
+            return u.op in (Op.REDUCE, Op.CUMSUM) or (u.op is Op.TWIN and {u["axis"], u["axis"] + "'"} <= set(u.axes))
+        return any(across(u) or (not self.named(u) and self.crossed(u)) for u in self.users.get(node, []))
+
     def named(self, node: Node) -> bool:
         return bool(self.linear.names.get(node)) or node.op is Op.STORE
 
@@ -123,6 +129,9 @@ class Statements(Printer):
 
     def fill(self, name: str, n: Node, depth: int) -> None:
         """A tile from an expression of its elements; of a tile in memory, those that exist, and zeros."""
+        if n.op is Op.LOAD and several(n):
+            self.total(name, n, depth)
+            return
         source = n.args[0] if n.op is Op.CAST and n.args[0].op is Op.LOAD and n.args[0] not in self.linear.names else n
         if self.whole and self.copied(n):
             self.put(depth, f"T.copy({region(n, self.kernel)}, {name})")
@@ -138,6 +147,18 @@ class Statements(Printer):
         self.put(inside + 1, f"{target} = " + (f'T.cast({text}, "{DTYPES[n.type.dtype]}")' if cast else text))
         self.put(inside, "else:")
         self.put(inside + 1, f"{target} = 0.0")
+
+    def total(self, name: str, n: Node, depth: int) -> None:
+        """A tile that is the sum of several in memory, added in order."""
+        inside, here = self.over(n.axes, depth), self.here(n.axes)
+        target = f"{name}[{', '.join(here.values()) or '0'}]"
+        text, condition = where(n, here, self.kernel, self.whole)
+        self.put(inside, f"{target} = 0.0")
+        if condition:
+            self.put(inside, f"if {condition}:")
+        deepest = inside + bool(condition)
+        self.put(deepest, f"for i in T.serial({' * '.join(counts(n, self.kernel))}):")
+        self.put(deepest + 1, f"{target} += {text}")
 
     def copied(self, n: Node) -> bool:
         """Whether a whole chunk's tile is a box of its tensor, as the copy engines take it: in one piece, in the same order."""
@@ -157,7 +178,7 @@ class Statements(Printer):
         name, n = s.name, s.node
         if n in self.summed:
             return
-        self.allocate(name, n, n.op is Op.DOT and n not in self.linear.operands)
+        self.allocate(name, n, n.op is Op.DOT and not self.staged(n))
         write = {Op.DOT: self.dot, Op.REDUCE: self.reduce, Op.CUMSUM: self.cumsum, Op.TRI_SOLVE: self.tri_solve}.get(n.op)
         if write:
             write(name, n, depth)
@@ -175,13 +196,17 @@ class Statements(Printer):
 
     def dot(self, name: str, n: Node, depth: int) -> None:
         sums = name
-        if self.target.threads and n in self.linear.operands:        # the sums of one product, multiplied again
+        if self.target.threads and self.staged(n):         # the sums of one product, multiplied again or read by other threads
             sums = self.beside(f"{name}_sums")
             self.allocate(sums, n, product=True)
         self.put(depth, f"T.clear({sums})")
         self.put(depth, self.gemm(n, sums))
         if sums != name:
             self.put(depth, f"T.copy({sums}, {name})")
+
+    def staged(self, n: Node) -> bool:
+        """Whether a product's sums are wanted in memory."""
+        return n in self.linear.operands or (self.target.threads and self.crossed(n))
 
     def gemm(self, n: Node, sums: str) -> str:
         """The product, added to what `sums` holds."""
