@@ -129,6 +129,10 @@ def main() -> None:
         jobs += [(cell, default(a.arch, cell.instance, 1, 4, 768, a.backend)[0], kind) for kind in inputs.KINDS]
     for io in (DTYPES if a.backend == "triton" else ("bf16", "f16")) if a.arch == "sm_90" else ():
         jobs += [(Cell(f"naive, {io}", FULL, io, replace(PACKED, K=k, V=k)), Schedule("naive"), "model") for k in (64, 128)]
+    for io in DTYPES if a.backend == "triton" else ():     # decoding: what `default` gives to calls of one token at a time
+        for size in (64, 128, 256):
+            cell = Cell(f"one token at a time, {io}, {size} x {size}", FULL, io, replace(PACKED, K=size, V=size))
+            jobs.append((cell, default(a.arch, replace(cell.instance, recurrent=True), 1, 8, 100)[0], "model"))
     for i, (cell, schedule, kind) in enumerate(jobs):
         if i % parts == part:
             rows.append(check(cell, schedule, backend, a.arch, kind))
