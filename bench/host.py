@@ -22,7 +22,8 @@ import torch
 
 from gdn_ir import registry
 from gdn_ir.backends.base import Call, Kernel, Launch, Source, blocks
-from gdn_ir.backends.triton import Triton, binder
+from gdn_ir.backends.triton import Triton
+from gdn_ir.backends.triton.driver import binder
 from gdn_ir.bench import inputs
 from gdn_ir.compiler import variant
 from gdn_ir.ops import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule

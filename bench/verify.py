@@ -131,6 +131,10 @@ def main() -> None:
     for io in (DTYPES if a.backend == "triton" else ("bf16", "f16")) if a.arch == "sm_90" else ():
         jobs += [(Cell(f"naive {k} x {k}, {io}", FULL, io, replace(PACKED, K=k, V=k)), Schedule("naive"), "model")
                  for k in (64, 128)]
+    for io in DTYPES if a.backend == "triton" else ():     # decoding: what `default` gives to calls of one token at a time
+        for size in (64, 128, 256):
+            cell = Cell(f"one token at a time, {io}, {size} x {size}", FULL, io, replace(PACKED, K=size, V=size))
+            jobs.append((cell, default(a.arch, replace(cell.instance, recurrent=True), 1, 8, 100)[0], "model"))
     only = a.only.split(";")
     for i, (cell, schedule, kind) in enumerate(j for j in jobs if any(name in j[0].name for name in only)):
         if i % parts == part:

@@ -366,6 +366,15 @@ def test_importing_the_package_is_light() -> None:
     assert json.loads(done.stdout) == [False, False]
 
 
+def test_no_peer_is_imported_unasked() -> None:
+    """Ops, layer, registry and integrations that are not enabled leave other libraries alone, and torch's compiler unloaded."""
+    code = ("import sys, torch, gdn_ir.ops, gdn_ir.nn, gdn_ir.registry\nlight = 'torch._dynamo' not in sys.modules\n"
+            "import gdn_ir.integrations.fla, gdn_ir.integrations.transformers\n"
+            "print(light, [m for m in ('fla', 'transformers', 'flash_qla', 'flashinfer') if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True []\n"
+
+
 def test_a_backward_is_served_by_what_a_gpu_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GDN_IR_UNVERIFIED", raising=False)
     wanted = replace(BF16, grads=("q", "k", "v", "g", "beta"))

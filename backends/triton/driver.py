@@ -4,7 +4,6 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -120,7 +119,7 @@ def launcher(kernel: Kernel, image: bytes, launch: Mapping[str, Any]) -> Launch:
         moved = {n: x.clone() for n, x in memory.items() if x.data_ptr() % ALIGNMENT}
         ends = call.cu_seqlens
         run({**memory, **moved}, values, call if ends is None or not ends.data_ptr() % ALIGNMENT else
-            replace(call, cu_seqlens=ends.clone()))
+            Call(call.sequences, call.tokens, call.length, call.heads, ends.clone(), call.memo))
         for name in written & moved.keys():
             memory[name].copy_(moved[name])
     return run
