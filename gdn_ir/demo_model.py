@@ -53,7 +53,7 @@ class Mixer(nn.Module):
         o, state = chunk_gated_delta_rule(
             q.reshape(B, T, s.H, s.K), k.reshape(B, T, s.H, s.K), v.reshape(B, T, s.HV, s.V), g, self.b(x).sigmoid(),
             initial_state=None if past is None else past[1], output_final_state=keep, use_qk_l2norm_in_kernel=True)
-        o = self.norm(o) * F.silu(self.gate(x)).view(B, T, s.HV, s.V)
+        o = self.norm(o.float()) * F.silu(self.gate(x)).view(B, T, s.HV, s.V)
         return self.out(o.flatten(2)), None if state is None else (y[..., y.shape[-1] - CONV + 1:], state)
 
 

@@ -20,12 +20,14 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained and how: batches of sequences of `context` bytes; rate: of AdamW, at its height; sample: bytes of it."""
+    """What is trained and how: batches of sequences of `context` bytes; rate: of AdamW, at its height; sample: bytes of it;
+    steps: the least there are, however long they take."""
     size: Size
     batch: int
     context: int
     rate: float
     sample: int = 500
+    steps: int = 2
 
 
 CPU = Recipe(Size(layers=2, width=128, H=2, HV=4, K=32, V=32), batch=8, context=128, rate=6e-3)
@@ -100,14 +102,13 @@ def run(path: Path | None = None, seconds: float = 60.0, console: Console | None
 
 
 def train(model: Model, text: Tensor, r: Recipe, seconds: float, generator: torch.Generator, console: Console) -> list[float]:
-    """Steps until the time is over, at least two; the learning rate follows the time: up, then down as a cosine."""
+    """Steps until the time is over; the learning rate follows it: up, then down as a cosine."""
     optimizer, losses, said = optimizer_of(model, r.rate), list[float](), 0
     columns = (TextColumn("training"), BarColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=seconds, loss="")
         start = time.perf_counter()
-        while (done := (time.perf_counter() - start) / seconds) < 1 or len(losses) < 2:
-            done = min(done, 1.0)
+        while (done := min((time.perf_counter() - start) / seconds, len(losses) / r.steps)) < 1:
             for group in optimizer.param_groups:
                 group["lr"] = r.rate * min(1.0, 20 * done + 0.05) * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
             optimizer.zero_grad()
