@@ -53,6 +53,14 @@ def shipped(arch: str = "sm_90", backend: str = "triton") -> Iterator[tuple[Cell
                 yield cell, 8
 
 
+def decoding(arch: str) -> Iterator[tuple[Cell, Schedule]]:
+    """What `default` gives to calls of one token at a time."""
+    for io in DTYPES:
+        for size in (64, 128, 256):
+            cell = Cell(f"one token at a time, {io}, {size} x {size}", FULL, io, replace(PACKED, K=size, V=size))
+            yield cell, default(arch, replace(cell.instance, recurrent=True), 1, 8, 100)[0]
+
+
 def serves(backend: str, arch: str, cell: Cell) -> bool:
     try:
         variant(cell.instance, default(arch, cell.instance, 1, 8, sum(cell.layout.lengths), backend)[0], backend, arch)
@@ -131,10 +139,8 @@ def main() -> None:
     for io in (DTYPES if a.backend == "triton" else ("bf16", "f16")) if a.arch == "sm_90" else ():
         jobs += [(Cell(f"naive {k} x {k}, {io}", FULL, io, replace(PACKED, K=k, V=k)), Schedule("naive"), "model")
                  for k in (64, 128)]
-    for io in DTYPES if a.backend == "triton" else ():     # decoding: what `default` gives to calls of one token at a time
-        for size in (64, 128, 256):
-            cell = Cell(f"one token at a time, {io}, {size} x {size}", FULL, io, replace(PACKED, K=size, V=size))
-            jobs.append((cell, default(a.arch, replace(cell.instance, recurrent=True), 1, 8, 100)[0], "model"))
+    if a.backend == "triton":
+        jobs += [(cell, schedule, "model") for cell, schedule in decoding(a.arch)]
     only = a.only.split(";")
     for i, (cell, schedule, kind) in enumerate(j for j in jobs if any(name in j[0].name for name in only)):
         if i % parts == part:

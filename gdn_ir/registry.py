@@ -42,6 +42,20 @@ class Option:
     reason: str
 
 
+def unseen(instance: Instance, backend: str, arch: str) -> str | None:
+    """Why a backend does not serve what it could, if so: no GPU has run all of it yet (bench/results has what one ran)."""
+    if arch == "cpu" or backend not in ("triton", "tilelang"):
+        return None
+    part = None
+    if instance.grads and (backend, arch) != ("triton", "sm_90"):
+        part = "backward"
+    elif backend == "tilelang" and instance.recurrent:
+        part = "kernel of one token at a time"
+    elif backend == "tilelang" and arch == "sm_90" and instance.io == "f32" and instance.switches.l2norm:
+        part = "scan of float32 with q and k normalised in it"
+    return part and f"{backend}'s {part} has not run on all it ships for on {arch}"
+
+
 @lru_cache(maxsize=4096)
 def options(instance: Instance, arch: str, sequences: int, heads: int, tokens: int) -> tuple[Option, ...]:
     """Every backend's answer, the preferred one first. heads: HV; tokens: of all sequences together."""
@@ -49,12 +63,9 @@ def options(instance: Instance, arch: str, sequences: int, heads: int, tokens: i
     found = []
     for name in PREFERENCE[kind]:
         target = "torch" if name == "torch" else arch       # it has one schedule, wherever it runs
-        if arch != "cpu" and name != "torch" and os.environ.get("GDN_IR_UNVERIFIED") != "1":
-            part = "backward" if instance.grads else "kernel of one token at a time" if instance.recurrent else ""
-            if part:
-                why = f"{name}'s {part} has not run on all it ships for (GDN_IR_UNVERIFIED=1 lets it)"
-                found.append(Option(name, None, why))
-                continue
+        if (why := unseen(instance, name, arch)) and os.environ.get("GDN_IR_UNVERIFIED") != "1":
+            found.append(Option(name, None, f"{why} (GDN_IR_UNVERIFIED=1 lets it)"))
+            continue
         try:
             schedule, why = schedule_for(target, instance, sequences, heads, tokens, name)
             found.append(Option(name, variant(instance, schedule, name, target), why))
@@ -153,4 +164,4 @@ def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, 
     return Explanation(f"{kind}, H/HV {H}/{HV}, K x V {K} x {V}", arch, tuple(choices))
 
 
-__all__ = ["Option", "architecture", "choose", "explain", "forbid", "forced", "options", "serving", "use"]
+__all__ = ["Option", "architecture", "choose", "explain", "forbid", "forced", "options", "serving", "unseen", "use"]

@@ -12,8 +12,10 @@ from gdn_ir.bench import results
 from gdn_ir.bench.cases import FORWARD_CORE, trains
 from gdn_ir.bench.errors import worst
 from gdn_ir.bench import verify_backward
-from gdn_ir.bench.verify import shipped
+from gdn_ir.bench.gradients import backward_of
+from gdn_ir.bench.verify import decoding, shipped
 from gdn_ir.compiler import variant
+from gdn_ir.registry import unseen
 from gdn_ir.schedules.defaults import default
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
@@ -37,8 +39,9 @@ def test_every_shipped_default_was_measured(arch: str, backend: str) -> None:
     launched = {(r["cell"], tuple(sorted(r["sources"].items()))): r["launched"] for r in records(arch, backend)
                 if "launched" in r}
     missing, wrong = [], []
-    for cell, scans in shipped(arch, backend):
-        schedule = default(arch, cell.instance, 1, scans, sum(cell.layout.lengths), backend)[0]
+    jobs = [(cell, default(arch, cell.instance, 1, scans, sum(cell.layout.lengths), backend)[0])
+            for cell, scans in shipped(arch, backend) if not unseen(cell.instance, backend, arch)]
+    for cell, schedule in (*jobs, *(decoding(arch) if backend == "triton" else ())):
         sources = {s.kernel: s.hash for s in variant(cell.instance, schedule, backend, arch).sources}
         key = (cell.name, tuple(sorted(sources.items())))
         errors = measured.get(key)
@@ -58,7 +61,7 @@ def test_every_shipped_backward_was_measured(arch: str) -> None:
     measured = {verify_backward.key(r): r["errors"] for r in records(arch, "backward") if "failed" not in r}
     missing, wrong = [], []
     for cell, scans, kind in verify_backward.shipped():
-        if kind == "model":
+        if kind == "model" and not unseen(backward_of(cell), "triton", arch):
             errors = measured.get(verify_backward.key(verify_backward.ahead(cell, scans, kind, arch)))
             if errors is None:
                 missing.append(cell.name)
@@ -74,8 +77,10 @@ def gradient_bound(io: str, neg_eigval: bool) -> float:
 
 
 def test_nothing_failed_on_the_gpu() -> None:
-    assert not [r for what in ("triton", "tilelang", "backward") for arch in ("sm_90", "sm_80") for r in records(arch, what)
-                if "failed" in r]
+    failed = [r for what in ("triton", "tilelang", "backward") for arch in ("sm_90", "sm_80") for r in records(arch, what)
+              if "failed" in r]
+    # not served since: registry.unseen
+    assert [(r["cell"], r["backend"]) for r in failed] == [("l2norm in kernel, f32", "tilelang")]
 
 
 def compared() -> Iterator[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]]:

@@ -192,7 +192,7 @@ def test_explain_as_data(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     said = gdn_ir.explain(H=2, HV=4, T=64, arch="sm_90", recurrent=True, grads=())
     assert said.call.startswith("dense bf16, 1 x 64 tokens, one token at a time") and said.chosen in ("torch", "triton")
     back = gdn_ir.explain(H=2, HV=4, T=64, arch="cpu", dtype="f32", grads=("q", "v")).data()
-    assert back["chosen"] == "torch" and "gradients of q v" in back["call"]
+    assert back["chosen"] == "tilelang" and "gradients of q v" in back["call"]
     first = gdn_ir.explain(H=16, HV=32, T=8192, arch="sm_90").data()["choices"][0]
     assert first["backend"] == "triton" and first["state"] == "chosen" and set(first["kernels"]) == {"solve", "scan", "output"}
     monkeypatch.setattr(sys, "argv", ["gdn-ir", "explain", "--json", "--arch", "cpu", "--recurrent", "--dtype", "f32"])
@@ -376,10 +376,17 @@ def test_no_peer_is_imported_unasked() -> None:
     assert done.stdout == "True []\n"
 
 
-def test_a_backward_is_served_by_what_a_gpu_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_no_gpu_has_run_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GDN_IR_UNVERIFIED", raising=False)
-    wanted = replace(BF16, grads=("q", "k", "v", "g", "beta"))
-    first = registry.options(wanted, "sm_90", 1, 32, 8192)[0]
-    assert first.backend == "triton" and first.variant is None and "has not run on all it ships for" in first.reason
+    back, one = replace(BF16, grads=("q", "k", "v", "g", "beta")), replace(BF16, recurrent=True)
+    rows = replace(BF16, io="f32", beta="f32", K=64, V=64, switches=replace(BF16.switches, l2norm=True))
+
+    def served(instance: Instance, arch: str, tokens: int = 8192) -> list[str]:
+        return [o.backend for o in registry.options(instance, arch, 1, 32, tokens) if o.variant is not None]
+    assert served(back, "sm_90") == ["triton", "torch"] and served(back, "sm_80") == ["torch"]
+    assert served(one, "sm_90") == served(one, "sm_80") == ["triton", "torch"]
+    assert served(rows, "sm_90") == ["triton", "torch"] and served(rows, "sm_80") == ["triton", "tilelang", "torch"]
+    first = registry.options(back, "sm_80", 1, 32, 8192)[0]
+    assert "triton's backward has not run on all it ships for on sm_80 (GDN_IR_UNVERIFIED=1 lets it)" in first.reason
     monkeypatch.setenv("GDN_IR_UNVERIFIED", "1")
-    assert registry.options(wanted, "sm_90", 1, 32, 8191)[0].variant is not None
+    assert served(back, "sm_80", 8191)[0] == "triton"
