@@ -48,7 +48,7 @@ def of_tilelang(arch: str, instance: Instance, steps: Steps) -> tuple[Schedule, 
     width = 16 if instance.io == "f32" else 32
     whole = KernelOptions(128, 8, 1) if arch == "sm_90" else KernelOptions(64, 4, 1)
     output = KernelOptions(32, 4, 1) if instance.io == "f32" else whole
-    beside = arch == "sm_90" and instance.io == "f32" and instance.switches.l2norm      # a normalised k, and there is little room
+    beside = arch == "sm_90" and instance.io == "f32" and instance.switches.l2norm      # a normalised k; there is little room
     ring = 2 if beside else 3
     parts = {"scan": KernelOptions(width, 4, ring), "output": output}
     parts |= {"solve": KernelOptions(None, 4, 1)} if instance.switches.erase else {}
