@@ -11,7 +11,7 @@ SHAPES = ('"8x1024:16/32", "3000+5192:16/32" (lengths, H/HV), or the index of a 
 SOURCE = "records (.jsonl), a table (.json), or shipped; by default your records and what ships"
 
 
-def tune(op: Annotated[str, typer.Option(help="forward or backward")] = "forward",
+def tune(op: Annotated[str, typer.Option(help="forward, backward or recurrent (one token at a time)")] = "forward",
          shapes: Annotated[str, typer.Option(help=f"{SHAPES} (20 representative ones)")] = "",
          backends: Annotated[str, typer.Option(help="separated by commas (triton on a GPU, else tilelang)")] = "",
          budget: Annotated[float, typer.Option(help="minutes in all")] = 4.0,
@@ -58,7 +58,7 @@ def compile_(target: Annotated[str, typer.Option(help="sm_80, sm_90a, cpu (this 
              out: Annotated[Path, typer.Option("-o", "--out", help="where the pack goes: a folder that is not there yet")],
              shapes: Annotated[str, typer.Option(help=f"{SHAPES} (20 representative ones); other shapes are served as the "
                                              "nearest of these")] = "",
-             op: Annotated[str, typer.Option(help="forward or backward")] = "forward",
+             op: Annotated[str, typer.Option(help="forward, backward or recurrent (one token at a time)")] = "forward",
              dtype: Annotated[str, typer.Option(help="bf16, f16 or f32 (bf16; f32 for cpu)")] = "",
              K: int = 128, V: int = 128,
              flags: Annotated[str, typer.Option(help="as of tune")] = "",

@@ -25,7 +25,7 @@ from gdn_ir.compiler import Instance
 from gdn_ir.programs.gated_delta import Switches
 
 GRADIENTS = ("q", "k", "v", "g", "beta")
-OPS = ("forward", "backward")
+OPS = ("forward", "backward", "recurrent")                # recurrent: the forward, one token at a time
 # twenty that stand for the rest of FORWARD and TRAIN: 8 to 512 scans, 16 to 512 chunks in each
 REPRESENTATIVE = ("1x2048:2/8,1x8192:2/8,1x32768:2/8,1x2048:4/16,1x8192:4/16,1x32768:4/16,1x2048:16/32,1x8192:16/32,"
                   "1x32768:16/32,1x8192:16/16,1x32768:16/16,1x2048:16/64,1x8192:16/64,1x32768:16/64,4x2048:8/32,4x8192:16/32,8x1024:16/32,"
@@ -43,19 +43,19 @@ def instances(op: str, shapes: Iterable[Shape], dtype: str, K: int, V: int, flag
     for w in words:
         if w.removeprefix("no-") not in (*known, "decay"):
             raise ValueError(f"--flags: got {w!r}; accepts {', '.join(known)}, decay, each also with no- before it")
-    on = {"final_state": op == "forward"} | {w.removeprefix("no-"): not w.startswith("no-") for w in words}
+    on = {"final_state": op != "backward"} | {w.removeprefix("no-"): not w.startswith("no-") for w in words}
     decay = "scalar" if on.pop("decay", True) else "none"
     switches = Switches(decay, **on)
     named = tuple(n.strip() for n in grads.split(",") if n.strip())
-    if named and op == "forward":
-        raise ValueError(f"--grads: got {grads!r} with --op forward; accepts it with --op backward")
+    if named and op != "backward":
+        raise ValueError(f"--grads: got {grads!r} with --op {op}; accepts it with --op backward")
     every = tuple(n for n in (*GRADIENTS, "initial_state") if n in Instance(switches, K, V, dtype, dtype, True).program.read())
     found: dict[Instance, list[Shape]] = {}
     for s in shapes:
         if dense and len(set(s.lengths)) > 1:
             raise ValueError(f"--shapes: got {s} with --dense; accepts sequences of one length there")
         wanted = (named or every) if op == "backward" else ()
-        i = Instance(switches, K, V, dtype, beta or dtype, not dense, wanted, not wanted or s.HV > s.H)
+        i = Instance(switches, K, V, dtype, beta or dtype, not dense, wanted, not wanted or s.HV > s.H, op == "recurrent")
         found.setdefault(i, []).append(s)
     return found
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from gdn_ir.ahead import not_compiled
 from gdn_ir.artifacts import NotCompiled
 from gdn_ir.autodiff import backward
 from gdn_ir.backends.base import TORCH, Backend, Call, Kernel, Launch, Source
@@ -245,7 +246,6 @@ class Variant:
         try:
             self.compiled(tensors, {"scale": float(scale)}, call)
         except NotCompiled as e:
-            from gdn_ir.packs import not_compiled
             raise not_compiled(self, call, e) from None
 
     def apply(self, tensors: Mapping[str, torch.Tensor], scale: float, sequences: int,

@@ -17,6 +17,7 @@ from rich.console import Console
 
 import gdn_ir
 from gdn_ir import artifacts, packs, registry
+from gdn_ir.ahead import not_compiled
 from gdn_ir.artifacts import NotCompiled
 from gdn_ir.autotune import command, lookup
 from gdn_ir.autotune.keys import Shape
@@ -87,12 +88,12 @@ def test_the_error_names_the_shape_and_a_command_that_fixes_it(tmp_path: Path, m
 
 @pytest.mark.parametrize("instance", [
     BF16, replace(BF16, switches=Switches("none", False, True, True, True, True, False, True), beta="f32", varlen=False),
-    replace(BF16, switches=Switches(), grads=("q", "beta"), grouped=True),
+    replace(BF16, switches=Switches(), grads=("q", "beta"), grouped=True), replace(BF16, recurrent=True),
 ])
 def test_the_command_in_the_error_means_the_same_instance(instance: Instance) -> None:
     schedule = lookup.default("sm_90", BF16, 1, 2, 64)[0]
     chosen = packs.Variant("triton", instance, schedule, "sm_90", None)        # type: ignore[arg-type]
-    text = str(packs.not_compiled(chosen, Call(1, 64, 64, {"H": 1, "HV": 2}), NotCompiled("why")))
+    text = str(not_compiled(chosen, Call(1, 64, 64, {"H": 1, "HV": 2}), NotCompiled("why")))
     words = shlex.split(text.split("ahead: gdn-ir compile ")[1].split(" -o PACK")[0])
     o = {w: words[i + 1] for i, w in enumerate(words) if w.startswith("--") and w != "--dense"}
     shapes = command.shapes_of(o["--shapes"])
