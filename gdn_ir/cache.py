@@ -81,8 +81,6 @@ def write_whole(path: Path, data: bytes) -> None:
 def load_source(backend: str, kernel: str, digest: str, text: str) -> ModuleType:
     """Import a source from the cache folder, so that tracebacks and tools can show it; written there first where what lies
     there is not this text."""
-    if os.environ.get("GDN_IR_PRINT") == "1":
-        print(text, file=sys.stderr)
     own = hashlib.sha256(text.encode()).hexdigest()[:8]   # the digest ignores comments, which the file has
     name = f"{kernel}_{digest}_{own}.py"
     path = folder() / backend / name

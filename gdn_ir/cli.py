@@ -103,7 +103,7 @@ def explain(shapes: Annotated[Optional[list[str]], typer.Argument(help="packed c
             H: int = 16, HV: int = 32, K: int = 128, V: int = 128, T: int = 8192, B: int = 1,
             sequences: Annotated[Optional[int], typer.Option(help="packed sequences; without it, dense")] = None,
             dtype: str = "bf16", arch: Annotated[Optional[str], typer.Option(help="cpu, sm_80, sm_90")] = None,
-            final_state: Annotated[bool, typer.Option(help="whether the final state is asked for")] = False,
+            final_state: Annotated[bool, typer.Option(help="whether the final state is asked for")] = True,
             recurrent: Annotated[bool, typer.Option("--recurrent", help="one token at a time, as in decoding")] = False,
             grads: Annotated[str, typer.Option(help="of the backward: gradients of these, such as q,k,v,g,beta")] = "",
             json: Annotated[bool, typer.Option("--json", help="as data: a list, an entry for each call")] = False) -> None:
@@ -115,8 +115,9 @@ def explain(shapes: Annotated[Optional[list[str]], typer.Argument(help="packed c
     calls = [(sum(lengths), 1, len(lengths), h, hv) for lengths, h, hv in parse(",".join(shapes), "forward")] if shapes else \
         [(T, B, sequences, H, HV)]
     wrt = names(grads)
+    more = {"initial_state": "initial_state" in wrt, "final_state": final_state and not wrt}
     said = [say(H=h, HV=hv, K=K, V=V, T=tokens, B=rows, sequences=count, dtype=dtype, arch=arch, recurrent=recurrent, grads=wrt,
-                initial_state="initial_state" in wrt, final_state=final_state) for tokens, rows, count, h, hv in calls]
+                **more) for tokens, rows, count, h, hv in calls]
     print(dumps([s.data() for s in said], indent=1) if json else "\n".join(map(str, said)))
 
 

@@ -1,6 +1,8 @@
 """From a program and a schedule to something that runs: plan, fit to extents, machine numbers, padding, split, backend."""
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -154,6 +156,8 @@ class Compiled:
 
     @cached_property
     def launches(self) -> tuple[Launch, ...]:
+        if os.environ.get("GDN_IR_PRINT") == "1":
+            print(*(s.text for s in self.sources), sep="\n", file=sys.stderr)
         return tuple(self.backend.compile(k, s, self.arch) for k, s in zip(self.kernels, self.sources, strict=True))
 
     @cached_property

@@ -156,3 +156,15 @@ def test_initial_gates() -> None:
 def test_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GatedDeltaNet(**(SMALL | changes))
+
+
+def test_what_does_not_fit_is_named() -> None:
+    layer = GatedDeltaNet(hidden_size=32, num_heads=2, head_dim=16)
+    x = torch.randn(2, 5, 32)
+    _, state = layer(x, use_cache=True)
+    for args, message in (((x[:, :0],), r"x: got \[2, 0, 32\]; accepts \[B, T, 32\], T at least 1"),
+                          ((x[..., :30],), r"x: got \[2, 5, 30\]; accepts \[B, T, 32\]"),
+                          ((x, None, torch.tensor([0, 5])), r"x: got \[2, 5, 32\]; accepts \[1, T, 32\]"),
+                          ((x[:1], state), "state: got the state of 2 sequences; accepts that of 1")):
+        with pytest.raises(ValueError, match=message):
+            layer(*args)

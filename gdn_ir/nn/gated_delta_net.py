@@ -69,7 +69,8 @@ class GatedDeltaNet(nn.Module):
             -> tuple[Tensor, State | None]:
         """x [B, T, D], state of B sequences; or B = 1 and N packed sequences with boundaries cu_seqlens [N + 1]. Returns
         [B, T, D], and the state after the last tokens (None without use_cache), to be given to the next call. Calls of one
-        token run by the recurrent op."""
+        token run by the recurrent op. Raises ValueError naming what does not fit."""
+        self._check(x, state, cu_seqlens)
         mixed = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
         conv = None
         if self.use_short_conv:
@@ -95,3 +96,11 @@ class GatedDeltaNet(nn.Module):
         o = o.flatten(-2).unflatten(-1, (self.heads, self.V))
         o = self.o_norm(o, None if self.g_proj is None else self.g_proj(x).view_as(o))
         return self.o_proj(o.flatten(-2)), None if recurrent is None else State(recurrent, conv)
+
+    def _check(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> None:
+        D, packed = self.q_proj.in_features, cu_seqlens is not None
+        if x.ndim != 3 or x.shape[2] != D or x.shape[1] == 0 or (packed and x.shape[0] != 1):
+            raise ValueError(f"x: got {list(x.shape)}; accepts [{'1' if packed else 'B'}, T, {D}], T at least 1")
+        sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        if state is not None and state.recurrent.shape[0] != sequences:
+            raise ValueError(f"state: got the state of {state.recurrent.shape[0]} sequences; accepts that of {sequences}")
