@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -93,8 +92,8 @@ class Store:
 
     def put(self, key: str, built: Built, recipe: Mapping[str, Any], toolchain: Mapping[str, str]) -> Artifact:
         """Keep an artifact. Where another process has kept the same one meanwhile, that one stands."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=key, suffix=cache.TEMPORARY, dir=self.root))
+        temporary = cache.unfinished(self.root / key)
+        temporary.mkdir(parents=True)
         try:
             for name, data in built.files.items():
                 (temporary / name).write_bytes(data)

@@ -84,6 +84,18 @@ def test_a_damaged_entry_is_none(tmp_path: Path, harm: str) -> None:
     assert store.put("key", Built({"a": b"abc"}, {"n": 1}), {}, {}).path("a").read_bytes() == b"abc"
 
 
+def test_the_umask_says_who_can_read_it(folder: Path) -> None:
+    """As of any file: a cache may be shared, and a pack is made for others."""
+    before = os.umask(0o027)
+    try:
+        made = artifacts.store().put("key", Built({"a": b"abc"}, {}), {}, {})
+        cache.load_source("torch", "f", "2", "x = 1\n")
+    finally:
+        os.umask(before)
+    (source,) = (folder / "torch").glob("*.py")
+    assert [p.stat().st_mode & 0o777 for p in (made.folder, made.path("a"), source)] == [0o750, 0o640, 0o640]
+
+
 def test_a_damaged_source_is_written_again(folder: Path) -> None:
     assert cache.load_source("torch", "f", "0", "x = 1\n").x == 1
     (path,) = (folder / "torch").glob("*.py")
