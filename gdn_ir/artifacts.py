@@ -23,7 +23,7 @@ from gdn_ir import cache
 if TYPE_CHECKING:
     from gdn_ir.backends.base import Backend, Kernel, Source
 
-FORMAT = 1
+FORMAT = 1                                                 # of about.json; in the keys of the cache, so that versions share one
 ABOUT = "about.json"
 
 
@@ -71,7 +71,7 @@ class Store:
         why = ""
         while not why:
             try:
-                handle = os.open(place, os.O_RDONLY | os.O_DIRECTORY)        # held: no other folder can get its number
+                handle = os.open(place, os.O_RDONLY)       # held: no other folder can get its number
             except FileNotFoundError:
                 return None
             try:
@@ -80,7 +80,8 @@ class Store:
                 return found
             except (Damaged, OSError) as e:
                 if number(place) == os.fstat(handle).st_ino:       # else another process has put a new one in its place
-                    why = "a file is missing" if isinstance(e, FileNotFoundError) else str(e)
+                    why = ("a file is missing" if isinstance(e, FileNotFoundError) else
+                           "it is no folder" if isinstance(e, NotADirectoryError) else str(e))
             finally:
                 os.close(handle)
         if not self.own:
@@ -158,7 +159,7 @@ def obtain(backend: Backend, kernel: Kernel, source: Source, arch: str) -> Artif
     toolchain = backend.toolchain(arch)
     if toolchain is None:
         raise NotCompiled(f"{kernel.name} for {arch} is in no loaded pack, and what {backend.name} compiles with is not here")
-    key = digest([recipe, toolchain])
+    key = digest([FORMAT, recipe, toolchain])
     here = store()
     found = here.get(key)
     if found is not None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -68,17 +69,26 @@ def test_damage_is_rebuilt_with_a_warning_and_the_folder_moves(folder: Path, mon
     assert artifacts.read(library.parent).launch["order"]
 
 
-@pytest.mark.parametrize("harm", ["cut", "missing", "format", "text"])
-def test_a_damaged_entry_is_none(tmp_path: Path, harm: str) -> None:
+@pytest.mark.parametrize(("harm", "why"), [
+    ("cut", "about.json is not what was written"), ("launch", "about.json is not what was written"),
+    ("text", "about.json is not what was written"), ("missing", "a file is missing"), ("a file", "it is no folder"),
+    ("format", "format 0, and this gdn-ir reads 1")])
+def test_a_damaged_entry_is_none(tmp_path: Path, harm: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path)
-    store.put("key", Built({"a": b"abc"}, {"n": 1}), {}, {})
+    with monkeypatch.context() as old:
+        if harm == "format":
+            old.setattr(artifacts, "FORMAT", 0)
+        store.put("key", Built({"a": b"abc"}, {"n": 1}), {}, {})
     about = tmp_path / "key" / "about.json"
     text = about.read_text()
     if harm == "missing":
         (tmp_path / "key" / "a").unlink()
-    else:
-        about.write_text({"cut": text[:40], "format": text.replace('"n": 1', '"n": 2'), "text": "[]"}[harm])
-    with pytest.warns(RuntimeWarning, match="damaged"):
+    elif harm == "a file":
+        shutil.rmtree(tmp_path / "key")
+        (tmp_path / "key").write_bytes(b"abc")
+    elif harm != "format":
+        about.write_text({"cut": text[:40], "launch": text.replace('"n": 1', '"n": 2'), "text": "[]"}[harm])
+    with pytest.warns(RuntimeWarning, match=rf"damaged \({re.escape(why)}\); it is compiled again"):
         assert store.get("key") is None
     assert not (tmp_path / "key").exists() and store.get("key") is None
     assert store.put("key", Built({"a": b"abc"}, {"n": 1}), {}, {}).path("a").read_bytes() == b"abc"
@@ -134,6 +144,10 @@ def test_what_triton_built_is_kept_and_found(folder: Path, monkeypatch: pytest.M
     assert artifacts.obtain(b, kernel, source, "sm_80") == built                # nothing is compiled
     with pytest.raises(NotCompiled, match="scan for sm_90 by triton is neither in the cache nor in a loaded pack"):
         artifacts.obtain(b, kernel, source, "sm_90")
+    monkeypatch.setattr(artifacts, "FORMAT", 0)            # another version, at the same cache: it leaves ours alone
+    with pytest.raises(NotCompiled), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        artifacts.obtain(b, kernel, source, "sm_80")
 
 
 def test_launches_that_need_more_than_arguments_are_refused() -> None:
