@@ -114,6 +114,7 @@ def forget() -> None:
     from gdn_ir import registry
     registry.options.cache_clear()
     registry.choose.cache_clear()
+    registry.serving.cache_clear()
     variant.cache_clear()
 
 

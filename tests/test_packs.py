@@ -63,7 +63,7 @@ def test_a_pack_serves_without_compiling(native: Path, tmp_path: Path, monkeypat
         x = make(**sizes)
         with torch.no_grad():
             assert error(chunk_gated_delta_rule(**x)[0], expected(x)[0]) <= 1e-5
-    text = gdn_ir.explain(H=2, HV=2, K=32, V=32, T=100, dtype="f32", arch="cpu")
+    text = str(gdn_ir.explain(H=2, HV=2, K=32, V=32, T=100, dtype="f32", arch="cpu"))
     assert "tilelang chosen: first that can serve on cpu" in text
     assert f"schedule recurrent: compiled ahead for 1x64:2/2 in {pack}" in text
 
