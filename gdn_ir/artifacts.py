@@ -148,6 +148,11 @@ def store() -> Store:
 PACKS: list[Store] = []                                    # those that `gdn_ir.load_pack` loaded, the newest first
 
 
+def packed(recipe: Mapping[str, Any]) -> bool:
+    """Whether a loaded pack holds a kernel."""
+    return any((pack.root / digest(recipe)).is_dir() for pack in PACKS)
+
+
 def obtain(backend: Backend, kernel: Kernel, source: Source, arch: str) -> Artifact:
     """A kernel's artifact: from a loaded pack, else from the cache, else built now and kept. Raises NotCompiled where it would
     have to be built and may not (GDN_IR_NO_JIT=1) or cannot be."""
