@@ -12,9 +12,11 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +54,14 @@ class Artifact:
 
     def path(self, name: str) -> Path:
         return self.folder / name
+
+
+@lru_cache(maxsize=16)
+def said(program: str) -> str:
+    """The last line of what a compiler calls its version (g++ ends with its licence: there the first). Raises OSError or
+    CalledProcessError where it cannot be asked."""
+    lines = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout.strip().splitlines()
+    return lines[0 if program == "g++" else -1]
 
 
 def digest(data: object) -> str:
