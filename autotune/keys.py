@@ -18,7 +18,7 @@ from gdn_ir.schedules.schedule import Schedule
 
 Json = dict[str, Any]
 CHUNK = 64                                                 # tokens; what serial length is counted in
-NEAR = 1.0                                                 # octaves: the farthest that a bucket serves
+NEAR = 1.0                                                 # octaves: the farthest that a winner serves
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,6 @@ class Shape:
 def octaves(sequences: int, heads: int, tokens: int) -> tuple[float, float]:
     """log2 of the scans that run side by side, and of the chunks that each takes in turn: what decides a schedule."""
     return math.log2(max(1, sequences * heads)), math.log2(max(1.0, tokens / max(1, sequences) / CHUNK))
-
-
-def bucket(sequences: int, heads: int, tokens: int) -> tuple[int, int]:
-    """The bucket of a shape: its octaves, rounded."""
-    scans, chunks = octaves(sequences, heads, tokens)
-    return round(scans), round(chunks)
 
 
 def distance(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:

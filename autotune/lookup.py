@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gdn_ir.packs import Pack
 
 PACKS: list[Pack] = []                                     # loaded, the newest first
-LEVELS = ("exact", "bucket", "same architecture", "heuristic")
+LEVELS = ("exact", "near", "same architecture", "heuristic")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def ranked(target: str, instance: Instance, shape: tuple[int, int, int], backend
         far = 0.0 if w.shape.key == shape else distance(w.shape.key, shape) + 1e-9
         if far > NEAR:
             continue
-        level = "same architecture" if not same(s.device, here) else "exact" if far == 0.0 else "bucket"
+        level = "same architecture" if not same(s.device, here) else "exact" if far == 0.0 else "near"
         levels.setdefault(level, []).append((far, age, w))
     for level in LEVELS:
         for _, _, w in sorted(levels.get(level, []), key=lambda x: x[:2]):
