@@ -7,6 +7,7 @@ Loaded packs come before all of these: they hold kernels that are compiled alrea
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -111,9 +112,18 @@ def known() -> list[Winner]:
     path = default_path()
     try:
         state = path.stat()
-    except OSError:
-        return list(shipped())
-    return [*shipped(), *_own(str(path), state.st_mtime_ns, state.st_size)]
+        return [*shipped(), *_own(str(path), state.st_mtime_ns, state.st_size)]
+    except FileNotFoundError:                              # nothing was tuned
+        pass
+    except OSError as e:
+        _unreadable(str(e))
+    return list(shipped())
+
+
+@lru_cache(maxsize=16)                                     # once for each reason
+def _unreadable(why: str) -> None:
+    warnings.warn(f"gdn_ir: cannot read what was tuned here ({why}); what ships serves. GDN_IR_RECORDS names another file",
+                  RuntimeWarning, stacklevel=3)
 
 
 @lru_cache(maxsize=4)

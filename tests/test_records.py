@@ -130,6 +130,19 @@ def test_what_compiles_to_other_code_now_is_not_served(records: Records, monkeyp
     assert found().level == "heuristic" and "not legal any more" in found().why
 
 
+def test_records_that_cannot_be_read_are_said_once(records: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GDN_IR_RECORDS", str(tmp_path))
+    monkeypatch.setattr(lookup, "device_here", lambda target: H100)
+    monkeypatch.setattr(lookup, "shipped", lambda: (replace(winner(), program=keys.program_hash(BF16)),))
+    with pytest.warns(RuntimeWarning, match=r"cannot read what was tuned here .*; what ships serves\. GDN_IR_RECORDS names"):
+        assert found().level == "exact"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert found().level == "exact"
+        monkeypatch.setenv("GDN_IR_RECORDS", str(tmp_path / "nothing there"))
+        assert found().level == "exact"
+
+
 def test_explain_says_where_a_schedule_comes_from(records: Records) -> None:
     keep(records, winner())
     registry.options.cache_clear()
