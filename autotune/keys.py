@@ -100,7 +100,11 @@ class Device:
 
 
 def device_here(arch: str) -> Device | None:
-    """The device of an architecture at hand; None where there is none (a schedule for it can still be looked up)."""
+    """The device of an architecture at hand; None where there is none (a schedule for it can still be looked up).
+
+    A process is taken to have one model of GPU for each architecture: this is the current device's, wherever a call's tensors
+    are, and the registry keeps what it chose by architecture. Beside an H100, an H200 is served with what suits the one that
+    was current at the first call of its kind: right, if not the fastest."""
     if arch in ("cpu", "torch") and not (arch == "torch" and torch.cuda.is_available()):
         return Device(processor_name(), len(os.sched_getaffinity(0)), arch)
     if not torch.cuda.is_available():
