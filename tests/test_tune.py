@@ -15,7 +15,7 @@ from rich.console import Console
 
 import tests.faulty as faulty
 from gdn_ir.artifacts import store
-from gdn_ir.autotune import command, prune
+from gdn_ir.autotune import command, halving, prune
 from gdn_ir.autotune.display import Display
 from gdn_ir.autotune.keys import Shape
 from gdn_ir.autotune.prune import Pruned, Ready, ready
@@ -144,6 +144,41 @@ def test_what_hangs_crashes_or_lies_costs_only_itself(tmp_path: Path) -> None:
     timed = {r["schedule"]["kernels"].get("scan", {}).get("num_stages") for r in Records(tmp_path / "r.jsonl").read()
              if r["kind"] == "time"}
     assert timed <= {None, faulty.FINE, faulty.SLOW}
+
+
+class Losing:
+    """Stands for a worker: all take a second, but one, which it never comes back from after its `good` first times."""
+
+    def __init__(self, bad: int, good: int) -> None:
+        self.bad, self.good, self.jobs = bad, good, []     # type: ignore[var-annotated]
+
+    def run(self, job: dict[str, Any], limit: float) -> dict[str, Any]:
+        stages = [s["kernels"]["*"]["num_stages"] for s in job["schedules"]]
+        self.jobs.append(stages)
+        self.good -= self.bad in stages
+        if self.bad in stages and self.good < 0:
+            return {"lost": "hung", "at": stages.index(self.bad)}
+        return {"done": {"ms": [[float(s)] for s in stages]}}
+
+
+@pytest.mark.parametrize("good", [0, 1])
+def test_a_lost_reference_is_replaced_and_the_round_timed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: int) -> None:
+    """It is tried no more, and every ratio that stands is to the new one; in a resumed run too."""
+    monkeypatch.setattr(halving, "TOGETHER", 4)
+    t, worker = tuner(tmp_path / "r.jsonl", (1,)), Losing(1, good)
+    found = []
+    for stages in range(1, 8):
+        options = (("*", KernelOptions(num_stages=stages)),)
+        r = ready(Candidate(Schedule("x", 16, Frame("fused", 16).steps(SMALL), options)), SMALL, "faulty", "torch")
+        assert isinstance(r, Ready)
+        found.append(r)
+    scores, reference = halving.measure(t, worker, found, found[0], SHAPE, 0, float("inf"))    # type: ignore[arg-type]
+    assert reference is found[1] and {r.code: scores[r.code].ratio for r in found[1:]} == {
+        r.code: (i + 2) / 2 for i, r in enumerate(found[1:])}
+    assert worker.jobs == [[1, 2, 3, 4], [1, 5, 6, 7]][:good + 1] + [[2, 3, 4, 5], [2, 6, 7]]
+    again = tuner(tmp_path / "r.jsonl", (1,), resume=True)
+    assert {k[0]: v.ratio for k, v in again.timings.items()} == {r.code: scores[r.code].ratio for r in found[1:]}
+    assert set(again.failed) == {found[0].code}
 
 
 RUN = """
