@@ -7,19 +7,18 @@ import torch
 
 from gdn_ir.backends.base import TORCH
 from gdn_ir.bench import gradients
+from gdn_ir.bench.errors import bound as bound_of
 from gdn_ir.bench.errors import relative
 from gdn_ir.compiler import Instance, Variant
 from gdn_ir.coverage import Cell, Layout
 from gdn_ir.reference import recurrence
 
 Tensors = dict[str, torch.Tensor]
-BOUNDS = {"bf16": 4.5e-3, "f16": 4.5e-3, "f32": 1e-4, "f64": 1e-10}            # relative L2, of a forward's outputs
-GRADIENT_BOUNDS = {"bf16": 6e-3, "f16": 6e-3, "f32": 1e-4, "f64": 1e-10}
 
 
 def bound(instance: Instance) -> float:
     """The largest relative error that is right."""
-    return (GRADIENT_BOUNDS if instance.grads else BOUNDS)[instance.io]
+    return bound_of(instance.io, bool(instance.grads), instance.switches.neg_eigval)
 
 
 def cell(instance: Instance, lengths: tuple[int, ...] | None = None, H: int = 2, HV: int = 4) -> Cell:

@@ -47,9 +47,9 @@ def timed_rounds(tuner: Tuner, worker: Worker, good: list[Ready], shapes: list[S
 def one_shape(tuner: Tuner, worker: Worker, good: list[Ready], shape: Shape, end: float, first: bool) -> list[Ready]:
     """Find a shape's winner; returns the candidates for the next shape: those that did not fail, and new ones that this shape
     led to."""
-    reference = heuristic(tuner, good, shape)
+    first_reference = reference = heuristic(tuner, good, shape)
     alive = [reference] + [r for r in good if r is not reference and not pruned(tuner, r, shape)]
-    scores = measure(tuner, worker, alive, reference, shape, 0, end)
+    scores, reference = measure(tuner, worker, alive, reference, shape, 0, end)
     if first and time.monotonic() < end:
         frame = promising(tuner, alive, scores)
         if frame is not None:
@@ -57,26 +57,27 @@ def one_shape(tuner: Tuner, worker: Worker, good: list[Ready], shape: Shape, end
             t = tuner.task
             more = tuner.prepare(widened(frame, tuner.searched, t.backend, t.arch, t.instance, shape.HV))
             good, alive = good + more, alive + more
-            scores |= measure(tuner, worker, [reference, *more], reference, shape, 0, end)
+            scores, reference = measure(tuner, worker, alive, reference, shape, 0, end, scores)
     if time.monotonic() < end:
         parts = compose([(r.candidate, scores[r.code].ratio) for r in alive if r.code in scores])
         more = tuner.prepare(parts)
         good, alive = good + more, alive + more
-        scores |= measure(tuner, worker, [reference, *more], reference, shape, 0, end)
+        scores, reference = measure(tuner, worker, alive, reference, shape, 0, end, scores)
     turn = 1
     ranked = sorted((r for r in alive if r.code in scores), key=lambda r: scores[r.code].ratio)
     while len(ranked) > FINALISTS and time.monotonic() < end:
         ranked = ranked[:max(FINALISTS, len(ranked) // KEPT)]
         if len(ranked) > FINALISTS:
-            scores |= measure(tuner, worker, ranked, reference, shape, turn, end)
+            found, reference = measure(tuner, worker, ranked, reference, shape, turn, end)
+            scores |= found
             ranked.sort(key=lambda r: scores[r.code].ratio)
         turn += 1
-    final = measure(tuner, worker, ranked[:FINALISTS], reference, shape, LAST, float("inf"))
+    final, reference = measure(tuner, worker, ranked[:FINALISTS], reference, shape, LAST, float("inf"))
     best = min((r for r in [reference, *ranked] if r.code in final), key=lambda r: final[r.code].ms, default=None)
     if best is None:
         tuner.display.say(f"{shape}: nothing could be timed")
     else:
-        mine = final.get(reference.code) if reference.candidate.frame is None else None
+        mine = final.get(reference.code) if reference is first_reference and reference.candidate.frame is None else None
         tuner.finish(shape, best, final[best.code].ms, mine.ms if mine else None)
     return [r for r in good if r.code not in tuner.failed]
 
@@ -112,18 +113,34 @@ def promising(tuner: Tuner, alive: Iterable[Ready], scores: dict[str, Timing]) -
     return other[2] if other is not None and (best is None or other[0] < NEAR * best) else None
 
 
-def measure(tuner: Tuner, worker: Worker, candidates: list[Ready], reference: Ready, shape: Shape, turn: int, end: float) \
+def measure(tuner: Tuner, worker: Worker, candidates: list[Ready], reference: Ready, shape: Shape, turn: int, end: float,
+            before: dict[str, Timing] | None = None) -> tuple[dict[str, Timing], Ready]:
+    """Time candidates on a shape, by code; not again what a resumed run, or an earlier call, measured in this turn, nor what
+    comes after `end`. Where the reference is lost the whole turn is timed again beside another, which is returned: ratios
+    compare only where they are to the same. before: returned where there was no time to time anything again."""
+    while True:
+        found = beside(tuner, worker, candidates, reference, shape, turn, end)
+        left = [r for r in candidates if r.code not in tuner.failed]
+        if reference.code not in tuner.failed or not left:
+            return found or before or {}, reference
+        reference = left[0]
+        tuner.display.say(f"{shape}: timed again beside {reference.candidate.frame or reference.candidate.schedule.name}")
+        for r in candidates:
+            tuner.timings.pop((r.code, shape, turn), None)
+
+
+def beside(tuner: Tuner, worker: Worker, candidates: list[Ready], reference: Ready, shape: Shape, turn: int, end: float) \
         -> dict[str, Timing]:
-    """Time candidates on a shape, by code; not again what a resumed run measured before, nor what comes after `end`."""
+    """`measure`, until a reference is lost."""
     seconds = tuner.limits.seconds * (8 if turn == LAST else 2 ** turn)
     found = {r.code: tuner.timings[r.code, shape, turn] for r in candidates
-             if turn != LAST and (r.code, shape, turn) in tuner.timings}
+             if turn != LAST and (r.code, shape, turn) in tuner.timings and r.code not in tuner.failed}
     todo = [r for r in candidates if r.code not in found and r is not reference and r.code not in tuner.failed]
     what = "the last few once more" if turn == LAST else f"round {turn + 1}"
     tuner.display.phase(f"timing {shape}, {what}", len(todo))
     groups = [todo[i:i + TOGETHER - 1] for i in range(0, len(todo), TOGETHER - 1)] or ([[]] if turn == LAST else [])
     for group in groups:
-        if time.monotonic() > end:
+        if time.monotonic() > end or reference.code in tuner.failed:
             break
         found |= in_turns(tuner, worker, [reference, *group], shape, turn, seconds)
         tuner.display.step(len(group), best(found))
@@ -131,7 +148,7 @@ def measure(tuner: Tuner, worker: Worker, candidates: list[Ready], reference: Re
 
 
 def in_turns(tuner: Tuner, worker: Worker, group: list[Ready], shape: Shape, turn: int, seconds: float) -> dict[str, Timing]:
-    """Time a group, the reference first. Where a candidate is lost, the others are timed without it."""
+    """Time a group, the reference first. Where another is lost the rest is timed without it; where that one is, nothing."""
     where = {"lengths": list(shape.lengths), "H": shape.H, "HV": shape.HV}
     while group:
         job = tuner.job("time", schedules=[of_schedule(r.candidate.schedule) for r in group], shape=where, seconds=seconds)
@@ -152,8 +169,11 @@ def in_turns(tuner: Tuner, worker: Worker, group: list[Ready], shape: Shape, tur
             return {}
         bad = group[answer["at"]]
         tuner.failed[bad.code] = why
-        tuner.records.append("time", tuner.subject.json(), code=bad.code, shape=where, round=turn, failed=why)
+        tuner.records.append("time", tuner.subject.json(), code=bad.code, shape=where, round=turn, failed=why,
+                             reference=bad is group[0])
         tuner.display.say(f"{shape}: {bad.candidate.schedule.name} is lost: {why}")
+        if bad is group[0]:
+            return {}
         group = [r for r in group if r is not bad]
     return {}
 

@@ -18,7 +18,7 @@ from gdn_ir.schedules.schedule import Schedule
 
 Json = dict[str, Any]
 CHUNK = 64                                                 # tokens; what serial length is counted in
-NEAR = 1.0                                                 # octaves: the farthest that a bucket serves
+NEAR = 1.0                                                 # octaves: the farthest that a winner serves
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,6 @@ class Shape:
 def octaves(sequences: int, heads: int, tokens: int) -> tuple[float, float]:
     """log2 of the scans that run side by side, and of the chunks that each takes in turn: what decides a schedule."""
     return math.log2(max(1, sequences * heads)), math.log2(max(1.0, tokens / max(1, sequences) / CHUNK))
-
-
-def bucket(sequences: int, heads: int, tokens: int) -> tuple[int, int]:
-    """The bucket of a shape: its octaves, rounded."""
-    scans, chunks = octaves(sequences, heads, tokens)
-    return round(scans), round(chunks)
 
 
 def distance(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:
@@ -106,7 +100,11 @@ class Device:
 
 
 def device_here(arch: str) -> Device | None:
-    """The device of an architecture at hand; None where there is none (a schedule for it can still be looked up)."""
+    """The device of an architecture at hand; None where there is none (a schedule for it can still be looked up).
+
+    A process is taken to have one model of GPU for each architecture: this is the current device's, wherever a call's tensors
+    are, and the registry keeps what it chose by architecture. Beside an H100, an H200 is served with what suits the one that
+    was current at the first call of its kind: right, if not the fastest."""
     if arch in ("cpu", "torch") and not (arch == "torch" and torch.cuda.is_available()):
         return Device(processor_name(), len(os.sched_getaffinity(0)), arch)
     if not torch.cuda.is_available():

@@ -1,11 +1,13 @@
 """The schedule for a call, from what was measured: for this very shape on this GPU, else for one like it, else on another GPU
-of the architecture, else the heuristic's. It always answers, and says where the answer comes from.
+of the architecture, else with other versions of the toolchain, else the heuristic's. It always answers, and says where the
+answer comes from.
 
 Loaded packs come before all of these: they hold kernels that are compiled already.
 """
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING
 from gdn_ir.autotune.keys import NEAR, Device, device_here, distance, program_hash
 from gdn_ir.autotune.records import Records, Winner, default_path, winners
 from gdn_ir.autotune.tables import shipped
+from gdn_ir.backends import BACKENDS
 from gdn_ir.compiler import Instance, variant
 from gdn_ir.schedules.defaults import default
 from gdn_ir.schedules.schedule import Schedule
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
     from gdn_ir.packs import Pack
 
 PACKS: list[Pack] = []                                     # loaded, the newest first
-LEVELS = ("exact", "bucket", "same architecture", "heuristic")
+LEVELS = ("exact", "near", "same architecture", "other toolchain", "heuristic")
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def ranked(target: str, instance: Instance, shape: tuple[int, int, int], backend
     if os.environ.get("GDN_IR_TUNED") == "0":
         return
     here = device_here(target)
+    versions: dict[str, str] | None = None                 # asked for where something was tuned: it may import a compiler
     program = program_hash(instance)
     levels: dict[str, list[tuple[float, int, Winner]]] = {}
     for age, w in enumerate(reversed(known())):            # the newest first
@@ -79,7 +83,9 @@ def ranked(target: str, instance: Instance, shape: tuple[int, int, int], backend
         far = 0.0 if w.shape.key == shape else distance(w.shape.key, shape) + 1e-9
         if far > NEAR:
             continue
-        level = "same architecture" if not same(s.device, here) else "exact" if far == 0.0 else "bucket"
+        versions = (BACKENDS[backend].toolchain(target) or {}) if versions is None else versions
+        level = ("other toolchain" if dict(s.versions) != versions else "same architecture" if not same(s.device, here)
+                 else "exact" if far == 0.0 else "near")
         levels.setdefault(level, []).append((far, age, w))
     for level in LEVELS:
         for _, _, w in sorted(levels.get(level, []), key=lambda x: x[:2]):
@@ -106,9 +112,18 @@ def known() -> list[Winner]:
     path = default_path()
     try:
         state = path.stat()
-    except OSError:
-        return list(shipped())
-    return [*shipped(), *_own(str(path), state.st_mtime_ns, state.st_size)]
+        return [*shipped(), *_own(str(path), state.st_mtime_ns, state.st_size)]
+    except FileNotFoundError:                              # nothing was tuned
+        pass
+    except OSError as e:
+        _unreadable(str(e))
+    return list(shipped())
+
+
+@lru_cache(maxsize=16)                                     # once for each reason
+def _unreadable(why: str) -> None:
+    warnings.warn(f"gdn_ir: cannot read what was tuned here ({why}); what ships serves. GDN_IR_RECORDS names another file",
+                  RuntimeWarning, stacklevel=3)
 
 
 @lru_cache(maxsize=4)

@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from gdn_ir.autotune.keys import Device, Shape, bucket, of_instance, of_schedule, program_hash, to_instance, to_schedule
+from gdn_ir.autotune.keys import Device, Shape, of_instance, of_schedule, program_hash, to_instance, to_schedule
 from gdn_ir.compiler import Instance
 from gdn_ir.schedules.schedule import Schedule
 
@@ -74,8 +74,8 @@ class Winner:
 
     def json(self) -> Json:
         s = self.shape
-        return {"shape": {"lengths": list(s.lengths), "H": s.H, "HV": s.HV}, "bucket": list(bucket(*s.key)),
-                "schedule": of_schedule(self.schedule), "sources": dict(self.sources), "ms": self.ms,
+        return {"shape": {"lengths": list(s.lengths), "H": s.H, "HV": s.HV}, "schedule": of_schedule(self.schedule),
+                "sources": dict(self.sources), "ms": self.ms,
                 "heuristic_ms": self.heuristic_ms, "errors": dict(self.errors), "date": self.date, "how": self.how,
                 **({} if self.predicted_ms is None else {"predicted_ms": self.predicted_ms})}
 

@@ -108,6 +108,10 @@ class Tuner:
                 self.timings[r["code"], shape, r["round"]] = Timing(statistics.median(r["ms"]), r["ratio"])
             elif "failed" in r:                            # a candidate that hung or crashed is not tried again
                 self.failed[r.get("key") or r["code"]] = r["failed"]
+                if r.get("reference"):                     # what was timed beside it was timed again
+                    s = r["shape"]
+                    gone = Shape(tuple(s["lengths"]), s["H"], s["HV"]), r["round"]
+                    self.timings = {k: t for k, t in self.timings.items() if k[1:] != gone}
 
     # -- the run
 

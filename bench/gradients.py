@@ -87,8 +87,8 @@ def check(cell: Cell, backend: str, arch: str, device: str = "cpu", kind: str = 
         rows = sum(lay.lengths)
         clean = n == "initial_state" or not bool((g[rows:] != 0).any())
         errors[f"d_{n}"] = relative(g, w) if clean else float("inf")
-    return {"cell": cell.name, "backend": backend, "arch": arch, "inputs": kind, "schedule": schedule.name, "errors": errors,
-            "sources": {s.kernel: s.hash for s in chosen.sources},
+    return {"cell": cell.name, "io": cell.io, "backend": backend, "arch": arch, "inputs": kind, "schedule": schedule.name,
+            "errors": errors, "sources": {s.kernel: s.hash for s in chosen.sources},
             "launched": {s.kernel: str(schedule.options(s.kernel)) for s in chosen.sources}}
 
 

@@ -113,8 +113,8 @@ def check(cell: Cell, schedule: Schedule, backend: str, arch: str, kind: str = "
     if "final_state" in outputs:
         state = outputs["final_state"]
         errors["final_state"] = relative(state.mT if cell.switches.state_v_first else state, S)
-    return {"cell": cell.name, "backend": backend, "arch": arch, "inputs": kind, "schedule": schedule.name, "errors": errors,
-            "sources": hashes, "launched": {k: str(schedule.options(k)) for k in hashes}}
+    return {"cell": cell.name, "io": cell.io, "backend": backend, "arch": arch, "inputs": kind, "schedule": schedule.name,
+            "errors": errors, "sources": hashes, "launched": {k: str(schedule.options(k)) for k in hashes}}
 
 
 def main() -> None:

@@ -12,10 +12,11 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import subprocess
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from gdn_ir import cache
 if TYPE_CHECKING:
     from gdn_ir.backends.base import Backend, Kernel, Source
 
-FORMAT = 1
+FORMAT = 1                                                 # of about.json; in the keys of the cache, so that versions share one
 ABOUT = "about.json"
 
 
@@ -55,6 +56,14 @@ class Artifact:
         return self.folder / name
 
 
+@lru_cache(maxsize=16)
+def said(program: str) -> str:
+    """The last line of what a compiler calls its version (g++ ends with its licence: there the first). Raises OSError or
+    CalledProcessError where it cannot be asked."""
+    lines = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout.strip().splitlines()
+    return lines[0 if program == "g++" else -1]
+
+
 def digest(data: object) -> str:
     """Of JSON data: the same for the same data, on any machine."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:32]
@@ -72,7 +81,7 @@ class Store:
         why = ""
         while not why:
             try:
-                handle = os.open(place, os.O_RDONLY | os.O_DIRECTORY)        # held: no other folder can get its number
+                handle = os.open(place, os.O_RDONLY)       # held: no other folder can get its number
             except FileNotFoundError:
                 return None
             try:
@@ -81,7 +90,8 @@ class Store:
                 return found
             except (Damaged, OSError) as e:
                 if number(place) == os.fstat(handle).st_ino:       # else another process has put a new one in its place
-                    why = "a file is missing" if isinstance(e, FileNotFoundError) else str(e)
+                    why = ("a file is missing" if isinstance(e, FileNotFoundError) else
+                           "it is no folder" if isinstance(e, NotADirectoryError) else str(e))
             finally:
                 os.close(handle)
         if not self.own:
@@ -93,8 +103,8 @@ class Store:
 
     def put(self, key: str, built: Built, recipe: Mapping[str, Any], toolchain: Mapping[str, str]) -> Artifact:
         """Keep an artifact. Where another process has kept the same one meanwhile, that one stands."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=key, suffix=cache.TEMPORARY, dir=self.root))
+        temporary = cache.unfinished(self.root / key)
+        temporary.mkdir(parents=True)
         try:
             for name, data in built.files.items():
                 (temporary / name).write_bytes(data)
@@ -148,6 +158,11 @@ def store() -> Store:
 PACKS: list[Store] = []                                    # those that `gdn_ir.load_pack` loaded, the newest first
 
 
+def packed(recipe: Mapping[str, Any]) -> bool:
+    """Whether a loaded pack holds a kernel."""
+    return any((pack.root / digest(recipe)).is_dir() for pack in PACKS)
+
+
 def obtain(backend: Backend, kernel: Kernel, source: Source, arch: str) -> Artifact:
     """A kernel's artifact: from a loaded pack, else from the cache, else built now and kept. Raises NotCompiled where it would
     have to be built and may not (GDN_IR_NO_JIT=1) or cannot be."""
@@ -159,7 +174,7 @@ def obtain(backend: Backend, kernel: Kernel, source: Source, arch: str) -> Artif
     toolchain = backend.toolchain(arch)
     if toolchain is None:
         raise NotCompiled(f"{kernel.name} for {arch} is in no loaded pack, and what {backend.name} compiles with is not here")
-    key = digest([recipe, toolchain])
+    key = digest([FORMAT, recipe, toolchain])
     here = store()
     found = here.get(key)
     if found is not None:

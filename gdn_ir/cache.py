@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
+import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
@@ -65,16 +66,21 @@ def largest() -> int:
     raise ValueError(f"GDN_IR_CACHE_SIZE: got {text!r}; accepts a number of MiB from 0 on")
 
 
+def unfinished(path: Path) -> Path:
+    """Where a thing is made before it appears at `path`: a name that no process has. (mkdtemp's own are closed to other users,
+    whatever the umask, and so would be what is renamed from them.)"""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file all at once: whoever reads it meanwhile finds the old one or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=path.name, suffix=TEMPORARY, dir=path.parent)
+    temporary = unfinished(path)
     try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(data)
-        os.replace(name, path)
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

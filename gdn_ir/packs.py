@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gdn_ir import artifacts
+from gdn_ir import artifacts, cache
 from gdn_ir.artifacts import Damaged, Store, digest
 from gdn_ir.autotune import lookup
 from gdn_ir.autotune.keys import Shape, distance, of_instance, of_schedule, program_hash, to_instance, to_schedule
@@ -115,6 +114,7 @@ def forget() -> None:
     from gdn_ir import registry
     registry.options.cache_clear()
     registry.choose.cache_clear()
+    registry.serving.cache_clear()
     variant.cache_clear()
 
 
@@ -137,8 +137,8 @@ def write_pack(out: Path, planned: list[tuple[Entry, Variant]]) -> int:
     """Write a pack, all at once, of kernels that are compiled now where the cache lacks them; returns how many it holds."""
     if out.exists():
         raise ValueError(f"-o: got {out}, which exists; accepts a path where nothing is")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=out.name, suffix=".tmp", dir=out.parent))
+    temporary = cache.unfinished(out)
+    temporary.mkdir(parents=True)
     try:
         store, held = Store(temporary / "artifacts", own=False), set()
         for entry, made in planned:
@@ -149,7 +149,6 @@ def write_pack(out: Path, planned: list[tuple[Entry, Variant]]) -> int:
                     held.add(key)
         data = {"format": FORMAT, "entries": [e.json() for e, _ in planned]}
         (temporary / MANIFEST).write_text(json.dumps(data | {"sha256": digest(data)}, indent=1) + "\n")
-        temporary.chmod(0o755)
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -68,20 +69,41 @@ def test_damage_is_rebuilt_with_a_warning_and_the_folder_moves(folder: Path, mon
     assert artifacts.read(library.parent).launch["order"]
 
 
-@pytest.mark.parametrize("harm", ["cut", "missing", "format", "text"])
-def test_a_damaged_entry_is_none(tmp_path: Path, harm: str) -> None:
+@pytest.mark.parametrize(("harm", "why"), [
+    ("cut", "about.json is not what was written"), ("launch", "about.json is not what was written"),
+    ("text", "about.json is not what was written"), ("missing", "a file is missing"), ("a file", "it is no folder"),
+    ("format", "format 0, and this gdn-ir reads 1")])
+def test_a_damaged_entry_is_none(tmp_path: Path, harm: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path)
-    store.put("key", Built({"a": b"abc"}, {"n": 1}), {}, {})
+    with monkeypatch.context() as old:
+        if harm == "format":
+            old.setattr(artifacts, "FORMAT", 0)
+        store.put("key", Built({"a": b"abc"}, {"n": 1}), {}, {})
     about = tmp_path / "key" / "about.json"
     text = about.read_text()
     if harm == "missing":
         (tmp_path / "key" / "a").unlink()
-    else:
-        about.write_text({"cut": text[:40], "format": text.replace('"n": 1', '"n": 2'), "text": "[]"}[harm])
-    with pytest.warns(RuntimeWarning, match="damaged"):
+    elif harm == "a file":
+        shutil.rmtree(tmp_path / "key")
+        (tmp_path / "key").write_bytes(b"abc")
+    elif harm != "format":
+        about.write_text({"cut": text[:40], "launch": text.replace('"n": 1', '"n": 2'), "text": "[]"}[harm])
+    with pytest.warns(RuntimeWarning, match=rf"damaged \({re.escape(why)}\); it is compiled again"):
         assert store.get("key") is None
     assert not (tmp_path / "key").exists() and store.get("key") is None
     assert store.put("key", Built({"a": b"abc"}, {"n": 1}), {}, {}).path("a").read_bytes() == b"abc"
+
+
+def test_the_umask_says_who_can_read_it(folder: Path) -> None:
+    """As of any file: a cache may be shared, and a pack is made for others."""
+    before = os.umask(0o027)
+    try:
+        made = artifacts.store().put("key", Built({"a": b"abc"}, {}), {}, {})
+        cache.load_source("torch", "f", "2", "x = 1\n")
+    finally:
+        os.umask(before)
+    (source,) = (folder / "torch").glob("*.py")
+    assert [p.stat().st_mode & 0o777 for p in (made.folder, made.path("a"), source)] == [0o750, 0o640, 0o640]
 
 
 def test_a_damaged_source_is_written_again(folder: Path) -> None:
@@ -93,7 +115,7 @@ def test_a_damaged_source_is_written_again(folder: Path) -> None:
     assert path.read_text() == "x = 1\n" and not list(folder.rglob("*.pyc"))
 
 
-def test_keys_hold_everything_that_changes_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_hold_everything_that_changes_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     i = Instance(Switches(final_state=True), 64, 64, "bf16", "bf16", True)
     base = default("sm_90", i, 1, 32, 8192)[0]
 
@@ -105,8 +127,12 @@ def test_keys_hold_everything_that_changes_the_code(monkeypatch: pytest.MonkeyPa
             recipe(replace(i, beta="f32")), recipe(replace(i, io="f16", beta="f16")), recipe(replace(i, K=128))]
     assert len(set(keys)) == len(keys) - 1 and keys[0] == keys[4]              # the output kernel does not read beta
     assert BACKENDS["triton"].toolchain("sm_90") == {"triton": __import__("triton").__version__}
-    monkeypatch.setenv("TRITON_PTXAS_PATH", "/opt/ptxas")
-    assert BACKENDS["triton"].toolchain("sm_90") != {"triton": __import__("triton").__version__}
+    ptxas = tmp_path / "ptxas"
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(ptxas))
+    assert set(BACKENDS["triton"].toolchain("sm_90") or {}) == {"triton"}      # it is not there: Triton takes its own
+    ptxas.write_text("#!/bin/sh\necho ptxas; echo Build cuda_13.0")
+    ptxas.chmod(0o755)
+    assert (BACKENDS["triton"].toolchain("sm_90") or {})["ptxas"] == "Build cuda_13.0"     # wherever it lies
     found = BACKENDS["tilelang"].toolchain("cpu")
     assert found is not None and set(found) == {"tilelang", "g++"}
 
@@ -122,6 +148,10 @@ def test_what_triton_built_is_kept_and_found(folder: Path, monkeypatch: pytest.M
     assert artifacts.obtain(b, kernel, source, "sm_80") == built                # nothing is compiled
     with pytest.raises(NotCompiled, match="scan for sm_90 by triton is neither in the cache nor in a loaded pack"):
         artifacts.obtain(b, kernel, source, "sm_90")
+    monkeypatch.setattr(artifacts, "FORMAT", 0)            # another version, at the same cache: it leaves ours alone
+    with pytest.raises(NotCompiled), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        artifacts.obtain(b, kernel, source, "sm_80")
 
 
 def test_launches_that_need_more_than_arguments_are_refused() -> None:

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 import gdn_ir
+from gdn_ir.backends.base import TORCH
+from gdn_ir.bench.errors import bound
 from gdn_ir.nn import GatedDeltaNet
 from gdn_ir.ops import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from tests.inputs import error, expected, make
 
 pytestmark = pytest.mark.gpu
-BOUNDS = {torch.bfloat16: 4.5e-3, torch.float16: 4.5e-3, torch.float32: 1e-4}
+BOUNDS = {TORCH[io]: bound(io) for io in ("bf16", "f16", "f32")}
 
 
 @pytest.fixture(autouse=True)

@@ -59,13 +59,19 @@ def test_a_pack_serves_without_compiling(native: Path, tmp_path: Path, monkeypat
         chunk_gated_delta_rule(**make())
     assert gdn_ir.load_pack(pack).path == pack
     monkeypatch.setattr(BACKENDS["tilelang"], "toolchain", lambda arch: None)   # as where nothing is installed
+    monkeypatch.setattr("shutil.which", lambda *a, **k: None)
     for sizes in ({}, {"B": 2, "T": 37, "H": 1, "HV": 3}):
         x = make(**sizes)
         with torch.no_grad():
             assert error(chunk_gated_delta_rule(**x)[0], expected(x)[0]) <= 1e-5
-    text = gdn_ir.explain(H=2, HV=2, K=32, V=32, T=100, dtype="f32", arch="cpu")
+    text = str(gdn_ir.explain(H=2, HV=2, K=32, V=32, T=100, dtype="f32", arch="cpu"))
     assert "tilelang chosen: first that can serve on cpu" in text
     assert f"schedule recurrent: compiled ahead for 1x64:2/2 in {pack}" in text
+    x = make(K=16, V=16)                                   # which it does not hold: another backend serves
+    with torch.no_grad():
+        assert error(chunk_gated_delta_rule(**x)[0], expected(x)[0]) <= 1e-5
+    text = str(gdn_ir.explain(H=2, HV=2, K=16, V=16, T=100, dtype="f32", arch="cpu"))
+    assert "tilelang's native code needs tilelang and g++" in text and "torch    chosen" in text
 
 
 def test_the_error_names_the_shape_and_a_command_that_fixes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

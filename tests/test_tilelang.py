@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from gdn_ir.autotune.prune import SHARED
 from gdn_ir.bench.gradients import backward_of
 from gdn_ir.backends import BACKENDS
 from gdn_ir.backends.base import Kernel
@@ -52,9 +53,6 @@ def test_defaults_compile_without_a_gpu(arch: str) -> None:
         assert ("wgmma" in cuda) == (arch == "sm_90") and "mma" in cuda
         if kernel.name == "scan":
             assert ("tma_load(" if arch == "sm_90" else "cp_async") in cuda
-
-
-SHARED = {"sm_80": 166912, "sm_90": 232448}                # bytes a block can have: an A100's, an H100's
 
 
 @pytest.mark.parametrize(("arch", "name", "io"), [("sm_90", "back", "bf16"), ("sm_80", "grads", "f16")])

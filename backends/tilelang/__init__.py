@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gdn_ir.artifacts import PACKS, Built, obtain
+from gdn_ir.artifacts import PACKS, Built, obtain, packed
 from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, blocks, heads
 from gdn_ir.backends.tilelang import emit as printer
 from gdn_ir.backends.tilelang.statements import SM_80, SM_90, C
@@ -40,9 +40,9 @@ class TileLang:
                 return Reason(f"tilelang does not lower a store summed over {', '.join(n['sum'])} yet ({n['tensor'].name})")
         if len(kernel.splits) > 1 or (kernel.parallel and len(kernel.parallel.chain) > 1):
             return Reason("tilelang: one split axis a kernel, and one scan where its iterations go to the grid")
-        if PACKS and arch == "cpu":                        # a pack's kernels need neither
-            return None
         if importlib.util.find_spec("tilelang") is None or (arch == "cpu" and shutil.which("g++") is None):
+            if arch == "cpu" and PACKS and packed(self.recipe(kernel, self.emit(kernel, arch), arch)):
+                return None                                # compiled ahead: it needs neither
             return Reason("tilelang's native code needs tilelang and g++")
         return None
 

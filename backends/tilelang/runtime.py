@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from gdn_ir.artifacts import Built
+from gdn_ir.artifacts import Built, said
 from gdn_ir.cache import folder
 
 # sums may be reordered, to be vectorised; not -ffast-math, which would change denormals for the whole process
@@ -103,12 +103,6 @@ def toolchain(arch: str) -> dict[str, str] | None:
         return found | {"nvcc": said(nvcc.get_nvcc_compiler())}
     except (PackageNotFoundError, OSError, RuntimeError, subprocess.CalledProcessError):
         return None
-
-
-def said(program: str) -> str:
-    """The last line of what a compiler calls its version (g++ ends with its licence: there the first)."""
-    lines = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout.strip().splitlines()
-    return lines[0 if program == "g++" else -1]
 
 
 def build(function: Any, names: list[str], sizes: list[str], arch: str) -> Built:

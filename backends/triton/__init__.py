@@ -2,14 +2,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-from gdn_ir.artifacts import Built, obtain
+from gdn_ir.artifacts import Built, obtain, said
 from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, blocks
 from gdn_ir.backends.triton import emit as printer
 from gdn_ir.backends.triton.denylist import denied
@@ -76,7 +78,10 @@ class Triton:
         except PackageNotFoundError:
             return None
         replaced = os.environ.get("TRITON_PTXAS_PATH")
-        return found | ({"ptxas": replaced} if replaced else {})
+        if replaced:
+            with suppress(OSError, subprocess.CalledProcessError):             # which Triton passes over for its own
+                found["ptxas"] = said(replaced)
+        return found
 
     def build(self, kernel: Kernel, source: Source, arch: str) -> Built:
         built = cross_compile(kernel, source, arch)
