@@ -114,6 +114,13 @@ def serving(device: torch.device, io: torch.dtype, beta: torch.dtype, K: int, V:
     return choose(instance, architecture(device), sequences, HV, tokens, asked)
 
 
+def forget() -> None:
+    """Decide anew, and load kernels anew: after anything that decides changed (packs, providers). What is memoised of
+    decisions is memoised here and in `variant`, nowhere else."""
+    for memo in (options, choose, serving, variant):
+        memo.cache_clear()
+
+
 @lru_cache(maxsize=256)
 def _warn(missed: str, served: str, reason: str) -> None:
     """Once for each reason, whatever the shapes that meet it."""
@@ -164,4 +171,5 @@ def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, 
     return Explanation(f"{kind}, H/HV {H}/{HV}, K x V {K} x {V}", arch, tuple(choices))
 
 
-__all__ = ["Option", "architecture", "choose", "explain", "forbid", "forced", "options", "serving", "unseen", "use"]
+__all__ = ["Option", "architecture", "choose", "explain", "forbid", "forced", "forget", "options", "serving", "unseen",
+           "use"]

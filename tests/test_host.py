@@ -5,6 +5,10 @@ import pytest
 
 from gdn_ir import compiler, registry
 from gdn_ir.bench import host
+from gdn_ir.compiler import Instance, Unsupported
+from gdn_ir.programs.gated_delta import Switches
+
+INSTANCE = Instance(Switches(), 128, 128, "bf16", "bf16", False)
 
 
 def test_a_warm_call_asks_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,6 +26,24 @@ def test_a_warm_call_asks_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None
         for call in calls.values():
             call()
     assert set(calls) == {"dense", "packed", "one token", "forward and backward"}
+
+
+def test_no_stub_outlives_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where the block fails: Triton's variants launch again, and the CPU is no H100 any more."""
+    monkeypatch.setenv("GDN_IR_UNVERIFIED", "1")
+
+    def serve() -> None:
+        with registry.use("triton"):
+            for call in host.calls("cpu").values():
+                call()
+    with pytest.raises(KeyError), host.stubbed():
+        serve()
+        stubbed = registry.choose(INSTANCE, "sm_90", 1, 32, 256)
+        assert stubbed.backend == "triton" and stubbed is registry.options(INSTANCE, "sm_90", 1, 32, 256)[0].variant
+        raise KeyError
+    assert registry.choose(INSTANCE, "sm_90", 1, 32, 256) is not stubbed
+    with pytest.raises(Unsupported, match="triton lowers to sm_80 and sm_90, not to cpu"):
+        serve()
 
 
 def test_measured_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
