@@ -13,6 +13,7 @@ from gdn_ir.providers import names
 # a backend's name, or names that are forbidden, each after a "-"; "" asks for nothing. One string, so that it can be a key of
 # what is memoised and an argument of a custom op.
 _asked: ContextVar[str | None] = ContextVar("gdn_ir_policy", default=None)
+WHEN_RUN = "?"                                             # in a compiled graph: the policy that holds where it runs
 _process = (os.environ.get("GDN_IR_BACKEND", ""), os.environ.get("GDN_IR_FORBID", ""))     # as the process was started
 
 
