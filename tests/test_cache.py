@@ -9,6 +9,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -244,3 +245,22 @@ def test_no_jit_serves_what_is_there(folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("GDN_IR_NO_JIT", "1")
     with pytest.raises(NotCompiled):
         run(native(48))
+
+
+class Broken:
+    """A CUDA driver that can do nothing but say so."""
+    def cuGetErrorString(self, code: int, text: Any) -> int:
+        if code == 101:
+            text._obj.value = b"invalid device ordinal"
+        return 0
+
+    def cuDeviceGet(self, handle: Any, device: int) -> int:
+        return 100 + device
+
+
+def test_what_the_driver_says_is_in_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "driver", Broken)
+    with pytest.raises(RuntimeError, match=r"^cuDeviceGet of cuda:1 failed .* error 101 \(invalid device ordinal\)$"):
+        driver.enter(1)
+    with pytest.raises(RuntimeError, match=r"^cuLaunchKernel of scan failed with CUDA driver error 999$"):
+        driver.must(999, "cuLaunchKernel", "scan")
