@@ -142,7 +142,7 @@ def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, 
     keywords: `Switches`' fields, such as l2norm=True. H and HV: heads of q and of v; T: tokens of a batch row."""
     here = architecture(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     arch = arch or here
-    io = NAMES[dtype] if isinstance(dtype, torch.dtype) else dtype
+    io = NAMES.get(dtype, str(dtype)) if isinstance(dtype, torch.dtype) else dtype
     for name, size, least in (("H", H, 1), ("T", T, 0), ("B", B, 1), ("sequences", sequences or 0, 0)):
         if size < least:
             raise ValueError(f"{name}: got {size}; accepts a number from {least} on")

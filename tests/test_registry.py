@@ -232,6 +232,7 @@ def test_other_gpus_are_served_by_torch(monkeypatch: pytest.MonkeyPatch) -> None
     ({"H": 3, "HV": 4}, "HV: got 4; accepts a multiple of H = 3"),
     ({"sequences": 2, "B": 2}, "B: got 2 with sequences = 2; accepts 1"),
     ({"dtype": "int8"}, "dtype: got 'int8'; accepts"),
+    ({"dtype": torch.int8}, r"dtype: got 'torch\.int8'; accepts"),
     ({"K": 20}, "K: got 20; accepts a multiple of 16 from 16 to 256"),
     ({"T": -1}, "T: got -1"),
 ])
