@@ -63,8 +63,7 @@ def stubbed() -> Iterator[None]:
                 given = arguments(memory, values, call)
                 any(x.data_ptr() % 16 for x in given if isinstance(x, torch.Tensor))
         return launch
-    with mock.patch.object(Triton, "compile", compile), mock.patch.object(registry, "architecture", lambda _: "sm_90"), \
-            mock.patch.object(Triton, "clear_tail", lambda *_: None):
+    with mock.patch.object(Triton, "compile", compile), mock.patch.object(registry, "architecture", lambda _: "sm_90"):
         registry.forget()                                  # what was chosen for the CPU, and what was compiled
         try:
             yield
