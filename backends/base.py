@@ -162,6 +162,13 @@ def heads(kernel: Kernel) -> tuple[str, ...]:
     return tuple(found)
 
 
+def clear_tail(x: torch.Tensor, call: Call) -> None:
+    """Zero the rows of a packed tensor past the last sequence, without reading cu_seqlens on the host or compiling anything."""
+    assert call.cu_seqlens is not None
+    owned = torch.arange(x.shape[0], device=x.device) < call.cu_seqlens[-1]
+    x.masked_fill_(~owned.view(-1, *[1] * (x.ndim - 1)), 0.0)
+
+
 class Backend(Protocol):
     """Turns kernels into callables. It knows tiles; it never asks what program it serves.
 

@@ -25,7 +25,6 @@ from gdn_ir.backends.base import Call, Kernel, Launch, Source, blocks
 from gdn_ir.backends.triton import Triton
 from gdn_ir.backends.triton.driver import binder
 from gdn_ir.bench import inputs
-from gdn_ir.compiler import variant
 from gdn_ir.ops import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 
 SHAPE = "1 x 256, H/HV 16/32"
@@ -64,13 +63,12 @@ def stubbed() -> Iterator[None]:
                 given = arguments(memory, values, call)
                 any(x.data_ptr() % 16 for x in given if isinstance(x, torch.Tensor))
         return launch
-    with mock.patch.object(Triton, "compile", compile), mock.patch.object(registry, "architecture", lambda _: "sm_90"), \
-            mock.patch.object(Triton, "clear_tail", lambda *_: None):
-        for cache in (registry.serving, variant):          # what was chosen for the CPU, and what was compiled
-            cache.cache_clear()
-        yield
-    registry.serving.cache_clear()
-    variant.cache_clear()
+    with mock.patch.object(Triton, "compile", compile), mock.patch.object(registry, "architecture", lambda _: "sm_90"):
+        registry.forget()                                  # what was chosen for the CPU, and what was compiled
+        try:
+            yield
+        finally:
+            registry.forget()                              # variants hold what they compiled, and every memo holds variants
 
 
 def median(call: Callable[[], object], wait: Callable[[], object]) -> float:

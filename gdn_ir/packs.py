@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gdn_ir import artifacts, cache
+from gdn_ir import artifacts, cache, registry
 from gdn_ir.artifacts import Damaged, Store, digest
 from gdn_ir.autotune import lookup
 from gdn_ir.autotune.keys import Shape, distance, of_instance, of_schedule, program_hash, to_instance, to_schedule
@@ -98,7 +98,7 @@ def load_pack(path: str | Path) -> Pack:
         raise ValueError(f"path: got {path}; accepts a whole pack: {len(missing)} of its kernels are missing")
     lookup.PACKS[:] = [pack, *(p for p in lookup.PACKS if p.path != path)]
     artifacts.PACKS[:] = [p.store for p in lookup.PACKS]
-    forget()
+    registry.forget()
     return pack
 
 
@@ -106,16 +106,7 @@ def unload_packs() -> None:
     """Serve from no pack any more (kernels that were loaded stay so)."""
     lookup.PACKS.clear()
     artifacts.PACKS.clear()
-    forget()
-
-
-def forget() -> None:
-    """What was chosen before may be chosen otherwise now."""
-    from gdn_ir import registry
-    registry.options.cache_clear()
-    registry.choose.cache_clear()
-    registry.serving.cache_clear()
-    variant.cache_clear()
+    registry.forget()
 
 
 def plan_entries(targets: Iterable[str], work: dict[Instance, list[Shape]], backends: Iterable[str]) \

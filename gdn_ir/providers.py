@@ -97,6 +97,4 @@ def _forget() -> None:
     import sys
     registry: Any = sys.modules.get("gdn_ir.registry")
     if registry is not None:
-        registry.options.cache_clear()
-        registry.choose.cache_clear()
-        registry.serving.cache_clear()
+        registry.forget()

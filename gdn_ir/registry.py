@@ -82,6 +82,12 @@ def options(instance: Instance, arch: str, sequences: int, heads: int, tokens: i
     return (*first, *found)
 
 
+def first(every: tuple[Option, ...], asked: str) -> Option | None:
+    """The option that serves under a policy (see `gdn_ir.policy`), if one can."""
+    wanted, out = policy.forced(asked), policy.forbidden(asked)
+    return next((o for o in every if o.variant is not None and wanted in (None, o.backend) and o.backend not in out), None)
+
+
 @lru_cache(maxsize=4096)
 def choose(instance: Instance, arch: str, sequences: int, heads: int, tokens: int, asked: str | None = None) \
         -> Variant | Offered:
@@ -94,11 +100,11 @@ def choose(instance: Instance, arch: str, sequences: int, heads: int, tokens: in
             raise Unsupported(f"{wanted} cannot serve {instance}: {option.reason if option else 'it is not registered'}")
         return option.variant
     allowed = [o for o in every if o.backend not in policy.forbidden(wanted)]
-    for i, option in enumerate(allowed):
-        if option.variant is not None:
-            if i and arch != "cpu":                        # on a GPU something faster was to be expected
-                _warn(allowed[0].backend, option.backend, allowed[0].reason)
-            return option.variant
+    option = first(every, wanted)
+    if option is not None and option.variant is not None:
+        if option is not allowed[0] and arch != "cpu":     # on a GPU something faster was to be expected
+            _warn(allowed[0].backend, option.backend, allowed[0].reason)
+        return option.variant
     raise Unsupported("no backend serves " + str(instance) + "".join(
         f"\n  {o.backend}: {o.reason if o in allowed else 'forbidden here'}" for o in every))
 
@@ -112,6 +118,13 @@ def serving(device: torch.device, io: torch.dtype, beta: torch.dtype, K: int, V:
                         state_v_first)
     instance = Instance(switches, K, V, NAMES[io], NAMES[beta], varlen, grads, grouped=not grads or H < HV, recurrent=recurrent)
     return choose(instance, architecture(device), sequences, HV, tokens, asked)
+
+
+def forget() -> None:
+    """Decide anew, and load kernels anew: after anything that decides changed (packs, providers). What is memoised of
+    decisions is memoised here and in `variant`, nowhere else."""
+    for memo in (options, choose, serving, variant):
+        memo.cache_clear()
 
 
 @lru_cache(maxsize=256)
@@ -129,7 +142,7 @@ def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, 
     keywords: `Switches`' fields, such as l2norm=True. H and HV: heads of q and of v; T: tokens of a batch row."""
     here = architecture(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     arch = arch or here
-    io = NAMES[dtype] if isinstance(dtype, torch.dtype) else dtype
+    io = NAMES.get(dtype, str(dtype)) if isinstance(dtype, torch.dtype) else dtype
     for name, size, least in (("H", H, 1), ("T", T, 0), ("B", B, 1), ("sequences", sequences or 0, 0)):
         if size < least:
             raise ValueError(f"{name}: got {size}; accepts a number from {least} on")
@@ -146,7 +159,7 @@ def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, 
     every = options(instance, arch, sequences or B, HV, B * T)
     asked = policy.asked()
     wanted, out = policy.forced(asked), policy.forbidden(asked)
-    chosen = next((o for o in every if o.variant is not None and wanted in (None, o.backend) and o.backend not in out), None)
+    chosen = first(every, asked)
     kind = f"packed {io}, {sequences} sequences of {T} tokens together" if instance.varlen else f"dense {io}, {B} x {T} tokens"
     kind += ", one token at a time" if recurrent else ""
     kind += f", gradients of {' '.join(grads)}" if grads else ""
@@ -164,4 +177,5 @@ def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, 
     return Explanation(f"{kind}, H/HV {H}/{HV}, K x V {K} x {V}", arch, tuple(choices))
 
 
-__all__ = ["Option", "architecture", "choose", "explain", "forbid", "forced", "options", "serving", "unseen", "use"]
+__all__ = ["Option", "architecture", "choose", "explain", "first", "forbid", "forced", "forget", "options", "serving",
+           "unseen", "use"]

@@ -1,6 +1,7 @@
 """The cache on disk: what a key holds, damage, two processes, the bound, moving the folder."""
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -10,9 +11,11 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from gdn_ir import artifacts, cache
 from gdn_ir.artifacts import Built, NotCompiled, Store, digest
@@ -274,3 +277,36 @@ def test_no_jit_serves_what_is_there(folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("GDN_IR_NO_JIT", "1")
     with pytest.raises(NotCompiled):
         run(native(48))
+
+
+class Broken:
+    """A CUDA driver that can do nothing but say so."""
+    def cuGetErrorString(self, code: int, text: Any) -> int:
+        if code == 101:
+            text._obj.value = b"invalid device ordinal"
+        return 0
+
+    def cuDeviceGet(self, handle: Any, device: int) -> int:
+        return 100 + device
+
+
+def test_what_the_driver_says_is_in_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "driver", Broken)
+    with pytest.raises(RuntimeError, match=r"^cuDeviceGet of cuda:1 failed .* error 101 \(invalid device ordinal\)$"):
+        driver.enter(1)
+    with pytest.raises(RuntimeError, match=r"^cuLaunchKernel of scan failed with CUDA driver error 999$"):
+        driver.must(999, "cuLaunchKernel", "scan")
+
+
+@pytest.mark.parametrize("name", ["triton", "tilelang"])
+@pytest.mark.parametrize("shape", [(9,), (9, 2), (9, 2, 16), (0, 2, 16)])
+def test_rows_that_no_sequence_owns_are_cleared_without_a_compiler(name: str, shape: tuple[int, ...],
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """And without reading boundaries on the host: fake tensors have none to read."""
+    monkeypatch.setitem(sys.modules, name, None)                               # as where it is not installed
+    for mode in (contextlib.nullcontext(), FakeTensorMode()):
+        with mode:
+            x, ends = torch.full(shape, float("nan")), torch.tensor([0, 3, 5], dtype=torch.int32)
+            BACKENDS[name].clear_tail(x, Call(2, shape[0], shape[0], {"H": 2, "HV": 2}, ends))
+        if not isinstance(x, FakeTensor):
+            assert x[:5].isnan().all() and not x[5:].any()

@@ -74,6 +74,23 @@ def test_a_pack_serves_without_compiling(native: Path, tmp_path: Path, monkeypat
     assert "tilelang's native code needs tilelang and g++" in text and "torch    chosen" in text
 
 
+def test_a_pack_serves_calls_that_were_served_before(native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And serves them no more when it is unloaded: its kernels, and nothing to compile others with."""
+    x = make()
+    with torch.no_grad(), gdn_ir.use("tilelang"):
+        chunk_gated_delta_rule(**x)
+        monkeypatch.setenv("GDN_IR_CACHE", str(tmp_path / "empty"))
+        monkeypatch.setenv("GDN_IR_NO_JIT", "1")
+        pack, folders = gdn_ir.load_pack(native), []
+        obtain = artifacts.obtain
+        monkeypatch.setattr("gdn_ir.backends.tilelang.obtain", lambda *a: (folders.append((f := obtain(*a)).folder), f)[1])
+        chunk_gated_delta_rule(**x)
+        assert folders and all(f.is_relative_to(pack.path) for f in folders)
+        packs.unload_packs()
+        with pytest.raises(NotCompiled):
+            chunk_gated_delta_rule(**x)
+
+
 def test_the_error_names_the_shape_and_a_command_that_fixes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = make(T=50, K=32, V=16, H=1, HV=2)
     with monkeypatch.context() as forbidden, torch.no_grad():

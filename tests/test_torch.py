@@ -73,6 +73,16 @@ def test_a_compiled_graph_asks_the_registry_when_it_runs() -> None:
     assert counter.frame_count == 1
 
 
+def test_a_compiled_backward_asks_the_registry_when_it_runs() -> None:
+    compiled, counter = counted(lambda **x: chunk_gated_delta_rule(**x)[0])
+    x = leaves()
+    torch.autograd.grad(compiled(**x).sum(), x["v"])
+    o = compiled(**x).sum()
+    with gdn_ir.use("triton"), pytest.raises(ValueError, match="triton lowers to sm_80 and sm_90, not to cpu"):
+        torch.autograd.grad(o, x["v"])
+    assert counter.frame_count == 1
+
+
 class Packed(torch.nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu: Tensor) -> tuple[Tensor, Tensor | None]:
         return chunk_gated_delta_rule(q, k, v, g, beta, output_final_state=True, cu_seqlens=cu)

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import gdn_ir
-from gdn_ir import policy, registry
+from gdn_ir import policy, providers, registry
+from gdn_ir.backends.base import Reason
+from gdn_ir.backends.triton import Triton
 from gdn_ir.integrations import common
 from gdn_ir.integrations import transformers as integration
 from tests.inputs import error, expected, make
@@ -174,7 +176,6 @@ def test_compiles_to_one_graph() -> None:
 def test_who_serves_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls for which a GPU has but the torch backend stay with the library, in compiled graphs too."""
     monkeypatch.setattr(registry, "architecture", lambda _: "sm_80")
-    common._slow.cache_clear()
     call = (torch.device("cpu"), 128, 128, torch.bfloat16, torch.bfloat16)
     assert common.slow(*call, True, False) is None                      # torch is asked for here
     with policy.automatic():
@@ -185,8 +186,49 @@ def test_who_serves_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "backward has not run" in str(common.slow(*call, True, False))
         compiled = torch.compile(lambda x: x + (common.slow(*call, True, False) is None), fullgraph=True, backend="eager")
         assert not compiled(torch.zeros(1)).any()
-    common._slow.cache_clear()
-    registry.options.cache_clear()
+    registry.forget()
+
+
+class First:
+    """A provider that asks to be first and offers nothing, or something."""
+    name, first = "first", True
+
+    def __init__(self, offers: bool) -> None:
+        self.offers = offers
+
+    def offer(self, *call: object) -> tuple[Callable[..., None], str]:
+        if not self.offers:
+            raise ValueError("not today")
+        return lambda *args: None, "for the test"
+
+
+def test_who_serves_on_a_gpu_is_what_the_registry_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is forbidden, whoever else offers variants, whichever of our backends it is."""
+    monkeypatch.setattr(registry, "architecture", lambda _: "sm_90")
+
+    def slow() -> str | None:
+        return common.slow(torch.device("cpu"), 128, 128, torch.bfloat16, torch.bfloat16, False, False)
+    with policy.automatic():
+        assert slow() is None
+        with policy.forbid("triton", "tilelang"):
+            assert slow() == "tilelang, triton forbidden by gdn_ir.forbid or GDN_IR_FORBID"
+            with policy.forbid("torch"):
+                assert "forbidden" in str(slow())
+        for offers in (False, True):
+            providers.register(First(offers))
+            try:
+                assert slow() is None
+                with policy.forbid("triton", "tilelang"):
+                    assert slow() == (None if offers else "not today")
+            finally:
+                providers.unregister("first")
+        assert slow() is None
+        monkeypatch.setattr(Triton, "supports", lambda *_: Reason("triton has a day off"))
+        registry.forget()
+        assert slow() is None                               # TileLang serves
+        with policy.forbid("tilelang"):
+            assert slow() == "triton has a day off"
+    registry.forget()
 
 
 def test_models_that_are_not_known() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gdn_ir.artifacts import PACKS, Built, obtain, packed
-from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, blocks, heads
+from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, blocks, clear_tail, heads
 from gdn_ir.backends.tilelang import emit as printer
 from gdn_ir.backends.tilelang.statements import SM_80, SM_90, C
 from gdn_ir.cache import load_source
@@ -100,10 +100,7 @@ class TileLang:
         return f"{function.script()}\n\n{cross_compile(function, arch)}"
 
     def clear_tail(self, x: torch.Tensor, call: Call) -> None:
-        """Zero the rows of a packed tensor past the last sequence, without reading cu_seqlens on the host."""
-        assert call.cu_seqlens is not None
-        owned = torch.arange(x.shape[0], device=x.device) < call.cu_seqlens[-1]
-        x.masked_fill_(~owned.view(-1, *[1] * (x.ndim - 1)), 0.0)
+        clear_tail(x, call)
 
     def version(self) -> str:
         from importlib.metadata import version

@@ -5,18 +5,16 @@ import os
 import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from gdn_ir.artifacts import Built, obtain, said
-from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, blocks
+from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, blocks, clear_tail
 from gdn_ir.backends.triton import emit as printer
 from gdn_ir.backends.triton.denylist import denied
 from gdn_ir.backends.triton.driver import about, binder, launcher
-from gdn_ir.backends.triton.runtime import CLEAR_TAIL
 from gdn_ir.cache import load_source
 from gdn_ir.nodes import Op
 
@@ -91,14 +89,7 @@ class Triton:
         return str(cross_compile(kernel, source, arch).asm["ptx"])
 
     def clear_tail(self, x: torch.Tensor, call: Call) -> None:
-        """Zero the rows of a packed tensor past the last sequence, without reading cu_seqlens on the host."""
-        if x.numel() and os.environ.get("GDN_IR_NO_JIT") == "1":
-            assert call.cu_seqlens is not None
-            owned = torch.arange(x.shape[0], device=x.device) < call.cu_seqlens[-1]
-            x.masked_fill_(~owned.view(-1, *[1] * (x.ndim - 1)), 0.0)
-        elif x.numel():
-            row = x[0, 0].numel() if x.ndim > 2 else 1
-            _clear()[(min(256, x.shape[0]),)](x, call.cu_seqlens, x.shape[0], call.sequences, row, 1024, x.shape[1])
+        clear_tail(x, call)
 
     def version(self) -> str:
         return f"triton {version('triton')}"
@@ -130,13 +121,6 @@ def signature(kernel: Kernel) -> dict[str, str]:
 
 def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@lru_cache(maxsize=1)
-def _clear() -> Any:
-    text = "import triton\nimport triton.language as tl\n" + CLEAR_TAIL
-    source = Source("clear_tail", text)
-    return load_source("triton", source.kernel, source.hash, text).clear_tail
 
 
 def cross_compile(kernel: Kernel, source: Source, arch: str) -> Any:

@@ -46,9 +46,13 @@ def driver() -> Any:
     return found
 
 
-def must(code: int, what: str, kernel: str) -> None:
+def must(code: int, what: str, name: str) -> None:
+    """name: of the kernel or device that it was called for."""
     if code:
-        raise RuntimeError(f"{what} of {kernel} failed with CUDA driver error {code}")
+        text = ctypes.c_char_p()
+        driver().cuGetErrorString(code, ctypes.byref(text))            # leaves it null where it does not know the code
+        said = f" ({text.value.decode()})" if text.value else ""
+        raise RuntimeError(f"{what} of {name} failed with CUDA driver error {code}{said}")
 
 
 def load(kernel: str, image: bytes, launch: Mapping[str, Any], device: int) -> ctypes.c_void_p:
@@ -64,10 +68,10 @@ def load(kernel: str, image: bytes, launch: Mapping[str, Any], device: int) -> c
 
 def enter(device: int) -> None:
     """Make torch's context of a device current in this thread: a new thread has none before its first call to the runtime."""
-    context, handle = ctypes.c_void_p(), ctypes.c_int()
-    must(driver().cuDeviceGet(ctypes.byref(handle), device), "cuDeviceGet", "")
-    must(driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "cuDevicePrimaryCtxRetain", "")
-    must(driver().cuCtxSetCurrent(context), "cuCtxSetCurrent", "")
+    context, handle, name = ctypes.c_void_p(), ctypes.c_int(), f"cuda:{device}"
+    must(driver().cuDeviceGet(ctypes.byref(handle), device), "cuDeviceGet", name)
+    must(driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "cuDevicePrimaryCtxRetain", name)
+    must(driver().cuCtxSetCurrent(context), "cuCtxSetCurrent", name)
 
 
 class Arguments:

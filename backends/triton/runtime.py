@@ -81,14 +81,3 @@ def inverse_of_blocks(m, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 ''',
 }
 NEEDS = {"locate": ("bounds",), "locate_or_tail": ("locate", "bounds")}
-
-CLEAR_TAIL = '''
-@triton.jit
-def clear_tail(x_ptr, cu_ptr, T, N, ROW: tl.constexpr, BLOCK: tl.constexpr, HEADS):
-    """Zero the rows that no sequence owns: those from cu[N] on."""
-    first = tl.minimum(tl.maximum(tl.load(cu_ptr + N).to(tl.int64), 0), T)
-    for t in range(first + tl.program_id(0), T, tl.num_programs(0)):
-        for start in range(0, HEADS * ROW, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            tl.store(x_ptr + t * (HEADS * ROW) + at, tl.zeros([BLOCK], x_ptr.dtype.element_ty), mask=at < HEADS * ROW)
-'''

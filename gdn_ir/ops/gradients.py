@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import library
+from torch._guards import TracingContext         # of this thread, while torch.compile traces
 
 from gdn_ir import policy
 from gdn_ir.ops import chunk, transforms
@@ -28,7 +29,9 @@ def _chunk_backward(d_o: Tensor, d_state: Tensor | None, q: Tensor, k: Tensor, v
                     scale: float, initial_state: Tensor | None, cu_seqlens: Tensor | None, l2norm: bool, beta_sigmoid: bool,
                     neg_eigval: bool, state_v_first: bool, wanted: str, asked: str) -> list[Tensor]:
     """Gradients of the inputs named in `wanted` (separated by spaces). d_o as o; d_state as the final state, None where it has
-    no gradient. asked: the policy that held in the forward."""
+    no gradient. asked: the policy that held in the forward, or WHEN_RUN."""
+    if asked == policy.WHEN_RUN:
+        asked = policy.asked()
     found = _empty(wanted, q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state)
     grads = dict(zip(wanted.split(), found, strict=True))
     if chunk.nothing(q, cu_seqlens):
@@ -58,7 +61,8 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
     q, k, v, g, beta, scale, initial_state, cu_seqlens, _, final_state, l2norm, beta_sigmoid, neg_eigval, v_first, _ = inputs
     ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens)
     ctx.scale, ctx.final_state, ctx.flags = scale, final_state, (l2norm, beta_sigmoid, neg_eigval, v_first)
-    ctx.asked = policy.asked()                       # what holds for the forward holds for its backward
+    # what holds for the forward holds for its backward; but a graph that is traced here runs later, under other policies
+    ctx.asked = policy.asked() if TracingContext.try_get() is None else policy.WHEN_RUN
     ctx.set_materialize_grads(False)
 
 
