@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,7 +32,15 @@ def architecture(device: torch.device) -> str:
     if device.type != "cuda":
         return "cpu"
     major, minor = torch.cuda.get_device_capability(device)
-    return "sm_80" if major == 8 else f"sm_{major}{minor}"
+    return named(f"sm_{major}{minor}")
+
+
+def named(arch: str) -> str:
+    """An architecture as the registry knows it, from what a user calls it. Raises ValueError where it is none."""
+    found = re.fullmatch(r"sm_(\d{2,3})a?", arch)
+    if arch != "cpu" and not found:
+        raise ValueError(f"arch: got {arch!r}; accepts cpu and GPUs' such as sm_80 (all sm_8x), sm_90 or sm_90a")
+    return "cpu" if not found else "sm_80" if found[1].startswith("8") else f"sm_{found[1]}"
 
 
 @dataclass(frozen=True)
@@ -141,7 +150,7 @@ def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, 
     "cpu", "sm_80", "sm_90" (None: this machine's); recurrent: one token at a time; grads: a backward, of these inputs; further
     keywords: `Switches`' fields, such as l2norm=True. H and HV: heads of q and of v; T: tokens of a batch row."""
     here = architecture(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    arch = arch or here
+    arch = named(arch or here)
     io = NAMES.get(dtype, str(dtype)) if isinstance(dtype, torch.dtype) else dtype
     for name, size, least in (("H", H, 1), ("T", T, 0), ("B", B, 1), ("sequences", sequences or 0, 0)):
         if size < least:

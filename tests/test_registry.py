@@ -425,3 +425,10 @@ def test_what_no_gpu_has_run_is_not_served(monkeypatch: pytest.MonkeyPatch) -> N
     assert "triton's backward has not run on all it ships for on sm_80 (GDN_IR_UNVERIFIED=1 lets it)" in first.reason
     monkeypatch.setenv("GDN_IR_UNVERIFIED", "1")
     assert served(back, "sm_80", 8191)[0] == "triton"
+
+
+def test_architectures_by_name() -> None:
+    assert [registry.named(a) for a in ("cpu", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100")] == \
+        ["cpu", "sm_80", "sm_80", "sm_80", "sm_90", "sm_100"]
+    with pytest.raises(ValueError, match="arch: got 'gfx942'; accepts cpu and GPUs'"):
+        gdn_ir.explain(H=1, HV=1, T=64, arch="gfx942")
