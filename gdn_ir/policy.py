@@ -3,10 +3,13 @@ GDN_IR_FORBID for a process; a block's word counts before the process's."""
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
+
+import torch
 
 from gdn_ir.providers import names
 
@@ -14,13 +17,33 @@ from gdn_ir.providers import names
 # what is memoised and an argument of a custom op.
 _asked: ContextVar[str | None] = ContextVar("gdn_ir_policy", default=None)
 WHEN_RUN = "?"                                             # in a compiled graph: the policy that holds where it runs
+_KEY = "gdn_ir_policy"
 _process = (os.environ.get("GDN_IR_BACKEND", ""), os.environ.get("GDN_IR_FORBID", ""))     # as the process was started
 
 
 def asked() -> str:
     """What holds here."""
     here = _asked.get()
+    if here is None and (inherited := _inherited()) and inherited[0] != threading.get_ident():
+        here = inherited[1]
     return from_environment(*_process) if here is None else here
+
+
+def _inherited() -> tuple[int, str] | None:
+    """A thread and what holds there: this one, or that which called a backward that torch runs in this one, as on a GPU."""
+    return torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
+
+
+@contextmanager
+def _holding(policy: str) -> Iterator[None]:
+    """Here, and in threads in which torch runs a backward that is called here: they share no context variables."""
+    token, before = _asked.set(policy), _inherited()
+    torch._C._stash_obj_in_tls(_KEY, (threading.get_ident(), policy))
+    try:
+        yield
+    finally:
+        torch._C._stash_obj_in_tls(_KEY, before)
+        _asked.reset(token)
 
 
 @lru_cache(maxsize=16)
@@ -49,21 +72,15 @@ def forbidden(policy: str) -> tuple[str, ...]:
 def use(backend: str) -> Iterator[None]:
     """Within the block every call is served by this backend; where it cannot, the call raises its reason."""
     _known("backend", backend)
-    token = _asked.set(backend)
-    try:
+    with _holding(backend):
         yield
-    finally:
-        _asked.reset(token)
 
 
 @contextmanager
 def automatic() -> Iterator[None]:
     """Within the block nothing is asked for, whatever is around it."""
-    token = _asked.set("")
-    try:
+    with _holding(""):
         yield
-    finally:
-        _asked.reset(token)
 
 
 @contextmanager
@@ -75,11 +92,8 @@ def forbid(*backends: str) -> Iterator[None]:
     here = asked()
     if forced(here) in backends:
         raise ValueError(f"backends: got {', '.join(backends)}, and {forced(here)} is asked for here; accepts other backends")
-    token = _asked.set(here if forced(here) else _refusal([*forbidden(here), *backends]))
-    try:
+    with _holding(here if forced(here) else _refusal([*forbidden(here), *backends])):
         yield
-    finally:
-        _asked.reset(token)
 
 
 def _refusal(backends: list[str]) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -99,6 +100,39 @@ def test_a_forbidden_backend_stays_forbidden_in_the_backward() -> None:
         patch.setattr(registry, "serving", lambda *a: (asked.append(a[-1]), serving(*a))[1])
         torch.autograd.grad(o.sum(), x["v"])
     assert asked == ["-tilelang-triton"]
+
+
+class Deep(torch.autograd.Function):
+    """Its backward calls a backward, and so on: past sixty torch goes on in another thread."""
+    seen: list[tuple[int, str]] = []
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, depth: int) -> torch.Tensor:
+        ctx.depth = depth
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, d: torch.Tensor) -> tuple[torch.Tensor, None]:
+        if ctx.depth:
+            with torch.enable_grad():
+                Deep.apply(torch.ones(1, requires_grad=True), ctx.depth - 1).backward()     # type: ignore[no-untyped-call]
+        else:
+            Deep.seen.append((threading.get_ident(), policy.asked()))
+        return d, None
+
+
+def test_a_backward_in_a_thread_of_torch_s_own_asks_what_holds_where_it_was_called() -> None:
+    def seen() -> tuple[bool, str]:
+        Deep.apply(torch.ones(1, requires_grad=True), 100).backward()                      # type: ignore[no-untyped-call]
+        thread, asked = Deep.seen.pop()
+        return thread != threading.get_ident(), asked
+    assert seen() == (True, "")
+    with gdn_ir.forbid("triton"):
+        assert seen() == (True, "-triton")
+        with gdn_ir.use("torch"):
+            assert seen() == (True, "torch")
+        assert seen() == (True, "-triton")
+    assert seen() == (True, "") and policy.asked() == ""
 
 
 @pytest.mark.parametrize(("variables", "prints"), [
