@@ -31,7 +31,7 @@ def asked() -> str:
 
 def _inherited() -> tuple[int, str] | None:
     """A thread and what holds there: this one, or that which called a backward that torch runs in this one, as on a GPU."""
-    return torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None     # type: ignore[no-any-return]
+    return torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
 
 
 @contextmanager
