@@ -6,11 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 import tests.faulty as faulty
@@ -35,9 +38,13 @@ SHAPE = Shape((64,), 1, 2)
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For each worker: threads of several that spin at once cost more than they bring."""
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For each worker, and here for the oracle: threads of several that spin at once cost more than they bring."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def sorted_out(space: Space, instance: Instance, arch: str) -> tuple[dict[str, Ready], Pruned, list[str]]:
@@ -119,8 +126,9 @@ def test_one_binary_serves_many_shapes() -> None:
 def tuner(path: Path, stages: tuple[int, ...], console: Console | None = None, resume: bool = False,
           shapes: tuple[Shape, ...] = (SHAPE,), count: int = 1) -> Tuner:
     space = Space((Frame("fused", 16),), num_warps=(4, 16), num_stages=stages)
-    limits = Limits(150, compiling=10, checking=20, timing=20, workers=count, checkers=count, seconds=0.01)
-    return Tuner(Task(SMALL, "faulty", "torch", shapes), Records(path), limits, Display(console, 150), resume,
+    # what hangs only sleeps, so waiting for it costs no time of a processor; on busy ones the rest takes seconds
+    limits = Limits(400, compiling=30, checking=45, timing=60, workers=count, checkers=count, seconds=0.01)
+    return Tuner(Task(SMALL, "faulty", "torch", shapes), Records(path), limits, Display(console, 400), resume,
                  ("tests.faulty",), space)
 
 
@@ -129,13 +137,13 @@ def test_what_hangs_crashes_or_lies_costs_only_itself(tmp_path: Path) -> None:
     t = tuner(tmp_path / "r.jsonl", tuple(range(1, 9)), console, count=2)
     (w,) = t.run()
     said = console.export_text()
-    assert w.schedule.options("scan").num_stages in (faulty.FINE, faulty.SLOW) and w.ms and w.heuristic_ms
+    assert w.schedule.options("scan").num_stages == faulty.FINE and w.ms and w.heuristic_ms    # the slow one is right, too
     by: dict[int, Any] = {}
     for r in Records(tmp_path / "r.jsonl").read():
         if r["kind"] == "check":
             by[r["schedule"]["kernels"].get("scan", r["schedule"]["kernels"]["*"])["num_stages"]] = r
     assert by[faulty.CRASHES]["failed"] == "crashed: killed by SIGSEGV"
-    assert by[faulty.HANGS]["failed"] == "hung: nothing heard of it for 20 s"
+    assert by[faulty.HANGS]["failed"].startswith("hung: ")
     assert by[faulty.WRONG]["errors"]["o"] > 0.1           # it was the fastest of all
     assert by[faulty.UNWRITTEN]["errors"]["final_state"] != by[faulty.UNWRITTEN]["errors"]["final_state"]
     failed = [r["failed"] for r in Records(tmp_path / "r.jsonl").read() if r["kind"] == "compile" and "failed" in r]
@@ -143,7 +151,7 @@ def test_what_hangs_crashes_or_lies_costs_only_itself(tmp_path: Path) -> None:
     assert "2 kernels do not compile" in said and "4 candidates are wrong" in said and "8 declined" in said
     timed = {r["schedule"]["kernels"].get("scan", {}).get("num_stages") for r in Records(tmp_path / "r.jsonl").read()
              if r["kind"] == "time"}
-    assert timed <= {None, faulty.FINE, faulty.SLOW}
+    assert {faulty.FINE, faulty.SLOW} <= timed <= {None, faulty.FINE, faulty.SLOW}
 
 
 class Losing:
@@ -162,7 +170,8 @@ class Losing:
 
 
 @pytest.mark.parametrize("good", [0, 1])
-def test_a_lost_reference_is_replaced_and_the_round_timed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: int) -> None:
+def test_a_lost_reference_is_replaced_and_the_round_timed_again(tmp_path: Path, good: int, monkeypatch: pytest.MonkeyPatch) \
+        -> None:
     """It is tried no more, and every ratio that stands is to the new one; in a resumed run too."""
     monkeypatch.setattr(halving, "TOGETHER", 4)
     t, worker = tuner(tmp_path / "r.jsonl", (1,)), Losing(1, good)
@@ -175,14 +184,15 @@ def test_a_lost_reference_is_replaced_and_the_round_timed_again(tmp_path: Path, 
     scores, reference = halving.measure(t, worker, found, found[0], SHAPE, 0, float("inf"))    # type: ignore[arg-type]
     assert reference is found[1] and {r.code: scores[r.code].ratio for r in found[1:]} == {
         r.code: (i + 2) / 2 for i, r in enumerate(found[1:])}
-    assert worker.jobs == [[1, 2, 3, 4], [1, 5, 6, 7]][:good + 1] + [[2, 3, 4, 5], [2, 6, 7]]
+    assert worker.jobs == [*[[1, 2, 3, 4], [1, 5, 6, 7]][:good + 1], [2, 3, 4, 5], [2, 6, 7]]
     again = tuner(tmp_path / "r.jsonl", (1,), resume=True)
     assert {k[0]: v.ratio for k, v in again.timings.items()} == {r.code: scores[r.code].ratio for r in found[1:]}
     assert set(again.failed) == {found[0].code}
 
 
 RUN = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)       # which a job in the background is started without
 from pathlib import Path
 from tests.test_tune import *
 t = tuner(Path(sys.argv[1]), (1, 2), resume="resume" in sys.argv, shapes=(SHAPE, Shape((32, 32), 1, 2)))
@@ -207,6 +217,13 @@ def workers_of(process: int) -> list[int]:
     return found
 
 
+def gone_by(seconds: float, processes: list[int]) -> None:
+    end = time.time() + seconds
+    while time.time() < end and any(os.path.exists(f"/proc/{p}") for p in processes):
+        time.sleep(0.05)
+    assert not any(os.path.exists(f"/proc/{p}") for p in processes)
+
+
 def test_a_killed_run_loses_nothing_and_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     process = start(path)
@@ -217,10 +234,7 @@ def test_a_killed_run_loses_nothing_and_goes_on(tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert children
-    end = time.time() + 10
-    while time.time() < end and any(os.path.exists(f"/proc/{c}") for c in children):
-        time.sleep(0.05)
-    assert not any(os.path.exists(f"/proc/{c}") for c in children)             # nothing goes on without the tuner
+    gone_by(10, children)                                  # nothing goes on without the tuner
     before = Records(path).read()
     assert any(r["kind"] == "time" for r in before)
     with open(path, "ab") as f:
@@ -259,15 +273,25 @@ def test_a_worker_serves_many_jobs_and_phases(tmp_path: Path) -> None:
 
 
 def test_two_runs_at_once_and_ctrl_c(tmp_path: Path) -> None:
-    """Into the same records and cache; one is interrupted when the other has ended."""
+    """Into the same records and cache; one is interrupted in the midst of timing, and the other ends as if it were alone."""
     path = tmp_path / "r.jsonl"
     two = [start(path), start(path)]
-    out, err = two[0].communicate(timeout=120)
+    children: list[int] = []
+    end = time.time() + 100
+    while time.time() < end and not (children and path.exists() and b'"kind": "time"' in path.read_bytes()):
+        time.sleep(0.05)
+        children = workers_of(two[1].pid)
+    assert children and two[1].poll() is None
     two[1].send_signal(signal.SIGINT)
-    two[1].communicate(timeout=60)
+    _, said = two[1].communicate(timeout=60)
+    assert two[1].returncode == -signal.SIGINT and "KeyboardInterrupt" in said
+    gone_by(10, children)
+    out, err = two[0].communicate(timeout=120)
     assert out.splitlines()[-1] == "2", err[-2000:]
-    found = Records(path).read()                           # no line of one is torn by the other
-    assert len(winners(found)) >= 2 and not workers_of(two[1].pid)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")                     # no line of one is torn by the other, nor by the interrupt
+        found = Records(path).read()
+    assert {w.shape for w in winners(found)} == {SHAPE, Shape((32, 32), 1, 2)}
     assert store().root.exists()
 
 
