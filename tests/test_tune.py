@@ -8,10 +8,12 @@ import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 import tests.faulty as faulty
@@ -36,9 +38,13 @@ SHAPE = Shape((64,), 1, 2)
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For each worker: threads of several that spin at once cost more than they bring."""
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For each worker, and here for the oracle: threads of several that spin at once cost more than they bring."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def sorted_out(space: Space, instance: Instance, arch: str) -> tuple[dict[str, Ready], Pruned, list[str]]:
