@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -94,11 +95,17 @@ def run(path: Path | None = None, seconds: float = 60.0, console: Console | None
         ends = [loss_of(model, *batch(unseen, r, generator)).item() for _ in range(8)]
         console.print(f"{len(losses)} steps of {r.batch * r.context} bytes; text held out: {sum(ends) / 8:.2f} nats per byte "
                       f"({sum(ends) / 8 / math.log(2):.2f} bits). A sample, after the first words of it:")
-        prompt = unseen[:r.context // 2]
+        prompt = prose(unseen)[:r.context // 2]
         drawn = model.sample(prompt, r.sample, 0.6, torch.Generator().manual_seed(0))
     console.print(bytes(prompt.tolist()).decode(errors="replace"), style="dim", end="", markup=False, highlight=False)
     console.print(bytes(drawn).decode(errors="replace"), markup=False, highlight=False)
     return losses
+
+
+def prose(text: Tensor) -> Tensor:
+    """The text from its first paragraph that begins with a word (tables make poor prompts); all of it where it has none."""
+    found = re.search(rb"\n\s*\n\s*(?=[A-Z][a-z]+ [a-z])", bytes(text.tolist()))
+    return text[found.end():] if found else text
 
 
 def train(model: Model, text: Tensor, r: Recipe, seconds: float, generator: torch.Generator, console: Console) -> list[float]:
