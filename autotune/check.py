@@ -18,7 +18,7 @@ Tensors = dict[str, torch.Tensor]
 
 def bound(instance: Instance) -> float:
     """The largest relative error that is right."""
-    return bound_of(instance.io, bool(instance.grads), instance.switches.neg_eigval)
+    return bound_of(instance.io, bool(instance.grads))
 
 
 def cell(instance: Instance, lengths: tuple[int, ...] | None = None, H: int = 2, HV: int = 4) -> Cell:

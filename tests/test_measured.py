@@ -64,10 +64,11 @@ def test_every_shipped_backward_was_measured(arch: str) -> None:
             errors = measured.get(verify_backward.key(verify_backward.ahead(cell, scans, kind, arch)))
             if errors is None:
                 missing.append(cell.name)
-            elif not worst(errors.values()) <= bound(cell.io, True, cell.switches.neg_eigval):
-                wrong.append((cell.name, errors))
+            elif not worst(errors.values()) <= bound(cell.io, True):
+                wrong.append(cell.name)
     assert not missing, f"never measured on a GPU (run bench/verify_backward.py): {len(missing)}: {missing[:5]}"
-    assert not wrong, wrong
+    # known and not mended: where beta reaches 2, dg is off by 7.0e-3 (docs/performance-log.md)
+    assert wrong == (["negative eigenvalues, bf16"] if arch == "sm_90" else [])
 
 
 def test_nothing_failed_on_the_gpu() -> None:
@@ -83,7 +84,7 @@ def test_a_row_s_bound_is_its_cell_s() -> None:
     assert merge.right(row("naive 64 x 64, bf16", "o", 4.4e-3)) and not merge.right(row("naive 64 x 64, bf16", "o", 5e-3))
     assert not merge.right(row("x", "o", 2e-4, io="f32")) and not merge.right(row("x", "o", float("nan"), io="f32"))
     assert merge.right(row("GVA, bf16", "d_g", 5.9e-3)) and not merge.right(row("GVA, bf16", "d_g", 7e-3))
-    assert merge.right(row("negative eigenvalues, bf16", "d_g", 7e-3)) and not merge.right({"failed": "why", "cell": "x, bf16"})
+    assert not merge.right({"failed": "why", "cell": "x, bf16"})
 
 
 def compared() -> Iterator[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]]:

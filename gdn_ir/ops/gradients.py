@@ -109,6 +109,6 @@ def _autograd(keys: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         return chunk.FORWARD.redispatch(below, *inputs)    # type: ignore[no-any-return]
 
 
-LIBRARY = library.Library("gdn_ir", "FRAGMENT")            # what is registered lives as long as this
+LIBRARY = library.Library("gdn_ir", "FRAGMENT")            # must outlive what is registered
 LIBRARY.impl("chunk_forward", _autograd, "Autograd", with_keyset=True)
 library.register_autograd("gdn_ir::chunk_backward", _twice)
