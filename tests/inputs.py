@@ -8,7 +8,8 @@ import torch
 from gdn_ir.bench.errors import relative as error
 from gdn_ir.reference import recurrence
 
-__all__ = ["HARD", "correlated", "error", "expected", "make"]
+__all__ = ["FARTHER", "HARD", "correlated", "distance", "error", "expected", "make"]
+FARTHER = 1.5                                              # times as far from its float32 self, a model of 16 bits with us
 HARD: dict[str, dict[str, float]] = {"as they come": {}, "no decay, to the digit": {"g": 0.0},
                                      "a reset each step": {"g": -50.0}, "beta near 2": {"beta": 1.999}}
 
@@ -45,3 +46,11 @@ def expected(x: dict[str, Any], initial_state: torch.Tensor | None = None, cu_se
                       None if initial_state is None else initial_state.cpu(), None if cu_seqlens is None else cu_seqlens.cpu(),
                       **switches)
     return o.to(x["q"].device), S.to(x["q"].device)
+
+
+def distance(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
+    """Relative L2 of all tensors together, each by the norm of its own exact value: else the largest would hide the rest."""
+    assert set(found) == set(exact)
+    pairs = [(found[n].double().flatten(), exact[n].double().flatten()) for n in exact]
+    norms = [float(b.norm().clamp(min=1e-30)) for _, b in pairs]
+    return error(*(torch.cat([pair[i] / norm for pair, norm in zip(pairs, norms, strict=True)]) for i in (0, 1)))

@@ -16,13 +16,13 @@ from gdn_ir.integrations import fla as integration
 from gdn_ir.nn import GatedDeltaNet
 from gdn_ir.nn.parts import GatedRMSNorm, convolve, last_tokens
 from gdn_ir.ops.gates import log_decay
-from tests.inputs import error
+from tests.inputs import FARTHER, distance, error
 
 Tensor = torch.Tensor
 DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]
 SMALL = {"hidden_size": 32, "head_dim": 16, "num_heads": 2, "num_v_heads": 4, "expand_v": 1}
 BOUND = {"cpu": 1e-5, "cuda": 2e-2}                        # float32; on a GPU bfloat16
-GRADIENT_BOUND = {"cpu": 2e-4, "cuda": 5e-2}
+GRADIENT_BOUND = 2e-4                                      # float32
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -68,13 +68,15 @@ def surroundings(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
         recurrent = sys.modules["fla.ops.gated_delta_rule.fused_recurrent"]
         for module in (recurrent, layer):
             monkeypatch.setattr(module, "fused_recurrent_gated_delta_rule", naive)
+    else:                                                  # which of its kernels is fastest is nothing to these tests
+        monkeypatch.setattr("triton.runtime.autotuner.Autotuner.prune_configs", lambda tuner, _: tuner.configs[:2])
     with gdn_ir.use("torch" if device == "cpu" else "triton"):
         yield
     integration.disable()
 
 
-def on(device: str, module: Any) -> Any:
-    """The module on the device; on a CPU with torch for what FLA writes in Triton."""
+def on(device: str, module: Any, dtype: torch.dtype | None = None) -> Any:
+    """The module on the device (float32 on a CPU, else bfloat16); on a CPU with torch for what FLA writes in Triton."""
     for name, child in list(module.named_modules()):
         parent = module.get_submodule(name.rpartition(".")[0])
         if device == "cpu" and type(child).__name__ == "ShortConvolution":
@@ -87,16 +89,27 @@ def on(device: str, module: Any) -> Any:
             child._use_fused_qkv_conv = lambda *args, **kwargs: False
         if hasattr(child, "A_log"):                        # decays that leave their own gradients well conditioned
             nn.init.uniform_(child.A_log, -4, 0)
-    return module.to(device, torch.float32 if device == "cpu" else torch.bfloat16)
+    return module.to(device, dtype or (torch.float32 if device == "cpu" else torch.bfloat16))
 
 
-def model(device: str) -> Any:
+def model(device: str, dtype: torch.dtype | None = None) -> Any:
+    """In 16 bits its weights are small: larger ones turn its own rounding into errors of tens of percent."""
     from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
     torch.manual_seed(0)
-    config = GatedDeltaNetConfig(**SMALL, num_hidden_layers=2, vocab_size=50, intermediate_size=32, initializer_range=0.2,
-                                 fuse_norm=device != "cpu", fuse_swiglu=device != "cpu", fuse_cross_entropy=device != "cpu",
+    config = GatedDeltaNetConfig(**SMALL, num_hidden_layers=2, vocab_size=50, intermediate_size=32,
+                                 initializer_range=0.2 if device == "cpu" else 0.05, fuse_norm=device != "cpu",
+                                 fuse_swiglu=device != "cpu", fuse_cross_entropy=device != "cpu",
                                  eos_token_id=None, bos_token_id=None, pad_token_id=0)
-    return on(device, GatedDeltaNetForCausalLM(config))
+    return on(device, GatedDeltaNetForCausalLM(config), dtype)
+
+
+def in_float32(run: Callable[[Any], Any], mode: bool) -> Any:
+    """What a run gives of the model in float32 on the GPU, with us."""
+    integration.enable()
+    try:
+        return run(model("cuda", torch.float32).train(mode))
+    finally:
+        integration.disable()
 
 
 def tokens(device: str, T: int = 70) -> Tensor:
@@ -112,38 +125,49 @@ def both(run: Callable[[], Any]) -> tuple[Any, Any]:
         integration.disable()
 
 
+def step(m: Any) -> dict[str, Tensor]:
+    """Logits and the gradient of every parameter."""
+    ids = tokens(m.device.type)
+    out = m(ids, labels=ids)
+    m.zero_grad()
+    out.loss.backward()
+    return {"logits": out.logits.detach()} | {n: p.grad.clone() for n, p in m.named_parameters()}
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_prefill_and_training(device: str, calls: list[str]) -> None:
     m = model(device).train()
-
-    def step() -> dict[str, Tensor]:
-        m.zero_grad()
-        out = m(tokens(device), labels=tokens(device))
-        out.loss.backward()
-        return {"logits": out.logits.detach()} | {n: p.grad.clone() for n, p in m.named_parameters()}
-    want, got = both(step)
+    want, got = both(lambda: step(m))
     assert calls == 2 * ["chunk_gated_delta_rule"]
-    assert error(got.pop("logits"), want.pop("logits")) <= BOUND[device]
-    for name in want:
-        assert error(got[name], want[name]) <= GRADIENT_BOUND[device], name
+    if device == "cpu":
+        assert error(got.pop("logits"), want.pop("logits")) <= BOUND[device]
+        for name in want:
+            assert error(got[name], want[name]) <= GRADIENT_BOUND, name
+    else:
+        exact = in_float32(step, mode=True)
+        assert distance(got, exact) <= FARTHER * distance(want, exact)
+
+
+def generate(m: Any) -> dict[str, Tensor]:
+    """Logits of a prefill by the chunked op, then of token after token from the cache by the recurrent one."""
+    found, cache, ids = {}, None, tokens(m.device.type, 80)
+    with torch.no_grad():
+        for i, part in enumerate((ids[:, :76], *ids[:, 76:].split(1, 1))):
+            out = m(part, past_key_values=cache, use_cache=True)
+            found[f"part {i}"] = out.logits
+            cache = out.past_key_values
+    return found
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_generation(device: str, calls: list[str]) -> None:
-    """A prefill by the chunked op, then token after token from the cache by the recurrent one."""
     m = model(device).eval()
-
-    def generate() -> list[Tensor]:
-        found, cache, ids = [], None, tokens(device, 80)
-        with torch.no_grad():
-            for part in (ids[:, :76], *ids[:, 76:].split(1, 1)):
-                out = m(part, past_key_values=cache, use_cache=True)
-                found.append(out.logits)
-                cache = out.past_key_values
-        return found
-    want, got = both(generate)
-    assert all(error(a, b) <= BOUND[device] for a, b in zip(got, want, strict=True))
+    want, got = both(lambda: generate(m))
     assert calls == 2 * ["chunk_gated_delta_rule"] + 8 * ["fused_recurrent_gated_delta_rule"]
+    exact = want if device == "cpu" else in_float32(generate, mode=False)
+    for name in want:
+        assert error(got[name], exact[name]) <= (BOUND[device] if device == "cpu" else
+                                                 FARTHER * error(want[name], exact[name])), name
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -16,12 +16,12 @@ from gdn_ir.backends.base import Reason
 from gdn_ir.backends.triton import Triton
 from gdn_ir.integrations import common
 from gdn_ir.integrations import transformers as integration
-from tests.inputs import error, expected, make
+from tests.inputs import FARTHER, distance, error, expected, make
 
 MODELS = ("qwen3_next", "qwen3_5")
 DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]
-BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-GRADIENT_BOUNDS = {torch.float32: 2e-4, torch.bfloat16: 5e-2}       # of each parameter by itself
+BOUND, GRADIENT_BOUND = 1e-4, 2e-4                         # float32; of each parameter by itself
+CALM = 0.05                                                # initializer_range of a model that 16 bits do not throw off course
 SMALL = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2,
          "num_key_value_heads": 1, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
          "linear_key_head_dim": 16, "linear_value_head_dim": 16, "pad_token_id": 0, "eos_token_id": None, "bos_token_id": None,
@@ -83,33 +83,47 @@ def tokens(device: str, T: int = 70) -> torch.Tensor:
     return torch.randint(1, 50, (2, T), generator=torch.Generator().manual_seed(0)).to(device)
 
 
-@pytest.mark.parametrize("dtype", BOUNDS)
+def training_step(m: torch.nn.Module, device: str) -> dict[str, torch.Tensor]:
+    """A loss and the gradient of every parameter."""
+    m.zero_grad()
+    loss = m(tokens(device), labels=tokens(device)).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {n: p.grad.clone() for n, p in m.named_parameters() if p.grad is not None}
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("model", MODELS)
-def test_prefill(model: str, device: str, dtype: torch.dtype, calls: list[str]) -> None:
-    m = built(model, device, dtype)
+def test_prefill(model: str, device: str, calls: list[str]) -> None:
+    m = built(model, device, torch.float32)
     with torch.no_grad():
         want, got = both(lambda: m(tokens(device)).logits)
-    assert error(got, want) <= BOUNDS[dtype]
+    assert error(got, want) <= BOUND
     assert calls == 3 * ["chunk_gated_delta_rule"]
 
 
-@pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("model", MODELS)
-def test_training(model: str, device: str, dtype: torch.dtype, calls: list[str]) -> None:
-    """A loss and the gradient of every parameter."""
-    m = built(model, device, dtype).train()
-
-    def step() -> dict[str, torch.Tensor]:
-        m.zero_grad()
-        loss = m(tokens(device), labels=tokens(device)).loss
-        loss.backward()
-        return {"loss": loss.detach()} | {n: p.grad.clone() for n, p in m.named_parameters() if p.grad is not None}
-    want, got = both(step)
+def test_training(model: str, device: str, calls: list[str]) -> None:
+    m = built(model, device, torch.float32).train()
+    want, got = both(lambda: training_step(m, device))
     assert set(want) == set(got) and any("A_log" in n for n in got) and len(calls) == 3
     for name in want:
-        assert error(got[name], want[name]) <= GRADIENT_BOUNDS[dtype], name
+        assert error(got[name], want[name]) <= GRADIENT_BOUND, name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("model", MODELS)
+def test_bfloat16(model: str, device: str) -> None:
+    """Logits and gradients are about as far from the same model in float32 as without us: its own rounding is most of it."""
+    wide = built(model, device, torch.float32, initializer_range=CALM).train()
+    m = built(model, device, torch.bfloat16, initializer_range=CALM).train()
+    with torch.no_grad():
+        exact = wide(tokens(device)).logits
+        want, got = both(lambda: m(tokens(device)).logits)
+    assert error(got, exact) <= FARTHER * error(want, exact)
+    gradients = training_step(wide, device)
+    before, after = both(lambda: training_step(m, device))
+    assert distance(after, gradients) <= FARTHER * distance(before, gradients)
 
 
 @pytest.mark.parametrize("device", DEVICES)
