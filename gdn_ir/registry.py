@@ -60,8 +60,6 @@ def unseen(instance: Instance, backend: str, arch: str) -> str | None:
         part = "backward"
     elif backend == "tilelang" and instance.recurrent:
         part = "kernel of one token at a time"
-    elif backend == "tilelang" and arch == "sm_90" and instance.io == "f32" and instance.switches.l2norm:
-        part = "scan of float32 with q and k normalised in it"
     return part and f"{backend}'s {part} has not run on all it ships for on {arch}"
 
 

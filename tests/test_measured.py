@@ -74,8 +74,7 @@ def test_every_shipped_backward_was_measured(arch: str) -> None:
 def test_nothing_failed_on_the_gpu() -> None:
     failed = [r for what in ("triton", "tilelang", "backward") for arch in ("sm_90", "sm_80") for r in records(arch, what)
               if "failed" in r]
-    # not served since: registry.unseen
-    assert [(r["cell"], r["backend"]) for r in failed] == [("l2norm in kernel, f32", "tilelang")]
+    assert not failed
 
 
 def test_a_row_s_bound_is_its_cell_s() -> None:
