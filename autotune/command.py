@@ -113,8 +113,11 @@ def summary(done: list[Winner]) -> str:
     gains = [w.heuristic_ms / w.ms for w in done if w.ms and w.heuristic_ms]
     if not gains:
         return f"{len(done)} shapes tuned"
+    before = [w.served_ms / w.ms for w in done if w.ms and w.served_ms]
+    served = "" if not before else (f"; what served {len(before)} of them before, tuned for shapes like them, takes "
+                                    f"{statistics.geometric_mean(before):.3f}x of their time, {max(before):.3f}x at worst")
     return (f"{len(done)} shapes tuned: {statistics.geometric_mean(gains):.3f}x of the heuristic's speed (geometric mean), "
-            f"{max(gains):.3f}x at best")
+            f"{max(gains):.3f}x at best{served}")
 
 
 def known(source: str) -> list[Winner]:

@@ -23,6 +23,7 @@ KEPT = 4                                                   # one in so many goes
 FINALISTS = 5                                              # ... until so few are left, which are measured once more
 NEAR = 1.15                                                # a frame within this of the best is searched whole
 LAST = -1                                                  # the number of the last round
+FIRST = 0.3                                                # part of the time that the first shape may take, for it tries all
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,32 @@ def timed_rounds(tuner: Tuner, worker: Worker, good: list[Ready], shapes: list[S
             why = "the budget ended" if good else "no candidate is right"
             tuner.display.say(f"{len(shapes) - i} shapes not tuned: {why}")
             return
-        good = one_shape(tuner, worker, good, shape, time.monotonic() + left / (len(shapes) - i), i == 0)
+        share = max(1 / (len(shapes) - i), 0.0 if i else FIRST)
+        good = one_shape(tuner, worker, promising_first(tuner, good), shape, time.monotonic() + left * share, i == 0)
+
+
+def promising_first(tuner: Tuner, good: list[Ready]) -> list[Ready]:
+    """Candidates in the order of how near they came to the best on any shape so far: where a shape's time ends early, those
+    that never did well are the ones not timed on it."""
+    shapes: dict[Shape, dict[str, float]] = {}
+    for (code, shape, turn), t in tuner.timings.items():
+        if turn == 0:
+            shapes.setdefault(shape, {})[code] = t.ratio
+    nearest: dict[str, float] = {}
+    for ratios in shapes.values():
+        least = min(ratios.values())
+        for code, ratio in ratios.items():
+            nearest[code] = min(nearest.get(code, float("inf")), ratio / least)
+    return sorted(good, key=lambda r: nearest.get(r.code, float("inf")))
 
 
 def one_shape(tuner: Tuner, worker: Worker, good: list[Ready], shape: Shape, end: float, first: bool) -> list[Ready]:
     """Find a shape's winner; returns the candidates for the next shape: those that did not fail, and new ones that this shape
     led to."""
     first_reference = reference = heuristic(tuner, good, shape)
-    alive = [reference] + [r for r in good if r is not reference and not pruned(tuner, r, shape)]
+    code = tuner.codes.get(tuner.served[shape]) if shape in tuner.served else None
+    served = next((r for r in good if r.code == code), None)
+    alive = list(dict.fromkeys([reference, *([served] if served else []), *(r for r in good if not pruned(tuner, r, shape))]))
     scores, reference = measure(tuner, worker, alive, reference, shape, 0, end)
     if first and time.monotonic() < end:
         frame = promising(tuner, alive, scores)
@@ -72,13 +91,15 @@ def one_shape(tuner: Tuner, worker: Worker, good: list[Ready], shape: Shape, end
             scores |= found
             ranked.sort(key=lambda r: scores[r.code].ratio)
         turn += 1
-    final, reference = measure(tuner, worker, ranked[:FINALISTS], reference, shape, LAST, float("inf"))
+    ranked = list(dict.fromkeys([*ranked[:FINALISTS], *([served] if served else [])]))
+    final, reference = measure(tuner, worker, ranked, reference, shape, LAST, float("inf"))
     best = min((r for r in [reference, *ranked] if r.code in final), key=lambda r: final[r.code].ms, default=None)
     if best is None:
         tuner.display.say(f"{shape}: nothing could be timed")
     else:
         mine = final.get(reference.code) if reference is first_reference and reference.candidate.frame is None else None
-        tuner.finish(shape, best, final[best.code].ms, mine.ms if mine else None)
+        before = final.get(served.code) if served else None
+        tuner.finish(shape, best, final[best.code].ms, mine.ms if mine else None, before.ms if before else None)
     return [r for r in good if r.code not in tuner.failed]
 
 

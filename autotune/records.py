@@ -59,7 +59,8 @@ class Subject:
 @dataclass(frozen=True)
 class Winner:
     """What was chosen for a shape. sources: hashes of what ran, by kernel; ms: median, in the last measurement; heuristic_ms:
-    of the schedule that nobody tuned, in the same; errors: relative, of each output; how: "measured" or what else."""
+    of the schedule that nobody tuned, in the same; served_ms: of the one that served such calls before this was tuned, in the
+    same; errors: relative, of each output; how: "measured" or what else."""
     subject: Subject
     shape: Shape
     schedule: Schedule
@@ -71,20 +72,21 @@ class Winner:
     how: str = "measured"
     program: str = ""
     predicted_ms: float | None = None                      # by the cost model, where nobody has measured
+    served_ms: float | None = None
 
     def json(self) -> Json:
         s = self.shape
         return {"shape": {"lengths": list(s.lengths), "H": s.H, "HV": s.HV}, "schedule": of_schedule(self.schedule),
                 "sources": dict(self.sources), "ms": self.ms,
                 "heuristic_ms": self.heuristic_ms, "errors": dict(self.errors), "date": self.date, "how": self.how,
-                **({} if self.predicted_ms is None else {"predicted_ms": self.predicted_ms})}
+                **{n: x for n in ("predicted_ms", "served_ms") if (x := getattr(self, n)) is not None}}
 
     @staticmethod
     def of(subject: Json, data: Json) -> Winner:
         s = data["shape"]
         return Winner(Subject.of(subject), Shape(tuple(s["lengths"]), s["H"], s["HV"]), to_schedule(data["schedule"]),
                       tuple(data["sources"].items()), data["ms"], data["heuristic_ms"], tuple(data["errors"].items()),
-                      data["date"], data["how"], subject["program"], data.get("predicted_ms"))
+                      data["date"], data["how"], subject["program"], data.get("predicted_ms"), data.get("served_ms"))
 
 
 def today() -> str:

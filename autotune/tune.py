@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from gdn_ir.autotune import check
 from gdn_ir.autotune.display import Display
 from gdn_ir.autotune.halving import Timing, timed_rounds
 from gdn_ir.autotune.keys import Shape, device_here, of_instance, of_schedule
+from gdn_ir.autotune.lookup import find
 from gdn_ir.autotune.pool import Pool
 from gdn_ir.autotune.prune import Pruned, Ready, ready
 from gdn_ir.autotune.records import Records, Subject, Winner, today
@@ -83,10 +84,12 @@ class Tuner:
         self.subject = Subject(t.instance, t.backend, device, tuple(versions.items()), self.searched.hash)
         self.pruned, self.reason = Pruned(), ""            # and the first reason
         self.tried: dict[str, Ready] = {}                  # by code
+        self.codes: dict[Schedule, str] = {}
         self.failed: dict[str, str] = {}                   # why, by a kernel's key or a candidate's code
         self.errors: dict[str, dict[str, float]] = {}      # of checked candidates, by code
         self.timings: dict[tuple[str, Shape, int], Timing] = {}
         self.finished: dict[Shape, Winner] = {}
+        self.served = dict(self.serving(t.shapes))         # before anything is found here
         self.start = time.monotonic()
         if self.resume:
             self.recall()
@@ -127,7 +130,7 @@ class Tuner:
             self.compilers, self.checkers, timers = (stack.enter_context(Pool(n, self.modules, kept)) for n in counts)
             if todo:
                 heads = todo[0].HV * len(todo[0].lengths)
-                found = [*(Candidate(s) for s in self.heuristics(todo)),
+                found = [*(Candidate(s) for s in (*self.heuristics(todo), *self.served.values())),
                          *candidates(self.searched, t.backend, t.arch, t.instance, heads)]
                 good = self.prepare(found)
                 if not self.tried:
@@ -144,6 +147,16 @@ class Tuner:
             except ValueError:
                 continue
         return list(found)
+
+    def serving(self, shapes: Iterable[Shape]) -> Iterator[tuple[Shape, Schedule]]:
+        """What serves calls of a shape where tuning found something for one like it."""
+        for s in shapes:
+            try:
+                found = find(self.task.arch, self.task.instance, *s.key, self.task.backend)
+            except ValueError:
+                continue
+            if found.level not in ("heuristic", "pack"):
+                yield s, found.schedule
 
     def prepare(self, found: Iterable[Candidate]) -> list[Ready]:
         """Candidates that compile and are right, of those not seen before."""
@@ -162,7 +175,9 @@ class Tuner:
             if isinstance(r, str):
                 gone.add(r)
                 self.reason = self.reason or r
-            elif r.code in self.tried:
+                continue
+            self.codes[c.schedule] = r.code
+            if r.code in self.tried:
                 gone.add("same code")
             else:
                 self.tried[r.code] = r
@@ -237,10 +252,11 @@ class Tuner:
         if reasons:
             self.display.say(f"{len(reasons)} {what}; the first: {reasons[0]}")
 
-    def finish(self, shape: Shape, r: Ready, ms: float, heuristic_ms: float | None) -> None:
+    def finish(self, shape: Shape, r: Ready, ms: float, heuristic_ms: float | None, served_ms: float | None) -> None:
         """Record a shape's winner."""
-        w = Winner(self.subject, shape, r.candidate.schedule, tuple(r.sources.items()), round(ms, 6),
-                   None if heuristic_ms is None else round(heuristic_ms, 6), tuple(self.errors[r.code].items()), today())
+        heuristic, served = (None if x is None else round(x, 6) for x in (heuristic_ms, served_ms))
+        w = Winner(self.subject, shape, r.candidate.schedule, tuple(r.sources.items()), round(ms, 6), heuristic,
+                   tuple(self.errors[r.code].items()), today(), served_ms=served)
         self.records.append("winner", self.subject.json(), **w.json())
         self.finished[shape] = w
         gain = "" if heuristic_ms is None else f", {heuristic_ms / ms:.3f}x of the heuristic's {heuristic_ms:.4g} ms"

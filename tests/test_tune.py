@@ -9,6 +9,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,21 @@ def test_a_lost_reference_is_replaced_and_the_round_timed_again(tmp_path: Path, 
     again = tuner(tmp_path / "r.jsonl", (1,), resume=True)
     assert {k[0]: v.ratio for k, v in again.timings.items()} == {r.code: scores[r.code].ratio for r in found[1:]}
     assert set(again.failed) == {found[0].code}
+
+
+def test_what_served_before_is_in_the_last_round(tmp_path: Path) -> None:
+    """However slow it is: how well a shape is served by what was tuned for another is worth knowing."""
+    t, found = tuner(tmp_path / "r.jsonl", (1,)), []
+    for stages in (1, 2, 7):
+        options = (("*", KernelOptions(num_stages=stages)),)
+        found.append(ready(Candidate(Schedule("x", 16, Frame("fused", 16).steps(SMALL), options)), SMALL, "faulty", "torch"))
+    for r in found:
+        assert isinstance(r, Ready)
+        t.errors[r.code], t.codes[r.candidate.schedule] = {"o": 0.0}, r.code
+    t.served = {SHAPE: r.candidate.schedule}
+    halving.one_shape(t, Losing(0, 1), found, SHAPE, 0.0, False)                   # type: ignore[arg-type]
+    (w,) = winners(Records(tmp_path / "r.jsonl").read())
+    assert (w.ms, w.served_ms) == (1.0, 7.0) and "takes 7.000x of their time" in command.summary([replace(w, heuristic_ms=1.0)])
 
 
 RUN = """
