@@ -5,11 +5,15 @@ import html
 import io
 from pathlib import Path
 
-from gdn_ir.bench import results
+import matplotlib
+
+from gdn_ir.autotune.tables import shipped
+from gdn_ir.bench import results, tables
 from gdn_ir.bench.cases import trains
 from gdn_ir.bench.plots import PLOTS
-from gdn_ir.bench.results import Page, Record
+from gdn_ir.bench.results import Page
 
+MANY = 40                                                  # rows, past which a page gives the largest error of all
 MISSING = {"ratio": "no row holds both a peer and gdn-ir", "roofline": "nothing of gdn-ir was timed",
            "break_even": "no two lengths of one sequence were timed beside attention: gdn-ir bench break-even",
            "cold": "first calls were not measured: gdn-ir bench --cold", "memory": "peak memory is read on a GPU only",
@@ -55,6 +59,7 @@ def document(pages: list[Page]) -> list[Block]:
                                       "do not compare. Each table says what it holds."))
         for page in of_gpu:
             blocks += section(page)
+        blocks += tuned(gpu)
         for name, (title, plot) in PLOTS.items():
             for train in (False, True):
                 these = [p for p in of_gpu if trains(p.suite) == train]
@@ -66,7 +71,8 @@ def document(pages: list[Page]) -> list[Block]:
                     blocks.append(("p", f"Not shown: {MISSING[name]}."))
                 else:
                     text = io.StringIO()
-                    drawn.savefig(text, format="svg", metadata={"Date": None})
+                    with matplotlib.rc_context({"svg.hashsalt": "gdn-ir"}):     # the same plot, the same text
+                        drawn.savefig(text, format="svg", metadata={"Date": None})
                     blocks.append(("svg", text.getvalue()[text.getvalue().index("<svg"):]))
     return blocks
 
@@ -82,12 +88,16 @@ def section(page: Page) -> list[Block]:
                             + ", ".join(f"{n} {v}" for n, v in run["versions"].items())
                             + f"; copy {run['bytes_per_s'] / 1e12:.3g} TB/s, product {run['flops_per_s'] / 1e12:.3g} TFLOP/s."))
     if page.rows:
-        blocks += [("table", table(page)), ("p", f"Relative errors of o against {exact(page)}:"), ("table", errors(page.rows))]
-        blocks.append(("p", "Launches of a call, and MiB at once beyond its inputs:"))
-        blocks.append(("table", costs(page.rows)))
+        many = len(page.rows) > MANY
+        blocks += [("p", tables.summary(page)), ("table", tables.table(page)),
+                   ("p", f"Relative errors{', the largest of all rows,' if many else ''} against {tables.exact(page)}:"),
+                   ("table", tables.largest(page.rows) if many else tables.errors(page.rows))]
+        if not many:
+            blocks.append(("p", "Launches of a call, and MiB at once beyond its inputs:"))
+            blocks.append(("table", tables.costs(page.rows)))
     if page.accuracy:
         blocks += [("p", "Errors against the token recurrence in float64, T = 768, H/HV 2/4, K = V = 128:"),
-                   ("table", accuracy(page.accuracy))]
+                   ("table", tables.accuracy(page.accuracy))]
     if page.cold:
         head = [["first call, seconds", "empty caches", "warm caches", "whole process, empty", "whole process, warm"]]
         body = [[r["contender"], *(f"{r[k]:.1f}" for k in ("cold_s", "warm_s", "cold_process_s", "warm_process_s"))]
@@ -96,69 +106,14 @@ def section(page: Page) -> list[Block]:
     return blocks + reasons(page)
 
 
-def names_of(records: list[Record], has: str) -> list[str]:
-    return list(dict.fromkeys(n for r in records for n, c in r["contenders"].items() if c.get(has)))
-
-
-def table(page: Page) -> list[list[str]]:
-    """The fastest but attention in bold."""
-    names = names_of(page.rows, "ms")
-    mixed = len(page.commits) > 1
-    rows = [["shape, H/HV", "floor", *names, "of the floor", "best peer / ours", *(["commit"] if mixed else [])]]
-    for r in page.rows:
-        fastest = min((c["ms"] for c in r["contenders"].values() if "ms" in c and c["kind"] != "attention"), default=None)
-        mine, faster = results.served(r), results.ratio(r)
-        cells = [cell(r["contenders"].get(n, {}), fastest) for n in names]
-        part = f"{100 * r['contenders'][mine]['of_floor']:.0f}%" if mine else "-"
-        rows.append([str(results.row_of(r)), f"{r['floor']['ms']:.3f}", *cells, part, f"{faster:.2f}" if faster else "-",
-                     *([page.commit_of(r)] if mixed else [])])
-    return rows
-
-
-def cell(c: Record, fastest: float | None) -> str:
-    if "ms" not in c:
-        return "-"
-    how = "" if c["how"] == "cuda graph" else f" ({c['how']})"
-    spread = max(c["high"] - c["ms"], c["ms"] - c["low"]) / c["ms"]
-    text = f"{c['ms']:.3f}" + (f" ±{100 * spread:.0f}%" if spread > 0.02 else "") + how
-    return f"**{text}**" if c["ms"] == fastest else text
-
-
-def exact(page: Page) -> str:
-    found = dict.fromkeys(r["reference"]["exact"] for r in page.rows)
-    return "; ".join(found) + " (\"of all\": against our own float32 kernels, all tokens)"
-
-
-def errors(rows: list[Record]) -> list[list[str]]:
-    names = names_of(rows, "errors")
-    kinds = list(dict.fromkeys(k for r in rows for c in r["contenders"].values() for k in c.get("errors", {})))
-    found = [["shape, H/HV", *(f"{n}, {k}" for n in names for k in kinds)]]
-    for r in rows:
-        every = [r["contenders"].get(n, {}).get("errors", {}) for n in names]
-        found.append([str(results.row_of(r)), *(f"{e[k]:.1e}" if k in e else "-" for e in every for k in kinds)])
-    return found
-
-
-def accuracy(records: list[Record]) -> list[list[str]]:
-    names = names_of(records, "errors")
-    kinds = list(dict.fromkeys(k for r in records for c in r["contenders"].values() for k in c.get("errors", {})))
-    return [["inputs", *(f"{n}, {k}" for n in names for k in kinds)],
-            *([r["inputs"], *(f"{e[k]:.2e}" if k in e else "-" for n in names
-                              for e in [r["contenders"].get(n, {}).get("errors", {})] for k in kinds)] for r in records)]
-
-
-def costs(rows: list[Record]) -> list[list[str]]:
-    names = names_of(rows, "ms")
-    found = [["shape, H/HV", *names]]
-    for r in rows:
-        cells = []
-        for n in names:
-            c = r["contenders"].get(n, {})
-            launches, peak = c.get("launches"), c.get("peak_bytes")
-            cells.append(f"{'?' if launches is None else launches} / {'?' if peak is None else f'{peak / 2 ** 20:.0f}'}"
-                         if "ms" in c else "-")
-        found.append([str(results.row_of(r)), *cells])
-    return found
+def tuned(gpu: str) -> list[Block]:
+    """What tuning brought on a GPU, of the table that ships: a section for each instance."""
+    found = [w for w in shipped() if w.subject.device.name == gpu and w.ms and w.heuristic_ms]
+    blocks: list[Block] = []
+    for of in dict.fromkeys((w.subject.backend, w.subject.instance) for w in found):
+        mine = [w for w in found if (w.subject.backend, w.subject.instance) == of]
+        blocks += [("h3", f"Tuned, {of[0]}: {of[1]}"), ("p", tables.gains(mine)), ("table", tables.winners(mine))]
+    return blocks
 
 
 def reasons(page: Page) -> list[Block]:
