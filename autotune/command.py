@@ -14,7 +14,7 @@ from rich.table import Table
 
 from gdn_ir.autotune import cost, tables
 from gdn_ir.autotune.display import Display
-from gdn_ir.autotune.keys import Json, Shape, of_instance, of_schedule
+from gdn_ir.autotune.keys import Json, Shape, device_here, of_instance, of_schedule
 from gdn_ir.autotune.pool import Pool
 from gdn_ir.autotune.records import Records, Winner, default_path, winners
 from gdn_ir.autotune.tune import Limits, Task, Tuner
@@ -135,7 +135,7 @@ def known(source: str) -> list[Winner]:
 def show(source: str, console: Console | None = None) -> None:
     """Print what is known, a line for each winner, and what was measured for it."""
     console = console or Console()
-    found = known(source)
+    found = sorted(known(source), key=lambda w: (w.subject.device != device_here(w.subject.device.arch), w.how != "measured"))
     groups: dict[str, Table] = {}
     for w in found:
         s = w.subject

@@ -167,7 +167,8 @@ def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, 
     asked = policy.asked()
     wanted, out = policy.forced(asked), policy.forbidden(asked)
     chosen = first(every, asked)
-    kind = f"packed {io}, {sequences} sequences of {T} tokens together" if instance.varlen else f"dense {io}, {B} x {T} tokens"
+    count = f"{sequences} sequence{'s' * (sequences != 1)}"
+    kind = f"packed {io}, {count} of {T} tokens together" if instance.varlen else f"dense {io}, {B} x {T} tokens"
     kind += ", one token at a time" if recurrent else ""
     kind += f", gradients of {' '.join(grads)}" if grads else ""
     choices = []

@@ -237,7 +237,7 @@ def test_explain_as_data(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 
 def test_explain() -> None:
     text = str(gdn_ir.explain(H=16, HV=32, T=32768, sequences=1, arch="sm_90"))
-    assert "packed bf16, 1 sequences of 32768 tokens together" in text
+    assert "packed bf16, 1 sequence of 32768 tokens together" in text
     assert "triton   chosen: first that can serve on sm_90" in text and "tiles of 32 columns" in text
     assert "torch    not chosen" in text
     with gdn_ir.use("torch"):
