@@ -95,6 +95,7 @@ def test_a_forbidden_backend_stays_forbidden_in_the_backward() -> None:
     with gdn_ir.forbid("tilelang", "triton"):
         o = chunk_gated_delta_rule(**x)[0]
     asked: list[str] = []
+    registry.forget()                                      # or a backward like this one has been prepared before
     with pytest.MonkeyPatch.context() as patch:
         serving = registry.serving
         patch.setattr(registry, "serving", lambda *a: (asked.append(a[-1]), serving(*a))[1])

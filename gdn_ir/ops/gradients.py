@@ -1,6 +1,7 @@
 """The backward of the op: one custom op for all gradients that are asked for, and what autograd is told about the two."""
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +9,9 @@ from torch import library
 from torch._guards import TracingContext         # of this thread, while torch.compile traces
 
 from gdn_ir import policy
-from gdn_ir.ops import chunk, transforms
+from gdn_ir.ops import forward, kinds, transforms
+from gdn_ir.ops.forward import FORWARD
+from gdn_ir.ops.kinds import Kind
 
 Tensor = torch.Tensor
 INPUTS = ("q", "k", "v", "g", "beta", "initial_state")
@@ -20,8 +23,8 @@ def _empty(wanted: str, **inputs: Tensor | None) -> list[Tensor]:
     for name in wanted.split():
         x = inputs[name]
         assert x is not None
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        found.append(torch.empty(x.shape, dtype=wide if name == "g" else x.dtype, device=x.device))
+        found.append(torch.empty_like(x, dtype=kinds.wide(x) if name == "g" else x.dtype,
+                                      memory_format=torch.contiguous_format))
     return found
 
 
@@ -32,19 +35,20 @@ def _chunk_backward(d_o: Tensor, d_state: Tensor | None, q: Tensor, k: Tensor, v
     no gradient. asked: the policy that held in the forward, or WHEN_RUN."""
     if asked == policy.WHEN_RUN:
         asked = policy.asked()
+    kind = kinds.of(q, k, v, g, beta, initial_state, cu_seqlens, None, state_v_first)
     found = _empty(wanted, q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state)
     grads = dict(zip(wanted.split(), found, strict=True))
-    if chunk.nothing(q, cu_seqlens):
+    if kind.nothing:
         for name, x in grads.items():
             x.zero_() if name != "initial_state" or d_state is None else x.copy_(d_state)
         return found
-    chosen, tensors, sequences, ends = chunk.bind(q, k, v, g, beta, initial_state, cu_seqlens, d_state is not None, l2norm,
-                                                  beta_sigmoid, neg_eigval, state_v_first, asked, tuple(grads))
-    tensors["d_o"] = d_o.contiguous().view(-1, *d_o.shape[2:])
-    if d_state is not None:
-        tensors["d_final_state"] = d_state.contiguous()
-    tensors |= {f"d_{name}": x if name == "initial_state" else x.view(-1, *x.shape[2:]) for name, x in grads.items()}
-    chosen(tensors, scale, sequences, ends)
+    serve = kind.serving(q, g, beta, initial_state, cu_seqlens, d_state is not None, l2norm, beta_sigmoid, neg_eigval,
+                         state_v_first, False, tuple(grads), asked)
+    tensors = {"q": q, "k": k, "v": v, "beta": beta, "d_o": d_o, **{f"d_{name}": x for name, x in grads.items()}}
+    for name, given in (("g", g), ("initial_state", initial_state), ("d_final_state", d_state)):
+        if given is not None:
+            tensors[name] = given
+    serve(tensors, scale, cu_seqlens)
     return found
 
 
@@ -54,10 +58,10 @@ def _fake_backward(d_o: Tensor, d_state: Tensor | None, q: Tensor, k: Tensor, v:
     return _empty(wanted, q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state)
 
 
-BACKWARD = chunk.operator("gdn_ir::chunk_backward", _chunk_backward, _fake_backward, transforms.vmap_backward)
+BACKWARD = forward.operator("gdn_ir::chunk_backward", _chunk_backward, _fake_backward, transforms.vmap_backward)
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _remember(ctx: Any, inputs: tuple[Any, ...]) -> None:
     q, k, v, g, beta, scale, initial_state, cu_seqlens, _, final_state, l2norm, beta_sigmoid, neg_eigval, v_first, _ = inputs
     ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens)
     ctx.scale, ctx.final_state, ctx.flags = scale, final_state, (l2norm, beta_sigmoid, neg_eigval, v_first)
@@ -74,8 +78,11 @@ def _backward(ctx: Any, d_o: Tensor | None, d_state: Tensor | None) -> tuple[Ten
     grads: dict[str, Tensor] = {}
     if wanted and (d_o is not None or d_state is not None):
         d_o = torch.zeros_like(v) if d_o is None else d_o
-        found = BACKWARD(d_o, d_state if ctx.final_state else None, q, k, v, g, beta, ctx.scale,
-                         initial_state, cu_seqlens, *ctx.flags, " ".join(wanted), ctx.asked)
+        d_state = d_state if ctx.final_state else None
+        # with a graph of the backward asked for, the dispatcher must refuse it
+        direct = not torch.is_grad_enabled() and transforms.direct(d_o, d_state, q, k, v, g, beta, initial_state, cu_seqlens)
+        found = (_chunk_backward if direct else BACKWARD)(d_o, d_state, q, k, v, g, beta, ctx.scale, initial_state, cu_seqlens,
+                                                          *ctx.flags, " ".join(wanted), ctx.asked)
         grads = dict(zip(wanted, found, strict=True))
         if "g" in grads:
             grads["g"] = grads["g"].to(g.dtype)
@@ -89,10 +96,9 @@ def _twice(ctx: Any, *gradients: Any) -> Any:
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, below: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            output: tuple[Tensor, Tensor] = chunk.FORWARD.redispatch(below, *inputs)
-        _remember(ctx, inputs, output)
+    def forward(ctx: Any, run: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+        output: tuple[Tensor, Tensor | None] = run(*inputs)
+        _remember(ctx, inputs)
         return output
 
     @staticmethod
@@ -100,13 +106,26 @@ class _Differentiable(torch.autograd.Function):
         return None, *_backward(ctx, *gradients)
 
 
+def _recorded(run: Any, *inputs: Any) -> Any:
+    """run(*inputs), and what autograd needs of it, if it needs anything."""
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        return _Differentiable.apply(run, *inputs)         # type: ignore[no-untyped-call]
+    return run(*inputs)
+
+
+def direct(kind: Kind, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+    """What FORWARD does where `transforms.direct` says that nothing else has a part in it."""
+    return _recorded(partial(forward.run, kind), *inputs)                 # type: ignore[no-any-return]
+
+
+def _below(below: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return FORWARD.redispatch(below, *inputs)          # type: ignore[no-any-return]
+
+
 def _autograd(keys: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
     """What `library.register_autograd` would do, which reads the schema anew in every call."""
-    below = keys & torch._C._after_autograd_keyset
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-        return _Differentiable.apply(below, *inputs)       # type: ignore[no-any-return, no-untyped-call]
-    with torch._C._AutoDispatchBelowAutograd():
-        return chunk.FORWARD.redispatch(below, *inputs)    # type: ignore[no-any-return]
+    return _recorded(partial(_below, keys & torch._C._after_autograd_keyset), *inputs)     # type: ignore[no-any-return]
 
 
 LIBRARY = library.Library("gdn_ir", "FRAGMENT")            # must outlive what is registered
