@@ -117,6 +117,10 @@ class Call:
         self.sequences, self.tokens, self.length, self.heads, self.cu_seqlens = sequences, tokens, length, heads, cu_seqlens
         self.memo = {} if memo is None else memo
 
+    def bounded(self, cu_seqlens: torch.Tensor | None) -> Call:
+        """The same sizes, with these boundaries."""
+        return Call(self.sequences, self.tokens, self.length, self.heads, cu_seqlens, self.memo)
+
     def slots(self, chunk: int) -> int:
         """Places for chunks, one for each chunk of each sequence (a few stay empty)."""
         return self.tokens // chunk + self.sequences

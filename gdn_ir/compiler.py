@@ -236,7 +236,10 @@ class Variant:
         final_state [N, HV, K, V] float32 ([N, HV, V, K] with state_v_first). Writes o and final_state. A backward instance
         takes d_o and d_final_state, shaped as what they are gradients of, and writes d_q, ... (those of `grads`). Where the
         backend is `by_address`, T may also be two dimensions, B and T."""
-        call = self.call_of(tensors, sequences, cu_seqlens)
+        self.run(tensors, scale, self.call_of(tensors, sequences, cu_seqlens))
+
+    def run(self, tensors: Mapping[str, torch.Tensor], scale: float, call: Call) -> None:
+        """The same for who kept the sizes (and the memo) of such a call."""
         try:
             self.compiled(tensors, {"scale": float(scale)}, call)
         except NotCompiled as e:

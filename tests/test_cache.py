@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import shutil
@@ -11,7 +10,6 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,8 +18,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from gdn_ir import artifacts, cache
 from gdn_ir.artifacts import Built, NotCompiled, Store, digest
 from gdn_ir.backends import BACKENDS
-from gdn_ir.backends.base import Call, Kernel, blocks
-from gdn_ir.backends.triton import driver, signature
+from gdn_ir.backends.base import Call
 from gdn_ir.backends.triton.driver import about
 from gdn_ir.compiler import Instance, Variant, variant
 from gdn_ir.programs.gated_delta import Switches
@@ -167,50 +164,6 @@ def test_launches_that_need_more_than_arguments_are_refused() -> None:
         about(Compiled)
 
 
-class Driver:
-    """Stands for the CUDA driver: takes down what is launched, as the driver reads it at that time."""
-
-    def __init__(self, kernel: Kernel) -> None:
-        self.kernel, self.launched = kernel, []
-
-    def __getattr__(self, name: str) -> object:
-        return lambda *a: 0
-
-    def cuLaunchKernelEx(self, config: int, function: object, pointers: int, extra: None) -> int:
-        names, types = driver.arguments(self.kernel), list(signature(self.kernel).values())
-        kinds = [ctypes.c_float if t == "fp32" else ctypes.c_int32 if t == "i32" else ctypes.c_uint64 for t in types]
-        at = ctypes.cast(pointers, ctypes.POINTER(ctypes.c_void_p))
-        values = [ctypes.cast(at[i], ctypes.POINTER(kind))[0] for i, kind in enumerate([*kinds, ctypes.c_uint64, ctypes.c_uint64])]  # type: ignore[type-var]
-        assert values[len(names):] == [0, 0]               # Triton's scratch
-        self.launched.append((driver.Config.from_address(config), dict(zip(names, values))))
-        return 0
-
-
-def test_what_the_driver_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arguments in the kernel's order; a tensor that is not aligned goes in as an aligned copy, and comes back."""
-    i = Instance(Switches(final_state=True), 16, 16, "f32", "f32", True)
-    kernel = variant(i, default("sm_90", i, 1, 2, 64)[0], "triton", "sm_90").compiled.kernels[-1]
-    fake, streams = Driver(kernel), iter([7, 7, 8])
-    monkeypatch.setattr(driver, "driver", lambda: fake)
-    monkeypatch.setattr(driver, "current", lambda: -1)
-    monkeypatch.setattr(driver, "stream", lambda device: next(streams))
-    launch = driver.Image(kernel, b"", {"name": "output", "shared": 5, "num_warps": 4})
-    call = Call(1, 64, 64, {"H": 1, "HV": 2}, torch.tensor([0, 64], dtype=torch.int32))
-    memory = {t.name: torch.zeros(call.shape(kernel, t)) for t in kernel.tensors()}
-    launch(memory, {"scale": 0.5}, call)
-    config, given = fake.launched[0]
-    assert (config.gridX, config.gridY, config.blockX, config.shared, config.stream) == (blocks(kernel, call), 1, 128, 5, 7)
-    assert all(given[n] == x.data_ptr() for n, x in memory.items())
-    assert {n: given[n] for n in ("scale", "T", "N", "HV")} == {"scale": 0.5, "T": 64, "N": 1, "HV": 2}
-    memory["o"] = torch.ones(memory["o"].numel() + 1)[1:].view(memory["o"].shape)
-    launch(memory, {"scale": 0.25}, call)
-    given = fake.launched[1][1]
-    assert given["o"] % 16 == 0 and given["o"] != memory["o"].data_ptr()
-    assert given["scale"] == 0.25 and memory["o"].eq(1).all()
-    launch(memory, {"scale": 0.25}, call)
-    assert fake.launched[2][0].stream == 8
-
-
 def test_the_least_recently_used_goes_first(folder: Path) -> None:
     store = artifacts.store()
     for i, key in enumerate("abc"):
@@ -279,25 +232,6 @@ def test_no_jit_serves_what_is_there(folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("GDN_IR_NO_JIT", "1")
     with pytest.raises(NotCompiled):
         run(native(48))
-
-
-class Broken:
-    """A CUDA driver that can do nothing but say so."""
-    def cuGetErrorString(self, code: int, text: Any) -> int:
-        if code == 101:
-            text._obj.value = b"invalid device ordinal"
-        return 0
-
-    def cuDeviceGet(self, handle: Any, device: int) -> int:
-        return 100 + device
-
-
-def test_what_the_driver_says_is_in_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "driver", Broken)
-    with pytest.raises(RuntimeError, match=r"^cuDeviceGet of cuda:1 failed .* error 101 \(invalid device ordinal\)$"):
-        driver.enter(1)
-    with pytest.raises(RuntimeError, match=r"^cuLaunchKernelEx of scan failed with CUDA driver error 999$"):
-        driver.must(999, "cuLaunchKernelEx", "scan")
 
 
 @pytest.mark.parametrize("name", ["triton", "tilelang"])

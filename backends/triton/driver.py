@@ -112,8 +112,8 @@ class Image:
 
 class Config(ctypes.Structure):
     """CUlaunchConfig: what a launch is told beside the kernel and its arguments."""
-    _fields_ = [(f"{what}{axis}", ctypes.c_uint) for what in ("grid", "block") for axis in "XYZ"] + [
-        ("shared", ctypes.c_uint), ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("count", ctypes.c_uint)]
+    _fields_ = [*((n, ctypes.c_uint) for n in ("gridX", "gridY", "gridZ", "blockX", "blockY", "blockZ", "shared")),
+                ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("count", ctypes.c_uint)]  # type: ignore[assignment]
 
 
 class Frame:
@@ -219,8 +219,7 @@ class Batch:
     def copied(self, memory: Mapping[str, torch.Tensor], values: Mapping[str, float], call: Call) -> None:
         moved = {n: memory[n].clone() for n in self.tensors if memory[n].data_ptr() % ALIGNMENT}
         ends = call.cu_seqlens
-        self({**memory, **moved}, values, call if ends is None or not ends.data_ptr() % ALIGNMENT else
-             Call(call.sequences, call.tokens, call.length, call.heads, ends.clone(), call.memo))
+        self({**memory, **moved}, values, call if ends is None or not ends.data_ptr() % ALIGNMENT else call.bounded(ends.clone()))
         for name in self.written & moved.keys():
             memory[name].copy_(moved[name])
 

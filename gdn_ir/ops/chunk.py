@@ -1,12 +1,12 @@
 """The op: chunk_gated_delta_rule, with flash-linear-attention's arguments."""
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
-from gdn_ir.ops import checks, gates, gradients, kinds, transforms
-from gdn_ir.ops.forward import FORWARD
+from gdn_ir.ops import checks, forward, gates, gradients, kinds, transforms
 
 Tensor = torch.Tensor
 KEYWORDS = ("q", "k", "v", "g", "beta", "scale", "initial_state", "output_final_state", "use_qk_l2norm_in_kernel",
@@ -61,18 +61,21 @@ def call(op: str, recurrent: bool, q: Tensor, k: Tensor, v: Tensor, g: Tensor | 
     if not direct and isinstance(q, Tensor) and q.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(q.device.type):
         q, k, v = transforms.cast(q, k, v)
     kind = kinds.of(q, k, v, g, beta, initial_state, cu_seqlens, cu_seqlens_cpu, state_v_first)
-    checks.gate(g, gate, A_log, dt_bias, kind.sizes["HV"], q.device)
+    if gate or A_log is not None or dt_bias is not None:
+        checks.gate(g, gate, A_log, dt_bias, kind.sizes["HV"], q.device)
     if neg_eigval and not beta_sigmoid:
         raise ValueError("allow_neg_eigval: got True without use_beta_sigmoid_in_kernel; accepts it only where the op itself "
                          "makes beta (otherwise pass a doubled beta)")
     if not direct:
         transforms.refuse(op, q, k, v, g, beta, initial_state, A_log, dt_bias)
-    scale = checks.number("scale", kind.sizes["K"] ** -0.5 if scale is None else scale)
+    scale = kind.sizes["K"] ** -0.5 if scale is None else checks.number("scale", scale)
     if gate:
         assert g is not None and A_log is not None
         g = gates.log_decay(g, A_log, dt_bias, kinds.wide(q))
         kind = kinds.of(q, k, v, g, beta, initial_state, cu_seqlens, cu_seqlens_cpu, state_v_first)
     arguments = (q, k, v, g, beta, scale, initial_state, cu_seqlens, cu_seqlens_cpu, final_state, l2norm, beta_sigmoid,
                  neg_eigval, state_v_first, recurrent)
-    o, state = gradients.direct(kind, *arguments) if direct else FORWARD(*arguments)
+    if direct:
+        return gradients.recorded(partial(forward.run, kind), *arguments)
+    o, state = forward.FORWARD(*arguments)
     return o, state if final_state else None

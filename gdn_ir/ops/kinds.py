@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from gdn_ir import registry
+from gdn_ir.backends.base import Call
 from gdn_ir.compiler import Variant
 from gdn_ir.ops import checks
 from gdn_ir.providers import Offered
@@ -52,6 +53,7 @@ class Serving:
     def __init__(self, chosen: Variant | Offered, sequences: int, cast: torch.dtype | None, narrow: bool) -> None:
         self.chosen, self.sequences, self.cast, self.narrow = chosen, sequences, cast, narrow
         self.views = not (isinstance(chosen, Variant) and chosen.compiled.backend.by_address)
+        self.call: Call | None = None                      # its sizes, once there was one
 
     def __call__(self, tensors: dict[str, Tensor], scale: float, cu_seqlens: Tensor | None) -> None:
         """tensors: as the op has them, [B, T, ...] and states [N, ...]; outputs contiguous."""
@@ -62,7 +64,12 @@ class Serving:
             tensors[name] = x.flatten(0, 1) if self.views and not name.endswith("state") else x
         if cu_seqlens is not None:
             cu_seqlens = (cu_seqlens.to(torch.int32) if self.narrow else cu_seqlens).contiguous()
-        self.chosen(tensors, scale, self.sequences, cu_seqlens)
+        if isinstance(self.chosen, Offered):
+            self.chosen(tensors, scale, self.sequences, cu_seqlens)
+            return
+        if self.call is None:
+            self.call = self.chosen.call_of(tensors, self.sequences, cu_seqlens).bounded(None)
+        self.chosen.run(tensors, scale, self.call if cu_seqlens is None else self.call.bounded(cu_seqlens))
 
 
 def wide(x: Tensor) -> torch.dtype:
