@@ -1,8 +1,8 @@
 """Host time of one warm eager call: what small batches wait for. Prints microseconds and writes them as JSON.
 
 On a GPU: the call as it is, forward, forward and backward, and one token at a time. Anywhere, with --stub: the same calls for
-an H100's kernels with tensors on the CPU and launches that do nothing, so that what is left is ours, torch's dispatcher and the
-allocator; --profile N prints the N functions that take most of it.
+an H100's kernels with tensors on the CPU and a driver that does nothing, so that what is left is ours, torch's and the
+allocator's; --profile N prints the N functions that take most of it.
 """
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def calls(device: str) -> dict[str, Callable[[], object]]:
 
 
 class Driver:
-    """Stands for the CUDA driver: its launch is a function of the C library that does nothing, so that a call of it costs what a
-    call of the driver's does but for the launch itself."""
+    """Stands for the CUDA driver: its launch is a function of the C library that does nothing, and so costs what the driver's
+    does but for the launch itself."""
 
     def __init__(self) -> None:
         self.cuLaunchKernelEx = ctypes.CDLL(None).pthread_condattr_destroy
@@ -110,7 +110,7 @@ def main() -> None:
     p = argparse.ArgumentParser()
     p.add_argument("--out", default="")
     p.add_argument("--commit", default="")
-    p.add_argument("--stub", action="store_true", help="no GPU: kernels of an H100, bound and not launched")
+    p.add_argument("--stub", action="store_true", help="no GPU: kernels of an H100, launched by a driver that does nothing")
     p.add_argument("--profile", type=int, default=0)
     a = p.parse_args()
     device = "cpu" if a.stub else "cuda"

@@ -113,7 +113,7 @@ class Image:
 class Config(ctypes.Structure):
     """CUlaunchConfig: what a launch is told beside the kernel and its arguments."""
     _fields_ = [*((n, ctypes.c_uint) for n in ("gridX", "gridY", "gridZ", "blockX", "blockY", "blockZ", "shared")),
-                ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("count", ctypes.c_uint)]  # type: ignore[assignment]
+                ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("count", ctypes.c_uint)]
 
 
 class Frame:
@@ -218,8 +218,9 @@ class Batch:
 
     def copied(self, memory: Mapping[str, torch.Tensor], values: Mapping[str, float], call: Call) -> None:
         moved = {n: memory[n].clone() for n in self.tensors if memory[n].data_ptr() % ALIGNMENT}
-        ends = call.cu_seqlens
-        self({**memory, **moved}, values, call if ends is None or not ends.data_ptr() % ALIGNMENT else call.bounded(ends.clone()))
+        if call.cu_seqlens is not None and call.cu_seqlens.data_ptr() % ALIGNMENT:
+            call = call.bounded(call.cu_seqlens.clone())
+        self({**memory, **moved}, values, call)
         for name in self.written & moved.keys():
             memory[name].copy_(moved[name])
 

@@ -52,8 +52,8 @@ def _chunk_backward(d_o: Tensor, d_state: Tensor | None, q: Tensor, k: Tensor, v
                     scale: float, initial_state: Tensor | None, cu_seqlens: Tensor | None, l2norm: bool, beta_sigmoid: bool,
                     neg_eigval: bool, state_v_first: bool, wanted: str, asked: str) -> list[Tensor]:
     """`run` as a custom op: names in `wanted` are separated by spaces."""
-    return run(d_o, d_state, q, k, v, g, beta, scale, initial_state, cu_seqlens, l2norm, beta_sigmoid, neg_eigval, state_v_first,
-               tuple(wanted.split()), asked)
+    return run(d_o, d_state, q, k, v, g, beta, scale, initial_state, cu_seqlens, l2norm, beta_sigmoid, neg_eigval,
+               state_v_first, tuple(wanted.split()), asked)
 
 
 def _fake_backward(d_o: Tensor, d_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor,
@@ -81,9 +81,9 @@ def _backward(ctx: Any, d_o: Tensor | None, d_state: Tensor | None) -> tuple[Ten
         d_o = torch.zeros_like(v) if d_o is None else d_o
         # with a graph of the backward asked for, the dispatcher must refuse it
         direct = not torch.is_grad_enabled() and transforms.direct(d_o, d_state, q, k, v, g, beta, initial_state, cu_seqlens)
-        given: tuple[Any, ...] = (d_o, d_state, q, k, v, g, beta, ctx.scale, initial_state, cu_seqlens,
-                                  *ctx.flags)
-        found = run(*given, wanted, ctx.asked) if direct else BACKWARD(*given, " ".join(wanted), ctx.asked)
+        compute: Any = run if direct else BACKWARD
+        found = compute(d_o, d_state, q, k, v, g, beta, ctx.scale, initial_state, cu_seqlens, *ctx.flags,
+                        wanted if direct else " ".join(wanted), ctx.asked)
         grads = dict(zip(wanted, found))
         if "g" in grads and g.dtype != grads["g"].dtype:
             grads["g"] = grads["g"].to(g.dtype)
@@ -95,13 +95,13 @@ def _twice(ctx: Any, *gradients: Any) -> Any:
 
 
 class _Differentiable(torch.autograd.Function):
-    """The forward as `run` computes it: through the dispatcher or past it."""
+    """The forward as `compute` does it: through the dispatcher or past it."""
 
     @staticmethod
-    def forward(ctx: Any, run: Any, scale: float, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None,
+    def forward(ctx: Any, compute: Any, scale: float, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None,
                 flags: tuple[bool, ...], *inputs: Tensor | None) -> tuple[Tensor, Tensor | None]:
         *others, initial_state = inputs
-        output: tuple[Tensor, Tensor | None] = run(*others, scale, initial_state, cu_seqlens, cu_seqlens_cpu, *flags)
+        output: tuple[Tensor, Tensor | None] = compute(*others, scale, initial_state, cu_seqlens, cu_seqlens_cpu, *flags)
         ctx.save_for_backward(*inputs, cu_seqlens)
         final_state, *rest, _ = flags
         ctx.scale, ctx.flags, ctx.final_state = scale, rest, final_state
@@ -119,16 +119,16 @@ class _Differentiable(torch.autograd.Function):
 _APPLY: Any = super(torch.autograd.Function, _Differentiable).apply
 
 
-def recorded(run: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float,
+def recorded(compute: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float,
              initial_state: Tensor | None, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, *flags: bool) \
         -> tuple[Tensor, Tensor | None]:
-    """`run` on these, and what autograd needs of it, if it needs anything."""
+    """`compute` on these, and what autograd needs of it, if it needs anything."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or beta.requires_grad
                                     or (g is not None and g.requires_grad)
                                     or (initial_state is not None and initial_state.requires_grad)):
-        found = _APPLY(run, scale, cu_seqlens, cu_seqlens_cpu, flags, q, k, v, g, beta, initial_state)
+        found = _APPLY(compute, scale, cu_seqlens, cu_seqlens_cpu, flags, q, k, v, g, beta, initial_state)
     else:
-        found = run(q, k, v, g, beta, scale, initial_state, cu_seqlens, cu_seqlens_cpu, *flags)
+        found = compute(q, k, v, g, beta, scale, initial_state, cu_seqlens, cu_seqlens_cpu, *flags)
     return found                                           # type: ignore[no-any-return]
 
 

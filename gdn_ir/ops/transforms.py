@@ -1,5 +1,5 @@
-"""How the ops behave inside torch's transforms: autocast, vmap, and those that they cannot serve, which they refuse; and whether
-there are any."""
+"""How the ops behave inside torch's transforms: autocast, vmap, and those that they cannot serve, which they refuse; and
+whether there are any."""
 from __future__ import annotations
 
 from typing import Any
