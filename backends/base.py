@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import hashlib
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -112,9 +113,13 @@ class Call:
     __slots__ = ("cu_seqlens", "heads", "length", "memo", "sequences", "tokens")
 
     def __init__(self, sequences: int, tokens: int, length: int, heads: Mapping[str, int],
-                 cu_seqlens: torch.Tensor | None = None, memo: dict[str, Any] | None = None) -> None:
+                 cu_seqlens: torch.Tensor | None = None, memo: dict[Any, Any] | None = None) -> None:
         self.sequences, self.tokens, self.length, self.heads, self.cu_seqlens = sequences, tokens, length, heads, cu_seqlens
         self.memo = {} if memo is None else memo
+
+    def bounded(self, cu_seqlens: torch.Tensor | None) -> Call:
+        """The same sizes, with these boundaries."""
+        return Call(self.sequences, self.tokens, self.length, self.heads, cu_seqlens, self.memo)
 
     def slots(self, chunk: int) -> int:
         """Places for chunks, one for each chunk of each sequence (a few stay empty)."""
@@ -162,11 +167,36 @@ def heads(kernel: Kernel) -> tuple[str, ...]:
     return tuple(found)
 
 
+def temporaries(kernels: Sequence[Kernel]) -> dict[str, tuple[Kernel, Tensor]]:
+    """What the kernels of a pipeline hand to each other, by name, with a kernel that says how large it is."""
+    return {t.name: (k, t) for k in kernels for t in k.tensors() if t.temp}
+
+
+HERE = nullcontext()
+
+
+def in_order(kernels: Sequence[Kernel], launches: Sequence[Launch]) -> Launch:
+    """A pipeline's launches one after another, each temporary a tensor of its own."""
+    temps = temporaries(kernels).values()
+
+    def run(memory: Mapping[str, torch.Tensor], params: Mapping[str, float], call: Call) -> None:
+        device = next(iter(memory.values())).device
+        shapes = call.memo.get("temporaries")
+        if shapes is None:
+            shapes = call.memo["temporaries"] = [(t.name, call.shape(kernel, t), TORCH[t.dtype]) for kernel, t in temps]
+        every = {**memory, **{name: torch.empty(shape, dtype=dtype, device=device) for name, shape, dtype in shapes}}
+        elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+        with torch.cuda.device(device) if elsewhere else HERE:                 # launches go to the tensors' device
+            for launch in launches:
+                launch(every, params, call)
+    return run
+
+
 def clear_tail(x: torch.Tensor, call: Call) -> None:
     """Zero the rows of a packed tensor past the last sequence, without reading cu_seqlens on the host or compiling anything."""
     assert call.cu_seqlens is not None
-    owned = torch.arange(x.shape[0], device=x.device) < call.cu_seqlens[-1]
-    x.masked_fill_(~owned.view(-1, *[1] * (x.ndim - 1)), 0.0)
+    owned = torch.arange(call.tokens, device=x.device) < call.cu_seqlens[-1]
+    x.view(call.tokens, x.numel() // max(1, call.tokens)).masked_fill_(~owned[:, None], 0.0)
 
 
 class Backend(Protocol):
@@ -174,10 +204,14 @@ class Backend(Protocol):
 
     functional: its callables return what they write, and torch can differentiate them; others write into the memory they
     are given. splits_grid: an axis can be tiled over the grid (where the whole grid runs at once there is no point).
+    by_address: what `join` gives reads nothing of a tensor but its address and device, so that it need not be given views.
     """
     name: str
     functional: bool
     splits_grid: bool
+
+    @property
+    def by_address(self) -> bool: ...
 
     def supports(self, kernel: Kernel, arch: str) -> Reason | None:
         """None if this kernel can be emitted for the architecture, else why not."""
@@ -197,6 +231,10 @@ class Backend(Protocol):
     def compile(self, kernel: Kernel, source: Source, arch: str) -> Launch:
         """A callable over (memory, params, sizes) that launches the kernel; what it is built from is obtained from a pack, the
         cache, or `build` (artifacts.py)."""
+
+    def join(self, kernels: Sequence[Kernel], launches: Sequence[Launch]) -> Launch:
+        """What runs a pipeline's launches in order and holds its temporaries, on the device of the tensors that it is given
+        (not called where `functional`)."""
 
     def recipe(self, kernel: Kernel, source: Source, arch: str) -> dict[str, Any]:
         """Everything that decides what a compiled kernel does, but the toolchain's versions; JSON. Equal recipes are one

@@ -1,10 +1,10 @@
 """From a program and a schedule to something that runs: plan, fit to extents, machine numbers, padding, split, backend."""
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -16,7 +16,7 @@ from gdn_ir.artifacts import NotCompiled
 from gdn_ir.autodiff import backward
 from gdn_ir.backends.base import TORCH, Backend, Call, Kernel, Launch, Source
 from gdn_ir.legalize import collapse, small_products, split_products, ungrouped
-from gdn_ir.nodes import IRError, Tensor
+from gdn_ir.nodes import IRError
 from gdn_ir.padding import pad
 from gdn_ir.precision import precision, storage
 from gdn_ir.program import Program, tile_axes, token_chains
@@ -27,7 +27,6 @@ from gdn_ir.schedules.schedule import Schedule
 from gdn_ir.split import parts
 
 NAMES = {v: k for k, v in TORCH.items()}
-HERE = nullcontext()
 LARGEST = 256                                              # of K and of V
 
 
@@ -161,9 +160,9 @@ class Compiled:
         return tuple(self.backend.compile(k, s, self.arch) for k, s in zip(self.kernels, self.sources, strict=True))
 
     @cached_property
-    def temps(self) -> tuple[tuple[Kernel, Tensor, torch.dtype], ...]:
-        found = {t.name: (k, t, TORCH[t.dtype]) for k in self.kernels for t in k.tensors() if t.temp}
-        return tuple(found.values())
+    def joined(self) -> Launch:
+        """All launches as one."""
+        return self.backend.join(self.kernels, self.launches)
 
     @cached_property
     def tails(self) -> tuple[str, ...]:
@@ -171,25 +170,15 @@ class Compiled:
         return tuple({n["tensor"].name: None for k in self.kernels if not k.owns_tail for n in k.row_outputs})
 
     def __call__(self, memory: Mapping[str, torch.Tensor], params: Mapping[str, float], call: Call) -> None:
-        """Run the kernels in order. memory: contiguous tensors by name, outputs too; temporaries are allocated here."""
+        """Run the kernels in order. memory: contiguous tensors by name, outputs too."""
         if self.backend.functional:
             for name, x in self.apply(memory, params, call).items():
                 memory[name].copy_(x)
             return
-        device = next(iter(memory.values())).device
-        every = dict(memory)
-        shapes = call.memo.get("temporaries")
-        if shapes is None:
-            shapes = call.memo["temporaries"] = [(t.name, call.shape(kernel, t), dtype) for kernel, t, dtype in self.temps]
-        for name, shape, dtype in shapes:
-            every[name] = torch.empty(shape, dtype=dtype, device=device)
-        elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-        with torch.cuda.device(device) if elsewhere else HERE:                 # launches go to the tensors' device
-            for launch in self.launches:
-                launch(every, params, call)
-            if call.cu_seqlens is not None:
-                for name in self.tails:
-                    self.backend.clear_tail(every[name], call)
+        self.joined(memory, params, call)
+        if call.cu_seqlens is not None:
+            for name in self.tails:
+                self.backend.clear_tail(memory[name], call)
 
     def apply(self, memory: Mapping[str, torch.Tensor], params: Mapping[str, float], call: Call) -> dict[str, torch.Tensor]:
         """The functional form, where the backend has one: returns the outputs, and torch can differentiate it."""
@@ -224,15 +213,15 @@ class Variant:
     schedule: Schedule
     arch: str
     compiled: Compiled = field(compare=False, repr=False)
-    memos: dict[tuple[int, ...], dict[str, Any]] = field(default_factory=dict, compare=False, repr=False)
+    memos: dict[tuple[int, ...], dict[Any, Any]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def sources(self) -> tuple[Source, ...]:
         return self.compiled.sources
 
     def call_of(self, tensors: Mapping[str, torch.Tensor], sequences: int, cu_seqlens: torch.Tensor | None) -> Call:
-        tokens, h = tensors["q"].shape[:2]
-        hv = tensors["v"].shape[1]
+        *rows, h, _ = tensors["q"].shape
+        tokens, hv = math.prod(rows), tensors["v"].shape[-2]
         length = tokens if cu_seqlens is not None else tokens // max(sequences, 1)
         memo = self.memos.get((sequences, tokens, h, hv))
         if memo is None:
@@ -245,8 +234,12 @@ class Variant:
                  cu_seqlens: torch.Tensor | None = None) -> None:
         """tensors: packed and contiguous: q, k [T, H, K]; v, o [T, HV, V]; g (float32), beta [T, HV]; initial_state,
         final_state [N, HV, K, V] float32 ([N, HV, V, K] with state_v_first). Writes o and final_state. A backward instance
-        takes d_o and d_final_state, shaped as what they are gradients of, and writes d_q, ... (those of `grads`)."""
-        call = self.call_of(tensors, sequences, cu_seqlens)
+        takes d_o and d_final_state, shaped as what they are gradients of, and writes d_q, ... (those of `grads`). Where the
+        backend is `by_address`, T may also be two dimensions, B and T."""
+        self.run(tensors, scale, self.call_of(tensors, sequences, cu_seqlens))
+
+    def run(self, tensors: Mapping[str, torch.Tensor], scale: float, call: Call) -> None:
+        """The same for who kept the sizes (and the memo) of such a call."""
         try:
             self.compiled(tensors, {"scale": float(scale)}, call)
         except NotCompiled as e:

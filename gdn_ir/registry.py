@@ -4,8 +4,10 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -116,21 +118,24 @@ def choose(instance: Instance, arch: str, sequences: int, heads: int, tokens: in
         f"\n  {o.backend}: {o.reason if o in allowed else 'forbidden here'}" for o in every))
 
 
-@lru_cache(maxsize=4096)
 def serving(device: torch.device, io: torch.dtype, beta: torch.dtype, K: int, V: int, H: int, HV: int, sequences: int,
             tokens: int, varlen: bool, decay: bool, l2norm: bool, beta_sigmoid: bool, neg_eigval: bool, initial_state: bool,
             final_state: bool, state_v_first: bool, recurrent: bool, grads: tuple[str, ...], asked: str) -> Variant | Offered:
-    """`choose`, by what an op sees of its arguments: a warm call looks here alone."""
+    """`choose`, by what an op sees of its arguments."""
     switches = Switches("scalar" if decay else "none", True, l2norm, beta_sigmoid, neg_eigval, initial_state, final_state,
                         state_v_first)
     instance = Instance(switches, K, V, NAMES[io], NAMES[beta], varlen, grads, grouped=not grads or H < HV, recurrent=recurrent)
     return choose(instance, architecture(device), sequences, HV, tokens, asked)
 
 
+prepared: dict[Hashable, Any] = {}                         # what the ops made of decisions: a warm call looks here alone
+
+
 def forget() -> None:
     """Decide anew, and load kernels anew: after anything that decides changed (packs, providers). What is memoised of
     decisions is memoised here and in `variant`, nowhere else."""
-    for memo in (options, choose, serving, variant):
+    prepared.clear()
+    for memo in (options, choose, variant):
         memo.cache_clear()
 
 
@@ -185,5 +190,5 @@ def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, 
     return Explanation(f"{kind}, H/HV {H}/{HV}, K x V {K} x {V}", arch, tuple(choices))
 
 
-__all__ = ["Option", "architecture", "choose", "explain", "first", "forbid", "forced", "forget", "options", "serving",
-           "unseen", "use"]
+__all__ = ["Option", "architecture", "choose", "explain", "first", "forbid", "forced", "forget", "options", "prepared",
+           "serving", "unseen", "use"]

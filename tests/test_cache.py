@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import shutil
@@ -11,7 +10,6 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,8 +18,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from gdn_ir import artifacts, cache
 from gdn_ir.artifacts import Built, NotCompiled, Store, digest
 from gdn_ir.backends import BACKENDS
-from gdn_ir.backends.base import Call, blocks
-from gdn_ir.backends.triton import driver, signature
+from gdn_ir.backends.base import Call
 from gdn_ir.backends.triton.driver import about
 from gdn_ir.compiler import Instance, Variant, variant
 from gdn_ir.programs.gated_delta import Switches
@@ -167,48 +164,6 @@ def test_launches_that_need_more_than_arguments_are_refused() -> None:
         about(Compiled)
 
 
-class Driver:
-    """Stands for the CUDA driver: takes down what is launched."""
-
-    def __init__(self) -> None:
-        self.launched: list[tuple[object, ...]] = []
-
-    def __getattr__(self, name: str) -> object:
-        return lambda *a: 0
-
-    def cuLaunchKernel(self, function: object, *rest: object) -> int:
-        self.launched.append(rest)
-        return 0
-
-
-def test_what_the_driver_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arguments in the kernel's order; a tensor that is not aligned goes in as an aligned copy, and comes back."""
-    i = Instance(Switches(final_state=True), 16, 16, "f32", "f32", True)
-    kernel = variant(i, default("sm_90", i, 1, 2, 64)[0], "triton", "sm_90").compiled.kernels[-1]
-    fake = Driver()
-    monkeypatch.setattr(driver, "driver", lambda: fake)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("Stream", (), {"cuda_stream": 7}))
-    launch = driver.launcher(kernel, b"", {"name": "output", "shared": 5, "num_warps": 4})
-    call = Call(1, 64, 64, {"H": 1, "HV": 2}, torch.tensor([0, 64], dtype=torch.int32))
-    memory = {t.name: torch.zeros(call.shape(kernel, t)) for t in kernel.tensors()}
-    launch(memory, {"scale": 0.5}, call)
-    grid, _, _, threads, _, _, shared, stream, pointers, _ = fake.launched[0]
-    assert (grid, threads, shared, stream) == (blocks(kernel, call), 128, 5, 7)
-
-    def values() -> list[int | float]:
-        given = driver.binder(kernel)(memory, {"scale": 0.5}, call)
-        return [ctypes.cast(p, ctypes.POINTER(ctypes.c_float if isinstance(x, float) else ctypes.c_int32 if isinstance(x, int)
-                                              else ctypes.c_uint64))[0] for p, x in zip(pointers, given)]  # type: ignore[call-overload]
-    names = list(signature(kernel))
-    at = names.index("o_ptr")
-    assert values()[at] == memory["o"].data_ptr() and dict(zip(names, values()))["scale"] == 0.5
-    assert dict(zip(names, values()))["T"] == 64 and dict(zip(names, values()))["HV"] == 2
-    memory["o"] = torch.ones(memory["o"].numel() + 1)[1:].view(memory["o"].shape)
-    launch(memory, {"scale": 0.25}, call)
-    assert values()[at] % 16 == 0 and values()[at] != memory["o"].data_ptr()
-    assert dict(zip(names, values()))["scale"] == 0.25 and memory["o"].eq(1).all()
-
-
 def test_the_least_recently_used_goes_first(folder: Path) -> None:
     store = artifacts.store()
     for i, key in enumerate("abc"):
@@ -277,25 +232,6 @@ def test_no_jit_serves_what_is_there(folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("GDN_IR_NO_JIT", "1")
     with pytest.raises(NotCompiled):
         run(native(48))
-
-
-class Broken:
-    """A CUDA driver that can do nothing but say so."""
-    def cuGetErrorString(self, code: int, text: Any) -> int:
-        if code == 101:
-            text._obj.value = b"invalid device ordinal"
-        return 0
-
-    def cuDeviceGet(self, handle: Any, device: int) -> int:
-        return 100 + device
-
-
-def test_what_the_driver_says_is_in_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "driver", Broken)
-    with pytest.raises(RuntimeError, match=r"^cuDeviceGet of cuda:1 failed .* error 101 \(invalid device ordinal\)$"):
-        driver.enter(1)
-    with pytest.raises(RuntimeError, match=r"^cuLaunchKernel of scan failed with CUDA driver error 999$"):
-        driver.must(999, "cuLaunchKernel", "scan")
 
 
 @pytest.mark.parametrize("name", ["triton", "tilelang"])

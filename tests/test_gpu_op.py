@@ -11,7 +11,7 @@ import gdn_ir
 from gdn_ir.backends.base import TORCH
 from gdn_ir.bench.errors import bound
 from gdn_ir.compiler import Unsupported
-from gdn_ir.ops import chunk, chunk_gated_delta_rule
+from gdn_ir.ops import chunk_gated_delta_rule, forward
 from gdn_ir.reference import recurrence
 from tests.inputs import HARD, error, expected, make
 
@@ -30,12 +30,12 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = chunk._empty
+    empty = forward.empty
 
-    def nan(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def nan(*args: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         o, S = empty(*args)
-        return o.fill_(float("nan")), S.fill_(float("nan"))
-    monkeypatch.setattr(chunk, "_empty", nan)
+        return o.fill_(float("nan")), None if S is None else S.fill_(float("nan"))
+    monkeypatch.setattr(forward, "empty", nan)
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)

@@ -58,4 +58,4 @@ def test_measured_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "time", SimpleNamespace(perf_counter=lambda: next(reads) ** 2 * 1e-6))   # 1, 5, 9, ... between
     found = host.measure("cpu", stub=True)
     assert found == pytest.approx({"dense": 7, "packed": 19, "one token": 31, "forward and backward": 43})
-    assert not any(memo.cache_info().currsize for memo in (registry.options, registry.choose, registry.serving))
+    assert not registry.prepared and not any(memo.cache_info().currsize for memo in (registry.options, registry.choose))

@@ -95,6 +95,7 @@ def test_a_forbidden_backend_stays_forbidden_in_the_backward() -> None:
     with gdn_ir.forbid("tilelang", "triton"):
         o = chunk_gated_delta_rule(**x)[0]
     asked: list[str] = []
+    registry.forget()                                      # or a backward like this one has been prepared before
     with pytest.MonkeyPatch.context() as patch:
         serving = registry.serving
         patch.setattr(registry, "serving", lambda *a: (asked.append(a[-1]), serving(*a))[1])
@@ -207,8 +208,12 @@ def test_a_third_party_serves(doubling: None) -> None:
 
 
 def test_a_withdrawn_third_party_is_gone(doubling: None) -> None:
+    x = make()
+    doubled = chunk_gated_delta_rule(**x)[0]
     providers.unregister("doubling")
     try:
+        with gdn_ir.forbid("tilelang"):
+            assert torch.equal(2 * chunk_gated_delta_rule(**x)[0], doubled)    # prepared calls are forgotten too
         assert "doubling" not in str(gdn_ir.explain(H=1, HV=1, T=64, arch="cpu", dtype="f32"))
         with pytest.raises(ValueError, match="name: got 'doubling'; accepts nothing"):
             providers.unregister("doubling")

@@ -3,13 +3,13 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from gdn_ir.artifacts import PACKS, Built, obtain, packed
-from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, blocks, clear_tail, heads
+from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, blocks, clear_tail, heads, in_order
 from gdn_ir.backends.tilelang import emit as printer
 from gdn_ir.backends.tilelang.statements import SM_80, SM_90, C
 from gdn_ir.cache import load_source
@@ -23,6 +23,7 @@ class TileLang:
     name = "tilelang"
     functional = False
     splits_grid = True
+    by_address = False
 
     def supports(self, kernel: Kernel, arch: str) -> Reason | None:
         if arch not in ("cpu", "sm_80", "sm_90"):
@@ -79,6 +80,9 @@ class TileLang:
                 given |= {"cu": call.cu_seqlens, "boundaries": call.sequences + 1}
             run(given, grid)
         return launch
+
+    def join(self, kernels: Sequence[Kernel], launches: Sequence[Launch]) -> Launch:
+        return in_order(kernels, launches)
 
     def recipe(self, kernel: Kernel, source: Source, arch: str) -> dict[str, Any]:
         from gdn_ir.backends.tilelang.runtime import FAST, FLAGS, MASKED, processor

@@ -1,12 +1,12 @@
 """torch: any device, any dtype, differentiable. The whole grid runs at once, as batch dimensions before the tile's."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, heads
+from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, heads, in_order
 from gdn_ir.backends.torch import emit as printer
 from gdn_ir.backends.torch.runtime import Memory
 from gdn_ir.cache import load_source
@@ -16,6 +16,7 @@ class Torch:
     name = "torch"
     functional = True
     splits_grid = False
+    by_address = False
 
     def supports(self, kernel: Kernel, arch: str) -> Reason | None:
         return None
@@ -46,6 +47,9 @@ class Torch:
                          call.length, call.sequences, *(call.heads[h] for h in sizes))
             return {name: place.value() for name, place in places.items() if name in written}
         return launch
+
+    def join(self, kernels: Sequence[Kernel], launches: Sequence[Launch]) -> Launch:
+        return in_order(kernels, launches)
 
     def recipe(self, kernel: Kernel, source: Source, arch: str) -> dict[str, Any]:
         return {"backend": self.name, "source": source.digest, "dtypes": {t.name: t.dtype for t in kernel.tensors()}}

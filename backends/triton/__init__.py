@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from gdn_ir.artifacts import Built, obtain, said
-from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, blocks, clear_tail
+from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, blocks, clear_tail, in_order, temporaries
 from gdn_ir.backends.triton import emit as printer
 from gdn_ir.backends.triton.denylist import denied
-from gdn_ir.backends.triton.driver import about, binder, launcher
+from gdn_ir.backends.triton.driver import Batch, Image, about, arguments, sizes
 from gdn_ir.cache import load_source
 from gdn_ir.nodes import Op
 
@@ -26,6 +26,10 @@ class Triton:
     name = "triton"
     functional = False
     splits_grid = True
+
+    @property
+    def by_address(self) -> bool:
+        return not interpreting()
 
     def supports(self, kernel: Kernel, arch: str) -> Reason | None:
         if arch not in TARGETS and not interpreting():
@@ -64,7 +68,11 @@ class Triton:
             function = getattr(load_source(self.name, source.kernel, source.hash, source.text), source.kernel)
             return interpreted(function, kernel)
         artifact = obtain(self, kernel, source, arch)
-        return launcher(kernel, artifact.path(CUBIN).read_bytes(), artifact.launch)
+        return Image(kernel, artifact.path(CUBIN).read_bytes(), artifact.launch)
+
+    def join(self, kernels: Sequence[Kernel], launches: Sequence[Launch]) -> Launch:
+        images = [x for x in launches if isinstance(x, Image)]
+        return Batch(images, temporaries(kernels)) if len(images) == len(launches) else in_order(kernels, launches)
 
     def recipe(self, kernel: Kernel, source: Source, arch: str) -> dict[str, Any]:
         return {"backend": "triton", "source": source.digest, "kernel": kernel.name, "arch": arch, "options": options(kernel),
@@ -97,12 +105,13 @@ class Triton:
 
 def interpreted(function: Any, kernel: Kernel) -> Launch:
     """By Triton's interpreter, on CPUs (TRITON_INTERPRET=1)."""
-    arguments = binder(kernel)
+    names = arguments(kernel)
 
     def launch(memory: Mapping[str, torch.Tensor], values: Mapping[str, float], call: Call) -> None:
         grid = blocks(kernel, call)
         if grid:
-            function[(grid,)](*arguments(memory, values, call), **options(kernel))
+            every = {**memory, **values, **sizes(call), "cu_seqlens": call.cu_seqlens}
+            function[(grid,)](*(every[n] for n in names), **options(kernel))
     return launch
 
 

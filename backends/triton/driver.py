@@ -2,18 +2,25 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import struct
 import threading
-from collections.abc import Callable, Mapping
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, reduce
+from operator import or_
 from typing import Any
 
 import torch
 
-from gdn_ir.backends.base import Call, Kernel, Launch, blocks, heads
+from gdn_ir.backends.base import TORCH, Call, Kernel, blocks, heads
+from gdn_ir.nodes import Tensor
 
 MAX_DYNAMIC_SHARED = 8                                     # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 WITHOUT_ASKING = 48 * 1024                                 # bytes of shared memory that every kernel may use
 ALIGNMENT = 16                                             # bytes: what cross_compile tells Triton of every pointer
+APART = 256                                                # bytes: temporaries start at multiples, as torch's own tensors do
+
+LAUNCH = [ctypes.c_void_p] * 4                             # cuLaunchKernelEx(configuration, function, arguments, nothing)
 
 
 def about(built: Any) -> dict[str, Any]:
@@ -27,22 +34,22 @@ def about(built: Any) -> dict[str, Any]:
     return {"name": m.name, "shared": m.shared, "num_warps": m.num_warps}
 
 
-def binder(kernel: Kernel) -> Callable[[Mapping[str, torch.Tensor], Mapping[str, float], Call], list[Any]]:
-    """What picks a kernel's arguments out of a call, in the order of its signature."""
-    tensors, params, sizes, varlen = [t.name for t in kernel.tensors()], kernel.program.params(), heads(kernel), kernel.varlen
+def arguments(kernel: Kernel) -> tuple[str, ...]:
+    """Names of a kernel's arguments, in the order of its signature: tensors, boundaries, parameters, sizes."""
+    ends = ("cu_seqlens",) if kernel.varlen else ()
+    return (*(t.name for t in kernel.tensors()), *ends, *kernel.program.params(), "T", "N", *heads(kernel))
 
-    def arguments(memory: Mapping[str, torch.Tensor], values: Mapping[str, float], call: Call) -> list[Any]:
-        return [*(memory[t] for t in tensors), *([call.cu_seqlens] if varlen else []), *(values[p] for p in params),
-                call.length, call.sequences, *(call.heads[h] for h in sizes)]
-    return arguments
+
+def sizes(call: Call) -> dict[str, int]:
+    """The sizes among arguments. T: tokens of a sequence where they are dense, of all where they are packed."""
+    return {"T": call.length, "N": call.sequences, **call.heads}
 
 
 @lru_cache(maxsize=1)
 def driver() -> Any:
-    """The CUDA driver, its launch declared so that calls convert numbers themselves."""
+    """The CUDA driver, its launch declared so that addresses can be given as numbers."""
     found = ctypes.CDLL("libcuda.so.1")
-    size, pointer = ctypes.c_uint, ctypes.c_void_p
-    found.cuLaunchKernel.argtypes = [pointer, *[size] * 7, pointer, pointer, pointer]
+    found.cuLaunchKernelEx.argtypes = LAUNCH
     return found
 
 
@@ -74,56 +81,155 @@ def enter(device: int) -> None:
     must(driver().cuCtxSetCurrent(context), "cuCtxSetCurrent", name)
 
 
-class Arguments:
-    """A kernel's arguments as the driver takes them: made once for a thread, filled for each launch."""
-
-    def __init__(self, given: list[Any]) -> None:
-        kinds = [ctypes.c_void_p if isinstance(x, torch.Tensor) else ctypes.c_float if isinstance(x, float) else ctypes.c_int32
-                 for x in given]
-        self.held = [kind() for kind in kinds]
-        scratch = [ctypes.c_void_p(0), ctypes.c_void_p(0)]           # Triton's, unused
-        self.all = [*self.held, *scratch]
-        self.pointers = (ctypes.c_void_p * len(self.all))(*(ctypes.addressof(h) for h in self.all))
-
-    def fill(self, given: list[Any]) -> None:
-        for held, x in zip(self.held, given):
-            held.value = x.data_ptr() if isinstance(x, torch.Tensor) else x
+def stream(device: int) -> int:
+    """torch's current stream there, as the driver takes it (torch.cuda.current_stream makes an object for it each time)."""
+    return torch._C._cuda_getCurrentRawStream(device)
 
 
-def launcher(kernel: Kernel, image: bytes, launch: Mapping[str, Any]) -> Launch:
-    """What launches a kernel from its image, which is loaded to a device at the first call there. Tensors that are not aligned
-    to 16 bytes are copied first: the code was compiled for those that are."""
-    arguments, mine = binder(kernel), threading.local()
-    threads, shared = 32 * launch["num_warps"], launch["shared"]
-    written = frozenset(kernel.program.written())
-    functions: dict[int, ctypes.c_void_p] = {}
+def current() -> int:
+    """torch's current device."""
+    return torch._C._cuda_getDevice()
 
-    def run(memory: Mapping[str, torch.Tensor], values: Mapping[str, float], call: Call) -> None:
-        grid = blocks(kernel, call)
-        if not grid:
+
+class Image:
+    """A kernel as Triton compiled it (a cubin, or PTX), loaded to a device at the first launch there. Called alone it is a
+    launch whose temporaries are given."""
+
+    def __init__(self, kernel: Kernel, image: bytes, launch: Mapping[str, Any]) -> None:
+        self.kernel, self.image, self.launch = kernel, image, launch
+        self.functions: dict[int, int] = {}
+        self.alone = Batch([self], {})
+
+    def function(self, device: int) -> int:
+        found = self.functions.get(device)
+        if found is None:
+            found = self.functions[device] = load(self.kernel.name, self.image, self.launch, device).value or 0
+        return found
+
+    def __call__(self, memory: Mapping[str, torch.Tensor], values: Mapping[str, float], call: Call) -> None:
+        self.alone(memory, values, call)
+
+
+class Config(ctypes.Structure):
+    """CUlaunchConfig: what a launch is told beside the kernel and its arguments."""
+    _fields_ = [*((n, ctypes.c_uint) for n in ("gridX", "gridY", "gridZ", "blockX", "blockY", "blockZ", "shared")),
+                ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("count", ctypes.c_uint)]
+
+
+class Frame:
+    """What the driver reads at the launches of one call: every argument once, at a place of its own in `block`, to which all
+    kernels that take it point; and each launch's configuration. Addresses and parameters are written for each call."""
+
+    def __init__(self, plan: Plan, device: int) -> None:
+        self.block = ctypes.create_string_buffer(plan.layout.size + 4 * len(plan.sizes))
+        struct.pack_into(f"{len(plan.sizes)}i", self.block, plan.layout.size, *plan.sizes.values())
+        first, self.stream = ctypes.addressof(self.block), 0
+        self.configs, self.held, self.launches = [], [], []
+        for image, grid in plan.grids:
+            config = Config(grid, 1, 1, 32 * image.launch["num_warps"], 1, 1, image.launch["shared"])
+            # after a kernel's own arguments come two of Triton's, pointers to scratch memory: null
+            at = [first + plan.places[n] for n in arguments(image.kernel)] + [first + plan.places[""]] * 2
+            pointers = (ctypes.c_void_p * len(at))(*at)
+            self.configs.append(config)
+            self.held.append(pointers)
+            self.launches.append((ctypes.addressof(config), image.function(device), ctypes.addressof(pointers),
+                                  image.kernel.name))
+
+    def on(self, stream: int) -> None:
+        """Launch there from now on."""
+        for config in self.configs:
+            config.stream = stream
+        self.stream = stream
+
+
+class Plan:
+    """What a batch works out from a call's sizes: grids, where temporaries lie in the workspace, where arguments lie in a
+    frame. frames: those not in use, by device; a call takes one and gives it back, so that threads never share one."""
+
+    def __init__(self, batch: Batch, call: Call) -> None:
+        self.grids = [(image, grid) for image in batch.images if (grid := blocks(image.kernel, call))]
+        self.offsets: list[int] = []
+        self.bytes = 0                                     # of the workspace
+        for kernel, t in batch.temps.values():
+            self.offsets.append(self.bytes)
+            self.bytes += -(-math.prod(call.shape(kernel, t)) * TORCH[t.dtype].itemsize // APART) * APART
+        self.sizes = sizes(call)
+        addresses = ["", *batch.given, *batch.temps]       # "": a null pointer
+        self.layout = struct.Struct(f"{len(addresses)}P{len(batch.params)}f")
+        self.places = {n: 8 * i for i, n in enumerate(addresses)}
+        self.places |= {n: 8 * len(addresses) + 4 * i for i, n in enumerate((*batch.params, *self.sizes))}
+        self.frames: dict[int, list[Frame]] = {}
+
+
+class Batch:
+    """Kernels launched one after another as one call of Python: addresses are read once and written once, temporaries are parts
+    of one allocation, and the rest is kept from the last call of the same sizes. `temps`: the temporaries that it makes."""
+
+    def __init__(self, images: Sequence[Image], temps: Mapping[str, tuple[Kernel, Tensor]]) -> None:
+        self.images, self.temps = images, temps
+        kernels = [image.kernel for image in images]
+        self.varlen = any(k.varlen for k in kernels)
+        names = dict.fromkeys(t.name for k in kernels for t in k.tensors() if t.name not in temps)
+        self.tensors = tuple(names)
+        self.given = (*self.tensors, *(["cu_seqlens"] if self.varlen else []))
+        self.params = tuple(dict.fromkeys(p for k in kernels for p in k.program.params()))
+        self.written = {n for k in kernels for n in k.program.written()}
+
+    def __call__(self, memory: Mapping[str, torch.Tensor], values: Mapping[str, float], call: Call) -> None:
+        """Tensors that are not aligned to 16 bytes are copied first: the code was compiled for those that are."""
+        plan = call.memo.get(self)
+        if plan is None:
+            plan = call.memo[self] = Plan(self, call)
+        addresses = [memory[n].data_ptr() for n in self.tensors]
+        if self.varlen:
+            assert call.cu_seqlens is not None
+            addresses.append(call.cu_seqlens.data_ptr())
+        if reduce(or_, addresses) % ALIGNMENT:
+            self.copied(memory, values, call)
             return
-        given = arguments(memory, values, call)
-        if any(isinstance(x, torch.Tensor) and x.data_ptr() % ALIGNMENT for x in given):
-            aligned(memory, values, call)
-            return
-        device = given[0].device.index
-        function = functions.get(device)
-        if function is None:
-            function = functions.setdefault(device, load(kernel.name, image, launch, device))
-        packed = getattr(mine, "packed", None)
-        if packed is None:
+        device = memory[self.tensors[0]].get_device()
+        if device == current():
+            self.run(plan, addresses, [values[p] for p in self.params], device)
+        else:
+            with torch.cuda.device(device):                # launches go to the tensors' device
+                self.run(plan, addresses, [values[p] for p in self.params], device)
+
+    def run(self, plan: Plan, addresses: list[int], params: list[float], device: int) -> None:
+        if device not in _thread.entered:
             enter(device)
-            packed = mine.packed = Arguments(given)
-        packed.fill(given)
-        stream = torch.cuda.current_stream(device).cuda_stream
-        must(driver().cuLaunchKernel(function, grid, 1, 1, threads, 1, 1, shared, stream, packed.pointers, None),
-             "cuLaunchKernel", kernel.name)
+            _thread.entered.add(device)
+        free = plan.frames.setdefault(device, [])
+        frame = free.pop() if free else Frame(plan, device)
+        if plan.bytes:
+            # freed on return: torch gives it only to what comes later on this stream
+            workspace = torch.empty(plan.bytes, dtype=torch.uint8, device=device if device >= 0 else "cpu")
+            start = workspace.data_ptr()
+            addresses += [start + offset for offset in plan.offsets]
+        else:
+            addresses += [0] * len(plan.offsets)
+        plan.layout.pack_into(frame.block, 0, 0, *addresses, *params)
+        if frame.stream != (here := stream(device)):
+            frame.on(here)
+        launch = driver().cuLaunchKernelEx
+        for config, function, pointers, name in frame.launches:
+            if code := launch(config, function, pointers, None):
+                must(code, "cuLaunchKernelEx", name)
+        free.append(frame)
 
-    def aligned(memory: Mapping[str, torch.Tensor], values: Mapping[str, float], call: Call) -> None:
-        moved = {n: x.clone() for n, x in memory.items() if x.data_ptr() % ALIGNMENT}
-        ends = call.cu_seqlens
-        run({**memory, **moved}, values, call if ends is None or not ends.data_ptr() % ALIGNMENT else
-            Call(call.sequences, call.tokens, call.length, call.heads, ends.clone(), call.memo))
-        for name in written & moved.keys():
+    def copied(self, memory: Mapping[str, torch.Tensor], values: Mapping[str, float], call: Call) -> None:
+        moved = {n: memory[n].clone() for n in self.tensors if memory[n].data_ptr() % ALIGNMENT}
+        if call.cu_seqlens is not None and call.cu_seqlens.data_ptr() % ALIGNMENT:
+            call = call.bounded(call.cu_seqlens.clone())
+        self({**memory, **moved}, values, call)
+        for name in self.written & moved.keys():
             memory[name].copy_(moved[name])
-    return run
+
+
+class _Thread(threading.local):
+    """What a thread of its own needs before it can launch."""
+
+    def __init__(self) -> None:
+        self.entered: set[int] = set()                     # devices
+
+
+_thread = _Thread()

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from gdn_ir.backends.base import Kernel, Launch, Source
 from gdn_ir.backends.triton import Triton, cross_compile
-from gdn_ir.backends.triton.driver import about, launcher
+from gdn_ir.backends.triton.driver import Image, about
 
 
 class TritonPtx(Triton):
@@ -12,4 +12,4 @@ class TritonPtx(Triton):
 
     def compile(self, kernel: Kernel, source: Source, arch: str) -> Launch:
         built = cross_compile(kernel, source, arch)
-        return launcher(kernel, built.asm["ptx"].encode(), about(built))
+        return Image(kernel, built.asm["ptx"].encode(), about(built))

@@ -68,31 +68,9 @@ def tensor(name: str, x: object, shape: tuple[str, ...], sizes: dict[str, int], 
             raise bad(name, x, f"{layout} with {want}")
 
 
-_passed: dict[tuple[Any, ...], dict[str, int]] = {}        # sizes, by what the checks look at
-
-
 def inputs(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initial_state: Tensor | None,
            cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, state_v_first: bool) -> dict[str, int]:
-    """Check all tensors; returns B, T, H, HV, K, V and N. Raises TypeError (kind, dtype) or ValueError (all else). Tensors like
-    those that passed before are not looked at again."""
-    given = (q, k, v, g, beta, initial_state, cu_seqlens, cu_seqlens_cpu)
-    if torch.compiler.is_compiling():                      # sizes are symbols there, and may not become keys
-        return _inputs(*given, state_v_first)
-    try:
-        key = (state_v_first, *[None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in given])
-        sizes = _passed.get(key)
-    except (AttributeError, TypeError):                    # something else than a tensor: the checks will say so
-        return _inputs(*given, state_v_first)
-    if sizes is None:
-        sizes = _inputs(*given, state_v_first)
-        if len(_passed) >= 4096:
-            _passed.clear()
-        _passed[key] = sizes
-    return sizes
-
-
-def _inputs(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initial_state: Tensor | None,
-            cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, state_v_first: bool) -> dict[str, int]:
+    """Check all tensors; returns B, T, H, HV, K, V and N. Raises TypeError (kind, dtype) or ValueError (all else)."""
     sizes: dict[str, int] = {}
     tensor("q", q, ("B", "T", "H", "K"), sizes, FLOATS, None)
     tensor("k", k, ("B", "T", "H", "K"), sizes, (q.dtype,), q.device)

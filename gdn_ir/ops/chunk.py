@@ -1,15 +1,12 @@
-"""The op: chunk_gated_delta_rule, with flash-linear-attention's arguments, served by whatever variant the registry chooses."""
+"""The op: chunk_gated_delta_rule, with flash-linear-attention's arguments."""
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-from torch import library
 
-from gdn_ir import policy, registry
-from gdn_ir.compiler import Variant
-from gdn_ir.ops import checks, gates, transforms
-from gdn_ir.providers import Offered
+from gdn_ir.ops import checks, forward, gates, gradients, kinds, transforms
 
 Tensor = torch.Tensor
 KEYWORDS = ("q", "k", "v", "g", "beta", "scale", "initial_state", "output_final_state", "use_qk_l2norm_in_kernel",
@@ -54,104 +51,31 @@ def call(op: str, recurrent: bool, q: Tensor, k: Tensor, v: Tensor, g: Tensor | 
          initial_state: Tensor | None, final_state: bool, l2norm: bool, beta_sigmoid: bool, neg_eigval: bool,
          state_v_first: bool, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, gate: bool, A_log: Tensor | None,
          dt_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """What every public op does: check, apply torch's transforms, call the custom op. op: its name; recurrent: one token at a
-    time."""
+    """What every public op does: check, apply torch's transforms, call the custom op, or what is below it where torch has
+    nothing to do between the two. op: its name; recurrent: one token at a time."""
     if not (type(final_state) is type(l2norm) is type(beta_sigmoid) is type(neg_eigval) is type(state_v_first) is type(gate)
             is bool):
         checks.flags(output_final_state=final_state, use_qk_l2norm_in_kernel=l2norm, use_beta_sigmoid_in_kernel=beta_sigmoid,
                      allow_neg_eigval=neg_eigval, state_v_first=state_v_first, use_gate_in_kernel=gate)
-    if isinstance(q, Tensor) and q.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(q.device.type):
+    direct = transforms.direct(q, k, v, g, beta, initial_state, cu_seqlens, cu_seqlens_cpu, A_log, dt_bias)
+    if not direct and isinstance(q, Tensor) and q.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(q.device.type):
         q, k, v = transforms.cast(q, k, v)
-    sizes = checks.inputs(q, k, v, g, beta, initial_state, cu_seqlens, cu_seqlens_cpu, state_v_first)
-    checks.gate(g, gate, A_log, dt_bias, sizes["HV"], q.device)
+    kind = kinds.of(q, k, v, g, beta, initial_state, cu_seqlens, cu_seqlens_cpu, state_v_first)
+    if gate or A_log is not None or dt_bias is not None:
+        checks.gate(g, gate, A_log, dt_bias, kind.sizes["HV"], q.device)
     if neg_eigval and not beta_sigmoid:
         raise ValueError("allow_neg_eigval: got True without use_beta_sigmoid_in_kernel; accepts it only where the op itself "
                          "makes beta (otherwise pass a doubled beta)")
-    transforms.refuse(op, q, k, v, g, beta, initial_state, A_log, dt_bias)
-    scale = checks.number("scale", sizes["K"] ** -0.5 if scale is None else scale)
+    if not direct:
+        transforms.refuse(op, q, k, v, g, beta, initial_state, A_log, dt_bias)
+    scale = kind.sizes["K"] ** -0.5 if scale is None else checks.number("scale", scale)
     if gate:
         assert g is not None and A_log is not None
-        g = gates.log_decay(g, A_log, dt_bias, torch.float64 if q.dtype == torch.float64 else torch.float32)
-    flags = (final_state, l2norm, beta_sigmoid, neg_eigval, state_v_first, recurrent)
-    o, state = FORWARD(q, k, v, g, beta, scale, initial_state, cu_seqlens, cu_seqlens_cpu, *flags)
+        g = gates.log_decay(g, A_log, dt_bias, kinds.wide(q))
+        kind = kinds.of(q, k, v, g, beta, initial_state, cu_seqlens, cu_seqlens_cpu, state_v_first)
+    arguments = (q, k, v, g, beta, scale, initial_state, cu_seqlens, cu_seqlens_cpu, final_state, l2norm, beta_sigmoid,
+                 neg_eigval, state_v_first, recurrent)
+    if direct:
+        return gradients.recorded(partial(forward.run, kind), *arguments)
+    o, state = forward.FORWARD(*arguments)
     return o, state if final_state else None
-
-
-# ---- one custom op for the whole forward ----------------------------------------------------------------------------------
-
-
-def _empty(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, final_state: bool, state_v_first: bool) -> tuple[Tensor, Tensor]:
-    """Outputs, not yet written: o, and the final state (without entries where none is asked for)."""
-    B, _, HV, V = v.shape
-    K = q.shape[-1]
-    N = (B if cu_seqlens is None else cu_seqlens.shape[0] - 1) if final_state else 0
-    state = (N, HV, V, K) if state_v_first else (N, HV, K, V)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return torch.empty_like(v, memory_format=torch.contiguous_format), q.new_empty(state, dtype=wide)
-
-
-def _chunk_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float, initial_state: Tensor | None,
-                   cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, final_state: bool, l2norm: bool,
-                   beta_sigmoid: bool, neg_eigval: bool, state_v_first: bool, recurrent: bool) -> tuple[Tensor, Tensor]:
-    """recurrent: by the program of chunks of one token, whose results are the same."""
-    checks.boundaries(cu_seqlens, cu_seqlens_cpu, q.shape[1])
-    o, state = _empty(q, v, cu_seqlens, final_state, state_v_first)
-    if nothing(q, cu_seqlens):
-        o.zero_()
-        return o, _unchanged(state, initial_state)
-    chosen, tensors, sequences, ends = bind(q, k, v, g, beta, initial_state, cu_seqlens, final_state, l2norm, beta_sigmoid,
-                                            neg_eigval, state_v_first, policy.asked(), recurrent=recurrent)
-    tensors["o"] = o.view(-1, *o.shape[2:])
-    if final_state:
-        tensors["final_state"] = state
-    chosen(tensors, scale, sequences, ends)
-    return o, state
-
-
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float, initial_state: Tensor | None,
-                  cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, final_state: bool, l2norm: bool,
-                  beta_sigmoid: bool, neg_eigval: bool, state_v_first: bool, recurrent: bool) -> tuple[Tensor, Tensor]:
-    return _empty(q, v, cu_seqlens, final_state, state_v_first)
-
-
-def operator(name: str, run: Any, fake: Any, vmap: Any) -> Any:
-    """A custom op made of its parts: `library.custom_op` also looks at every call's results for aliases, which costs a third of
-    a call's time on the host; `opcheck` does so in the tests."""
-    library.define(name, library.infer_schema(run, mutates_args=()), tags=torch.Tag.needs_exact_strides)
-    library.impl(name, ("cpu", "cuda"), run)
-    library.register_fake(name, fake)
-    library.register_vmap(name, vmap)
-    return getattr(torch.ops.gdn_ir, name.partition("::")[2]).default
-
-
-FORWARD = operator("gdn_ir::chunk_forward", _chunk_forward, _fake_forward, transforms.vmap_forward)
-
-
-def nothing(q: Tensor, cu_seqlens: Tensor | None) -> bool:
-    return q.shape[0] * q.shape[1] == 0 or (cu_seqlens is not None and cu_seqlens.shape[0] == 1)
-
-
-def _unchanged(state: Tensor, initial: Tensor | None) -> Tensor:
-    """The state after no tokens: the initial one, or zero."""
-    return state.zero_() if initial is None or not state.numel() else state.copy_(initial)
-
-
-def bind(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initial_state: Tensor | None,
-         cu_seqlens: Tensor | None, final_state: bool, l2norm: bool, beta_sigmoid: bool, neg_eigval: bool, state_v_first: bool,
-         asked: str, grads: tuple[str, ...] = (), recurrent: bool = False) \
-        -> tuple[Variant | Offered, dict[str, Tensor], int, Tensor | None]:
-    """The variant that serves (a backward, where `grads` names gradients), and its arguments: packed, contiguous, the log decay
-    float32 and boundaries int32."""
-    B, T, H, K = q.shape
-    HV, V = v.shape[2:]
-    sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    chosen = registry.serving(q.device, q.dtype, beta.dtype, K, V, H, HV, sequences, B * T, cu_seqlens is not None,
-                              g is not None, l2norm, beta_sigmoid, neg_eigval, initial_state is not None, final_state,
-                              state_v_first, recurrent, grads, asked)
-    tensors = {"q": q.contiguous().view(B * T, H, K), "k": k.contiguous().view(B * T, H, K),
-               "v": v.contiguous().view(B * T, HV, V), "beta": beta.contiguous().view(B * T, HV)}
-    if g is not None:
-        tensors["g"] = g.to(torch.float64 if q.dtype == torch.float64 else torch.float32).contiguous().view(B * T, HV)
-    if initial_state is not None:
-        tensors["initial_state"] = initial_state.contiguous()
-    return chosen, tensors, sequences, None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()

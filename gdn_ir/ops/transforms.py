@@ -1,4 +1,5 @@
-"""How the ops behave inside torch's transforms: autocast, vmap, and those that they cannot serve, which they refuse."""
+"""How the ops behave inside torch's transforms: autocast, vmap, and those that they cannot serve, which they refuse; and
+whether there are any."""
 from __future__ import annotations
 
 from typing import Any
@@ -7,6 +8,33 @@ import torch
 from torch.autograd import forward_ad
 
 Tensor = torch.Tensor
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _bits(*names: str) -> int:
+    keys = [getattr(torch._C.DispatchKey, n) for n in names]
+    return sum(torch._C.DispatchKeySet(key).raw_repr() for key in keys)
+
+
+# what torch's dispatcher adds to a tensor's own keys in a thread where nothing is switched on, and what it takes away (of what
+# matters here); second the same under inference_mode. Whatever comes between a call and its kernels adds keys of its own:
+# modes of __torch_dispatch__ (fake tensors, tracing by make_fx and AOTAutograd, selective checkpointing), functorch's
+# transforms, torch.jit's tracing, functionalisation; autocast puts back what is taken away.
+_OFF = _bits("AutocastCPU", "AutocastCUDA")
+_AUTOGRAD = _bits("AutogradFunctionality")
+_ORDINARY = frozenset({(_bits("BackendSelect", "ADInplaceOrView"), _OFF), (_bits("BackendSelect"), _OFF | _AUTOGRAD)})
+
+
+def direct(*tensors: Tensor | None) -> bool:
+    """Whether an op on these tensors may be called without torch's dispatcher, because all that it would do is call it."""
+    if torch.compiler.is_compiling():
+        return False
+    added, removed = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    if (added.raw_repr(), removed.raw_repr() & (_OFF | _AUTOGRAD)) not in _ORDINARY \
+            or torch._C._len_torch_function_stack() or torch._C._autograd._profiler_enabled() or forward_ad._current_level >= 0:
+        return False
+    # no subclasses, and no views whose numbers are yet to be negated
+    return all([x is None or (type(x) in PLAIN and not x.is_neg()) for x in tensors])
 
 
 def refuse(op: str, *tensors: Tensor | None) -> None:
