@@ -6,6 +6,8 @@
 """
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from gdn_ir import registry
@@ -17,7 +19,7 @@ LENGTHS = [130, 64, 0, 71]                                 # whole chunks, ragge
 
 def main() -> None:
     x = inputs.make(LENGTHS, 2, 4, 128, 128)
-    leaves = {n: x[n][None].requires_grad_() for n in ("q", "k", "v", "g", "beta")}
+    leaves: dict[str, Any] = {n: x[n][None].requires_grad_() for n in ("q", "k", "v", "g", "beta")}
     state = x["initial_state"].requires_grad_()
     with registry.use("triton"):
         o, S = chunk_gated_delta_rule(**leaves, initial_state=state, output_final_state=True, cu_seqlens=x["cu_seqlens"])

@@ -2,7 +2,9 @@
 GDN_IR_FORBID for a process; a block's word counts before the process's."""
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,15 +36,35 @@ def _inherited() -> tuple[int, str] | None:
     return torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
 
 
+def _takes_references() -> bool:
+    """Whether this torch keeps what it is told to stash without counting that it does, as 2.11 does and 2.13 does not."""
+    probe = object()
+    before = sys.getrefcount(probe)
+    torch._C._stash_obj_in_tls(f"{_KEY}_probe", probe)
+    takes = sys.getrefcount(probe) == before
+    if takes:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(probe))
+    return takes
+
+
+_TAKES = _takes_references()
+
+
+def _stash(held: tuple[int, str] | None) -> None:
+    if _TAKES:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
+    torch._C._stash_obj_in_tls(_KEY, held)
+
+
 @contextmanager
 def _holding(policy: str) -> Iterator[None]:
     """Here, and in threads in which torch runs a backward that is called here: they share no context variables."""
     token, before = _asked.set(policy), _inherited()
-    torch._C._stash_obj_in_tls(_KEY, (threading.get_ident(), policy))
+    _stash((threading.get_ident(), policy))
     try:
         yield
     finally:
-        torch._C._stash_obj_in_tls(_KEY, before)
+        _stash(before)
         _asked.reset(token)
 
 

@@ -1,6 +1,7 @@
 """What serves a call and why; forcing; the command line; the demo."""
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import json
 import os
@@ -437,3 +438,13 @@ def test_architectures_by_name() -> None:
         ["cpu", "sm_80", "sm_80", "sm_80", "sm_90", "sm_100"]
     with pytest.raises(ValueError, match="arch: got 'gfx942'; accepts cpu and GPUs'"):
         gdn_ir.explain(H=1, HV=1, T=64, arch="gfx942")
+
+
+def test_what_threads_inherit_is_kept() -> None:
+    """By torch, which not every version counts: else it is freed while it is looked at."""
+    for _ in range(3):
+        with registry.use("torch"):
+            gc.collect()
+            held = policy._inherited()
+            assert held == (threading.get_ident(), "torch") and sys.getrefcount(held) >= 3      # torch's, ours, the argument
+        assert sys.getrefcount(held) >= 2
