@@ -88,7 +88,9 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
             "native code: states again, then their adjoints in reverse, kept a chunk of 16 tokens apart; heads go to threads"
     if arch != "torch" and (backend not in ("triton", "tilelang") or arch not in MULTIPROCESSORS):
         raise ValueError(f"no schedule of a backward for {backend} on {arch} yet")
-    steps = backward_plan("states", instance.program, instance.io)
+    # fewer bytes; the loop over a key head's value heads fits a block's registers where it holds a whole state of 16 bits
+    small = arch == "sm_90" and backend == "triton" and instance.io != "f32" and max(instance.K, instance.V) <= 128
+    steps = backward_plan("grouped" if small else "states", instance.program, instance.io)
     if arch == "torch":
         return Schedule("backward", steps=steps), "any device: one pass over the chunks each way, the rest of them at once"
     if backend == "tilelang" and max(instance.K, instance.V) > 128:
@@ -104,8 +106,8 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
     kernels = {"solve": KernelOptions(None, 1 if not whole and backend == "triton" else 4, 1), "again": scan, "local": every,
                "back": scan if carried else every, "inner": every,
                "grads": every, "heads": KernelOptions(None, 4, 1)}
-    made = {step[-1] for step in steps if step[0] in ("hoist", "lift", "sink", "sum_after")} | \
-        {str(name) for step in steps if step[0] == "separate" for name in step[2:]}
+    made = {step[-1] for step in steps if step[0] in ("hoist", "lift", "sink")} | \
+        {step[1] for step in steps if step[0] == "sum_after"} | {str(name) for step in steps if step[0] == "separate" for name in step[2:]}
     schedule = Schedule(f"backward-{width}", steps=steps).with_options(**{k: o for k, o in kernels.items() if k in made})
     return schedule, (f"{arch}: states again, then their adjoints in reverse, in tiles of {width} columns; the rest for all "
                       f"chunks at once{f', V in tiles of {every.v_tile}' if every.v_tile else ''}")

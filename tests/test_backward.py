@@ -66,7 +66,7 @@ def compare(p: Program, plan: tuple[tuple[str | int, ...], ...], padded: bool = 
 
 
 @pytest.mark.parametrize("flags", [{}, STATES | {"l2norm": True}, STATES | {"beta_sigmoid": True, "neg_eigval": True}])
-@pytest.mark.parametrize("name", ["naive", "fused", "states", "grouped", "merged"])
+@pytest.mark.parametrize("name", ["naive", "fused", "states", "grouped", "inside", "merged"])
 @pytest.mark.parametrize(("decay", "erase"), FAMILY)
 def test_plans_are_exact(name: str, decay: str, erase: bool, flags: dict[str, bool]) -> None:
     p = backward(build(Switches(decay=decay, erase=erase, **flags)))           # type: ignore[arg-type]
@@ -109,7 +109,7 @@ def test_a_block_owns_a_group(heads: tuple[int, int], again: tuple[str, ...]) ->
     """Groups of 1, 2 and 3; what members share held, or read again by each. No part of a gradient is in memory."""
     p = backward(build(Switches(**STATES)))                # type: ignore[arg-type]
     local = ("sum_inside", "local")
-    plan = tuple((*s, *again) if s == local else s for s in backward_plan("grouped", p, chunk=16, block=4))
+    plan = tuple((*s, *again) if s == local else s for s in backward_plan("inside", p, chunk=16, block=4))
     for padded in (False, True):
         compare(p, plan, padded, heads)
     for k in steps.apply(p, plan):
@@ -138,13 +138,13 @@ def test_sums_that_no_block_can_own(taken: tuple[str, str], message: str) -> Non
 
 def test_what_members_do_not_share() -> None:
     p = backward(build())
-    plan = backward_plan("grouped", p)
+    plan = backward_plan("inside", p)
     with pytest.raises(steps.IllegalStep, match="sum_inside: grads reads no q, u that its members share"):
         steps.apply(p, (*plan[:-1], ("sum_inside", "grads", "q,k,u")))
 
 
 def test_a_member_stands_in_the_scan_over_its_group() -> None:
-    p = steps.apply(backward(build()), backward_plan("grouped", backward(build())))[-1]
+    p = steps.apply(backward(build()), backward_plan("inside", backward(build())))[-1]
     (inner,) = (ScanView.of(s) for s in p.scans() if ScanView.of(s).group)
     with pytest.raises(IRError, match=r"index Member\(grid='H', scan='HV', own=False\) is of no scan over the members of H"):
         verify(replace(p, roots=(ScanView.of(p.roots[0]).with_parts(effects=inner.effects),)))
@@ -234,7 +234,7 @@ def test_refusals_without_a_node() -> None:
         steps.apply(build(), (("store_as", "u", "io"),))
     with pytest.raises(steps.IllegalStep, match="sum_after: nothing is stored that is summed"):
         steps.apply(build(), (("sum_after", "heads"),))
-    with pytest.raises(ValueError, match="plan: got 'best'; accepts naive, fused, states, grouped, merged"):
+    with pytest.raises(ValueError, match="plan: got 'best'; accepts naive, fused, states, grouped, inside, merged"):
         backward_plan("best", backward(build()))
     with pytest.raises(ValueError, match="grads: got w; accepts g, k, beta, v, q"):
         Instance(Switches(), 64, 64, "f32", "f32", True, ("w",))
@@ -264,7 +264,7 @@ def test_prune_drops_carries_and_scans() -> None:
 SMALL = Layout((40, 0, 70, 1), varlen=True, H=1, HV=2, K=16, V=32)
 
 
-@pytest.mark.parametrize("name", ["naive", "states", "grouped", "merged"])
+@pytest.mark.parametrize("name", ["naive", "states", "grouped", "inside", "merged"])
 @pytest.mark.parametrize("io", ["f64", "f32"])
 @pytest.mark.parametrize(("decay", "erase"), FAMILY)
 def test_torch(decay: str, erase: bool, io: str, name: str) -> None:
@@ -286,7 +286,8 @@ def test_triton_executed() -> None:
     names += ["gated delta rule, f16, varlen", "gated delta rule, f16, GVA"]
     found = interpreted([*(["backward", n] for n in names), ["backward", "gated delta rule, f32, GVA", 32],
                          *(["backward", f"gated delta rule, f32, {layout}", None, plan, heads]
-                           for layout, plan, heads in (("varlen", "grouped", (1, 2)), ("ragged", "merged", (1, 3))))])
+                           for layout, plan, heads in (("varlen", "grouped", (1, 2)), ("ragged", "inside", (1, 3)),
+                                                       ("varlen", "inside", (2, 2)), ("dense", "merged", (1, 2))))])
     bad = {k: v for k, v in found.items()
            if "error" not in v or not float(v["error"]) < (2e-5 if "f32" in k else 4.5e-3)}     # type: ignore[arg-type]
     assert not bad, json.dumps(bad, indent=1)[:3000]
@@ -344,6 +345,8 @@ def test_default_compiles_without_a_gpu(arch: str, size: int) -> None:
     cell = Cell("x", FULL, "bf16", replace(LAYOUTS["varlen"], H=1, HV=2, K=size, V=size))
     instance = backward_of(cell)
     chosen = variant(instance, default(arch, instance, 1, 32, 8192)[0], "triton", arch)
+    if (arch, size) == ("sm_90", 128):
+        assert ("sum_inside", "grads") in chosen.schedule.steps
     assert [s.kernel for s in chosen.sources] == ["solve", "again", "local", "back", "inner", "grads", "heads",
                                                   *(["tiles"] if size > 128 else [])]
     for kernel, source in zip(chosen.compiled.kernels, chosen.sources, strict=True):
