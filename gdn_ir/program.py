@@ -210,7 +210,7 @@ class ScanView:
         n = len(node["carries"])
         a = node.args
         return ScanView(node, node["axis"], node["chain"], node["tile"], node["carries"], node["reverse"],
-                        a[:n], a[n:2 * n], a[2 * n:], dict(node.attr).get("group", ""))
+                        a[:n], a[n:2 * n], a[2 * n:], str(dict(node.attr).get("group", "")))
 
     def with_parts(self, **parts: Any) -> Node:
         """The same scan with some of carries, inits, nexts, effects (or reverse) replaced."""

@@ -107,7 +107,8 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
                "back": scan if carried else every, "inner": every,
                "grads": every, "heads": KernelOptions(None, 4, 1)}
     made = {step[-1] for step in steps if step[0] in ("hoist", "lift", "sink")} | \
-        {step[1] for step in steps if step[0] == "sum_after"} | {str(name) for step in steps if step[0] == "separate" for name in step[2:]}
+        {step[1] for step in steps if step[0] == "sum_after"} | \
+        {name for step in steps if step[0] == "separate" for name in step[2:]}
     schedule = Schedule(f"backward-{width}", steps=steps).with_options(**{k: o for k, o in kernels.items() if k in made})
     return schedule, (f"{arch}: states again, then their adjoints in reverse, in tiles of {width} columns; the rest for all "
                       f"chunks at once{f', V in tiles of {every.v_tile}' if every.v_tile else ''}")
