@@ -4,6 +4,7 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -149,14 +150,13 @@ def test_a_member_stands_in_the_scan_over_its_group() -> None:
         (inner,) = (ScanView.of(s) for s in p.scans() if ScanView.of(s).group)
         verify(replace(p, roots=(ScanView.of(p.roots[0]).with_parts(effects=inner.effects),)))
 
-    def other(old: Node, args: tuple[Node, ...]) -> Node | None:
-        if old.op is Op.SCAN and ScanView.of(old).group:
-            return ScanView.of(old.but(args)).with_parts(group=group)
-        return None
+    def other(old: Node, args: tuple[Node, ...], group: str) -> Node | None:
+        of_members = old.op is Op.SCAN and ScanView.of(old).group
+        return ScanView.of(old.but(args)).with_parts(group=group) if of_members else None
     for group, message in (("N", r"index Member\(grid='H', scan='HV', own=False\) is of no scan over the members of H"),
                            ("V#", "steps through the members of V#, which is not on the grid")):
         with pytest.raises(IRError, match=message):
-            verify(p.rebuild(other))
+            verify(p.rebuild(partial(other, group=group)))
 
 
 def test_tilelang_says_what_it_lacks() -> None:
