@@ -6,6 +6,7 @@ the time until its results can be used.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -14,7 +15,8 @@ from gdn_ir.autotune.prune import BYTES, scans, size
 from gdn_ir.autotune.records import Subject, Winner, today
 from gdn_ir.backends.base import Call, Kernel, blocks
 from gdn_ir.compiler import Instance, Variant, variant
-from gdn_ir.nodes import Node, Op, Tensor
+from gdn_ir.nodes import At, Member, Node, Op
+from gdn_ir.program import Scopes
 from gdn_ir.schedules.defaults import default
 
 
@@ -36,25 +38,28 @@ LAUNCH = 3e-6                                              # seconds
 FEW, MANY = 8, 512                                         # scans
 
 
-def sharers(kernel: Kernel, tensor: Tensor, tile: Node, call: Call) -> float:
+def sharers(kernel: Kernel, memory: Node, tile: Node, call: Call) -> float:
     """Blocks that read the same tile at about the same time, once from memory and then from the cache: those of other parts of
-    a split axis that the tile lacks, and of the value heads that share a key head."""
+    a split axis that the tile lacks, and of the value heads that share a key head (or one block, a head after the other)."""
     found = 1.0
     for a in kernel.splits:
         found *= 1 if a in tile.axes else -(-kernel.extents[a] // kernel.tile(a))
-    return found * (call.heads["HV"] / call.heads["H"] if "H" in tensor.dims else 1)
+    shared = any(t.share if isinstance(t, At) else isinstance(t, Member) and t.own for t in memory["index"])
+    return found * (call.heads["HV"] / call.heads["H"] if shared else 1)
 
 
 def kernel_seconds(kernel: Kernel, call: Call, rates: Rates) -> float:
     """Seconds of one kernel."""
     moved = products = 0.0
+    scopes = Scopes(kernel.program.roots)
     for n in kernel.program.nodes():
+        times = math.prod(call.heads[s.axis] / call.heads[s.group] for s in kernel.groups if s.axis in scopes[n])
         if n.op in (Op.LOAD, Op.STORE) and {"T", "X"} & set(n["tensor"].dims):
             tile = n if n.op is Op.LOAD else n.args[0]
-            moved += size(kernel, tile) * BYTES[n["tensor"].dtype] / sharers(kernel, n["tensor"], tile, call)
+            moved += times * size(kernel, tile) * BYTES[n["tensor"].dtype] / sharers(kernel, n, tile, call)
         if n.op is Op.DOT:
             half = n.args[0].type.dtype in ("bf16", "f16")
-            products += 2.0 * size(kernel, n) * kernel.tile(n["over"]) * (1 if half else 2)
+            products += times * 2.0 * size(kernel, n) * kernel.tile(n["over"]) * (1 if half else 2)
     count, units = blocks(kernel, call), rates.device.units
     if not scans(kernel):
         return LAUNCH + count * max(moved / (REACHED_BYTES * rates.bytes), products / (REACHED_FLOPS * rates.flops))

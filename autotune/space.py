@@ -89,6 +89,7 @@ def space_of(backend: str, arch: str, instance: Instance) -> Space:
     plans = ("states",) if back else ("states", "wy", "solve", "fused")
     frames = [Frame(p, c, b) for p in plans for c, b in ((64, 16), (64, 32), (32, 16), (128, 16))]
     frames += [Frame(p, sums=False) for p in ("states", "wy") if not back and instance.switches.decay != "none"]
+    frames += [Frame(p) for p in ("grouped", "inside", "merged") if back and backend == "triton"]
     frames += [Frame("states", dot="tf32")] if f32 else []
     return Space(tuple(frames), (None, 16, 32, 64, 128), (1, 2, 4, 8), (1, 2, 3, 4))
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from gdn_ir.artifacts import Built
-from gdn_ir.nodes import At, Members, Node, Op, Tensor, base
+from gdn_ir.nodes import At, Member, Members, Node, Op, Tensor, base
 from gdn_ir.program import Program, ScanView, token_chains
 from gdn_ir.schedules.schedule import KernelOptions
 
@@ -64,6 +64,11 @@ class Kernel:
         """Stores of outputs that have a row for each token."""
         stores = (n for n in self.program.nodes() if n.op is Op.STORE)
         return tuple(n for n in stores if not n["tensor"].temp and n["tensor"].dims[:1] == ("T",))
+
+    @cached_property
+    def groups(self) -> tuple[ScanView, ...]:
+        """The scans over the members of a grid point's group."""
+        return tuple(view for s in self.program.scans() if (view := ScanView.of(s)).group)
 
     @cached_property
     def owns_tail(self) -> bool:
@@ -163,7 +168,8 @@ def heads(kernel: Kernel) -> tuple[str, ...]:
     for n in kernel.program.nodes():
         if n.op in (Op.LOAD, Op.STORE):
             found |= {t.share: None for t in n["index"] if isinstance(t, At) and t.share}
-            found |= {d: None for t, d in zip(n["index"], n["tensor"].dims, strict=True) if isinstance(t, Members) and t.grid}
+            found |= {d: None for t, d in zip(n["index"], n["tensor"].dims, strict=True)
+                      if isinstance(t, Member | Members) and t.grid}
     return tuple(found)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gdn_ir.backends.base import Kernel
-from gdn_ir.nodes import At, Members, Node, Rows, Slot, Tensor, Tile, Turn, base
+from gdn_ir.nodes import At, Member, Members, Node, Rows, Slot, Tensor, Tile, Turn, base
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ def address(kernel: Kernel, node: Node) -> Address:
                 scalar = "slot"
             case Turn(scan):
                 scalar = f"i_{scan}"
+            case Member(grid, scan, own):
+                scalar = f"i_{grid if own else scan}"
             case Members(grid) if grid:                    # the first of them
                 scalar = f"i_{grid} * ({tensor.dims[i]} // {grid})"
         if scalar is not None:

@@ -61,6 +61,10 @@ class Printer:
         """(dimension, the grid axis that indexes it), for each dimension that several grid points share."""
         return list(dict.fromkeys((t.share, t.grid) for t in self.terms if isinstance(t, At) and t.share))
 
+    def size_of_group(self, scan: ScanView) -> str:
+        """How many members a scan over those of a group steps through, as text."""
+        return f"({scan.axis} // {scan.group})"
+
     def trip(self, scan: ScanView) -> str:
         """The number of the chunk that nested scans have reached, as text."""
         outer, *inner = scan.chain

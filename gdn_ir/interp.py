@@ -14,7 +14,7 @@ from functools import cached_property
 
 import torch
 
-from gdn_ir.nodes import At, IRError, Members, Node, Op, Rows, Slot, Tensor, Tile, Turn, base, make, stored_axes
+from gdn_ir.nodes import At, IRError, Member, Members, Node, Op, Rows, Slot, Tensor, Tile, Turn, base, make, stored_axes
 from gdn_ir.program import Program, ScanView, Scopes, token_chains
 
 Array = torch.Tensor
@@ -264,7 +264,8 @@ class _Run:
         view = ScanView.of(n)
         carries = {c["name"]: c for c in view.carry_nodes()}
         state = [self.value(i, env) for i in view.inits]
-        trips = self.sizes.trips(self.point["N"], view.axis, view.chain, view.tile)
+        trips = self.sizes.dim(view.axis) // self.sizes.dim(view.group) if view.group else \
+            self.sizes.trips(self.point["N"], view.axis, view.chain, view.tile)
         for i in reversed(range(trips)) if view.reverse else range(trips):
             inner = _Env(env, view.axis, i)
             for name, value in zip(view.carries, state, strict=True):
@@ -306,6 +307,9 @@ class _Run:
                     where.append(self.sizes.slot(self.point["N"], self.chunk(chain, env), tile))
                 case Turn(scan):
                     where.append(self.chunk((scan,), env))
+                case Member(grid, scan, own):
+                    group = self.sizes.dim(dim) // self.sizes.dim(grid)
+                    where.append(self.point[grid] if own else self.point[grid] * group + self.chunk((scan,), env))
                 case Members(grid):
                     if grid is None:
                         where.append(slice(None))

@@ -38,7 +38,8 @@ class Op(Enum):
     TWIN = auto()       # attr axis: swaps the names axis and axis' (axis may be a twin itself: C' and C'')
     TRI_SOLVE = auto()  # u with (I + M) u = r; attr axis, block (only diagonal blocks of that size), transpose (or absent)
     CARRY = auto()      # what a scan carries into an iteration; attr name, scan, axes
-    SCAN = auto()       # args inits, nexts, effects; attr axis, chain, tile, carries, reverse
+    SCAN = auto()       # args inits, nexts, effects; attr axis, chain, tile, carries, reverse, group (absent where it steps
+                        # through chunks; else the grid axis whose points' members, along `axis`, it steps through)
     FINAL = auto()      # what a scan carries out; attr i
 
 
@@ -113,7 +114,17 @@ class Members:
     grid: str | None = None
 
 
-Term = Tile | At | Rows | Slot | Turn | Members
+@dataclass(frozen=True)
+class Member:
+    """The dimension is indexed by that member of a grid point's group which the scan over them has reached: number
+    `grid` * (size of the dimension / size of the grid axis) + the iteration. own: by the point itself instead, as At(grid),
+    but in each iteration anew: what all members read is then not held from one to the next."""
+    grid: str
+    scan: str
+    own: bool = False
+
+
+Term = Tile | At | Rows | Slot | Turn | Members | Member
 
 
 @dataclass(frozen=True)
@@ -143,7 +154,7 @@ def term_scans(index: tuple[Term, ...]) -> frozenset[str]:
     for t in index:
         if isinstance(t, Rows | Slot):
             found |= set(t.chain)
-        elif isinstance(t, Turn):
+        elif isinstance(t, Turn | Member):
             found.add(t.scan)
     return frozenset(found)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 from dataclasses import replace
 
-from gdn_ir.nodes import At, IRError, Members, Node, Op, Rows, Slot, Tensor, Term, make
+from gdn_ir.nodes import At, IRError, Member, Members, Node, Op, Rows, Slot, Tensor, Term, make
 from gdn_ir.program import Note, Program, ScanView, only
 from gdn_ir.verify import verify
 
@@ -78,7 +78,7 @@ def parts(pipeline: tuple[Program, ...], axis: str, tiles: Mapping[str, int]) ->
 
 def _place(index: tuple[Term, ...]) -> int:
     """Where the dimension of tiles goes: after that of heads, so that several heads' parts lie one after another."""
-    return 1 + max(i for i, t in enumerate(index) if isinstance(t, At | Members | Rows | Slot))
+    return 1 + max(i for i, t in enumerate(index) if isinstance(t, At | Member | Members | Rows | Slot))
 
 
 def _widened(index: tuple[Term, ...], term: Term) -> tuple[Term, ...]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from gdn_ir.nodes import At, IRError, Members, Node, Op, Rows, Slot, Tile, infer, term_scans
+from gdn_ir.nodes import At, IRError, Member, Members, Node, Op, Rows, Slot, Tile, infer, term_scans
 from gdn_ir.program import Program, ScanView, Scopes, toposort
 
 Finding = tuple[Node, str]
@@ -51,7 +51,7 @@ def tensors_agree(program: Program) -> Iterator[Finding]:
             if first["tensor"] != n["tensor"]:
                 yield n, f"tensor {n['tensor']} was declared as {first['tensor']}"
             for t in n["index"]:
-                if isinstance(t, At | Members) and t.grid not in (*program.grid, None):
+                if isinstance(t, At | Member | Members) and t.grid not in (*program.grid, None):
                     yield n, f"index {t} is not on the grid {program.grid}"
 
 
@@ -118,11 +118,27 @@ def memory_is_ordered(program: Program) -> Iterator[Finding]:
 
 
 @rule
+def members_are_of_groups(program: Program) -> Iterator[Finding]:
+    """A member is indexed in the scan over its group, whose points are on the grid."""
+    groups: dict[str, str] = {}
+    for scan in program.scans():
+        view = ScanView.of(scan)
+        if view.group and view.group not in program.grid:
+            yield scan, f"steps through the members of {view.group}, which is not on the grid {program.grid}"
+        groups[view.axis] = view.group
+    for n in program.nodes():
+        for t in n["index"] if n.op in (Op.LOAD, Op.STORE) else ():
+            if isinstance(t, Member) and groups.get(t.scan) != t.grid:
+                yield n, f"index {t} is of no scan over the members of {t.grid}"
+
+
+@rule
 def sums_cover(program: Program) -> Iterator[Finding]:
     """Grid points that write the same place must be summed, and only those."""
     for n in program.nodes():
         if n.op is Op.STORE:
             exclusive = {t.grid for t in n["index"] if isinstance(t, At) and t.share is None}
+            exclusive |= {t.grid for t in n["index"] if isinstance(t, Member) and not t.own}
             exclusive |= {t.axis + "#" for t in n["index"] if isinstance(t, Tile)}
             if any(isinstance(t, Rows | Slot) for t in n["index"]):
                 exclusive.add("N")

@@ -104,8 +104,9 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
     kernels = {"solve": KernelOptions(None, 1 if not whole and backend == "triton" else 4, 1), "again": scan, "local": every,
                "back": scan if carried else every, "inner": every,
                "grads": every, "heads": KernelOptions(None, 4, 1)}
-    made = {step[-1] for step in steps if step[0] in ("hoist", "lift", "sink", "sum_after")} | \
-        {str(name) for step in steps if step[0] == "separate" for name in step[2:]}
+    made = {step[-1] for step in steps if step[0] in ("hoist", "lift", "sink")} | \
+        {step[1] for step in steps if step[0] == "sum_after"} | \
+        {name for step in steps if step[0] == "separate" for name in step[2:]}
     schedule = Schedule(f"backward-{width}", steps=steps).with_options(**{k: o for k, o in kernels.items() if k in made})
     return schedule, (f"{arch}: states again, then their adjoints in reverse, in tiles of {width} columns; the rest for all "
                       f"chunks at once{f', V in tiles of {every.v_tile}' if every.v_tile else ''}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gdn_ir.analysis import needs
-from gdn_ir.nodes import At, Members, Node, Op, Rows, Slot, Tensor, Term, Tile, make
+from gdn_ir.nodes import At, Node, Op, Rows, Slot, Tensor, Term, Tile, make
 from gdn_ir.program import Note, Program, ScanView, only, substitute, toposort
 from gdn_ir.schedules.pipeline import IllegalStep, Pipeline, find, put, refuse, replace_node, step
 from gdn_ir.verify import verify
@@ -221,39 +221,3 @@ def store_as(pipeline: Pipeline, tensor: str, dtype: str) -> Pipeline:
     if not any(tensor in p.tensors() and p.tensors()[tensor].temp for p in pipeline):
         raise IllegalStep(f"store_as: no kernel has a temporary named {tensor!r}")
     return tuple(verify(p.rebuild(change)) for p in pipeline)
-
-
-@step
-def sum_after(pipeline: Pipeline, kernel: str) -> Pipeline:
-    """Stores that are summed over grid points that share them (the value heads of one key head): each point stores its own
-    part, in float32, and a last kernel sums the parts in order. No two blocks write one place, and results repeat."""
-    programs: list[Program] = []
-    stores: list[Node] = []
-    notes: dict[Node, Note] = {}
-    grid: tuple[str, ...] = ()
-    for p in pipeline:
-        def change(old: Node, args: tuple[Node, ...], p: Program = p) -> Node | None:
-            nonlocal grid
-            if old.op is not Op.STORE or not old["sum"]:
-                return None
-            shared = {t.share: t.grid for t in old["index"] if isinstance(t, At) and t.share}
-            if set(old["sum"]) != set(shared.values()) or not any(isinstance(t, Rows) for t in old["index"]):
-                raise refuse("sum_after", p, old, f"sums over {', '.join(old['sum'])} are not over points that share a row")
-            t = old["tensor"]
-            dims = tuple(shared.get(d, d) for d in t.dims)
-            parts = Tensor(f"{t.name}_parts", dims, "f32", temp=True)
-            own = tuple(replace(x, share=None) if isinstance(x, At) else x for x in old["index"])
-            own_grid = {g: share for share, g in shared.items()}
-            where = tuple(Members(own_grid[x.grid]) if isinstance(x, At) and x.share else x for x in old["index"])
-            at = tuple(At(own_grid[x.grid]) if isinstance(x, At) and x.share else x for x in old["index"])
-            grid = tuple(own_grid.get(g, g) for g in p.grid)
-            total = make(Op.LOAD, (), tensor=parts, index=where)
-            stores.append(make(Op.STORE, (total,), tensor=t, index=at, sum=()))
-            notes[total] = Note(t.name, p.lines_of(old.args[0]))
-            return old.but(args, tensor=parts, index=own, sum=())
-        programs.append(verify(p.rebuild(change)))
-    if not stores:
-        raise IllegalStep("sum_after: nothing is stored that is summed over grid points")
-    scan = next(ScanView.of(r) for p in pipeline for r in p.roots if r.op is Op.SCAN)
-    root = chunks_at_once(scan, tuple(stores))
-    return (*programs, verify(Program(kernel, grid, (root,), only(notes, (root,)))))

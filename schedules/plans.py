@@ -15,6 +15,10 @@ The derived backward has plans of its own (`backward_plan`), of the same steps:
     states    solve, as above; again, a scan that saves each chunk's entering state and u; local, for all chunks at once, what
               needs no adjoint of the state; back, a scan in reverse that only carries that adjoint; inner and grads, for all
               chunks at once, the other gradients; heads, the sums over value heads that share a key head
+    grouped   as states, but grads owns a key head, steps through the value heads that share it, and writes their sum; what
+              heads still sums, and what inner hands to grads, is stored in the inputs' dtype
+    inside    as grouped, with local's sums so too: there is no heads
+    merged    as states, with inner and grads as one kernel, and what heads sums in the inputs' dtype
 """
 from __future__ import annotations
 
@@ -22,7 +26,8 @@ from gdn_ir.nodes import Node, Op
 from gdn_ir.program import Program, ScanView, toposort
 
 Steps = tuple[tuple[str | int, ...], ...]
-PLANS = {"forward": ("naive", "fused", "solve", "states", "wy"), "backward": ("naive", "fused", "states")}
+PLANS = {"forward": ("naive", "fused", "solve", "states", "wy"),
+         "backward": ("naive", "fused", "states", "grouped", "inside", "merged")}
 LESS: Steps = (("factor",), ("regroup",), ("exchange",), ("symmetric",))       # fewer products than reverse mode derives
 
 
@@ -90,11 +95,16 @@ def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64
         steps += [("peel", "d_G", "d_G_o"), ("hoist", "d_G_o", "f32", "local")]
     late = [n for n in ("d_k", "d_g", "d_beta", "d_v") if n in out]
     steps += [("sink", ",".join(late), "d_r" if "d_r" in named else "", "grads")] if late else []
-    if late and "d_r" in named and "d_k" in out:           # all of it at once is more than a block's registers hold
-        steps += [("peel", "d_k", "d_k_r", "d_S"), ("hoist", "d_k_r", "f32", "inner")]
+    if late and "d_r" in named and "d_k" in out and name != "merged":          # all at once strains a block's registers
+        steps += [("peel", "d_k", "d_k_r", "d_S"), ("hoist", "d_k_r", "f32" if name == "states" else "io", "inner")]
         steps += [("peel", "d_G", "d_G_r", "d_S"), ("hoist", "d_G_r", "f32", "inner")] if "d_g" in out else []
         steps += [("lift", n, "inner") for n in ("d_beta", "d_v") if n in out]
-    return (*steps, ("move_scales",), *heads)
+    steps += [("move_scales",)]
+    if heads and name != "states":
+        owned = {"grouped": ("d_k",), "inside": ("d_q", "d_k")}.get(name, ())
+        steps += [("sum_inside", kernel) for kernel, n in (("local", "d_q"), ("grads", "d_k")) if n in owned and n in out]
+        heads = (("sum_after", "heads", "io"),) if {"d_q", "d_k"} & out - set(owned) else ()
+    return (*steps, *heads)
 
 
 def program_values(scan: Node) -> list[Node]:

@@ -2,12 +2,12 @@
 
 A step names values of the user's program ("u", "o"; of a derived one also "d_u"), does nothing but what exact algebra
 allows, and refuses with the node's name and line. They are in algebra.py (a value computed another way), sums.py (sums and
-products rearranged, so that there are fewer of them), pieces.py (a value taken apart) and partition.py (which kernel computes
-what).
+products rearranged, so that there are fewer of them), pieces.py (a value taken apart), partition.py (which kernel computes
+what) and groups.py (sums over grid points).
 """
 from __future__ import annotations
 
-from gdn_ir.schedules import algebra, partition, pieces, sums      # noqa: F401  (they fill the table)
+from gdn_ir.schedules import algebra, groups, partition, pieces, sums      # noqa: F401  (they fill the table)
 from gdn_ir.schedules.pipeline import STEPS, IllegalStep, Pipeline, apply
 
 __all__ = ["STEPS", "IllegalStep", "Pipeline", "apply"]

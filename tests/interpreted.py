@@ -67,11 +67,12 @@ def of_cell(cell: Cell, schedule: Schedule | None = None, backend: str = BACKEND
     return {"error": worst(errors) if clean else float("inf")}
 
 
-def of_backward(cell: Cell, tile: int | None = None) -> dict[str, Any]:
-    instance = backward_of(cell)
-    steps = backward_plan("states", instance.program, cell.io)
-    schedule = Schedule("tiled", 64, steps).with_options(**{"*": KernelOptions(tile)})
-    return {"error": worst(check(cell, BACKEND, ARCH, schedule=schedule if tile else None)["errors"].values())}
+def of_backward(cell: Cell, tile: int | None = None, plan: str = "", heads: tuple[int, int] | None = None) -> dict[str, Any]:
+    if heads:
+        cell = replace(cell, layout=replace(cell.layout, H=heads[0], HV=heads[1]))
+    steps = backward_plan(plan or "states", backward_of(cell).program, cell.io)
+    schedule = Schedule("x", 64, steps).with_options(**{"*": KernelOptions(tile)})
+    return {"error": worst(check(cell, BACKEND, ARCH, schedule=schedule if tile or plan else None)["errors"].values())}
 
 
 def of_mutant(i: int) -> dict[str, Any]:
@@ -91,8 +92,9 @@ def of_correlated(schedule: Schedule, top: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Cases: ["program", name], ["cell", name], ["recurrent", cell's name], ["backward", cell's name] (with a number: V in
-    tiles of it), ["plan", plan's name, cell's name, chunk], ["mutant", number] or ["correlated", plan's name, top of beta]."""
+    """Cases: ["program", name], ["cell", name], ["recurrent", cell's name], ["backward", cell's name] (also: V in tiles of a
+    number, a plan's name, heads), ["plan", plan's name, cell's name, chunk], ["mutant", number] or ["correlated", plan's name,
+    top of beta]."""
     cells = {c.name: c for c in table()}
     found = {}
     for case in json.loads(Path(sys.argv[3]).read_text()):

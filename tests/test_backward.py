@@ -18,10 +18,10 @@ from gdn_ir.compiler import Instance, variant
 from gdn_ir.coverage import LAYOUTS, Cell, Layout, table
 from gdn_ir.interp import Sizes, run, run_pipeline
 from gdn_ir.legalize import ungrouped
-from gdn_ir.nodes import IRError, Node, Op
+from gdn_ir.nodes import IRError, Member, Node, Op
 from gdn_ir.padding import pad
-from gdn_ir.printer import dump
-from gdn_ir.program import Program, tile_axes
+from gdn_ir.printer import dump, evaluate
+from gdn_ir.program import Program, ScanView, tile_axes
 from gdn_ir.programs.gated_delta import Switches, build
 from gdn_ir.prune import prune
 from gdn_ir.schedules import steps
@@ -29,6 +29,7 @@ from gdn_ir.schedules.defaults import default
 from gdn_ir.schedules.plans import backward_plan
 from gdn_ir.schedules.schedule import Schedule
 from gdn_ir.split import parts
+from gdn_ir.verify import verify
 from tests.differential import executed, interpreted
 
 FAMILY = list(itertools.product(("scalar", "none"), (True, False)))
@@ -47,15 +48,17 @@ def in_f64(plan: tuple[tuple[str | int, ...], ...]) -> tuple[tuple[str | int, ..
     return tuple((*s[:-1], "f64") if s[0] == "merge" else s for s in plan)
 
 
-def compare(p: Program, plan: tuple[tuple[str | int, ...], ...], padded: bool = False) -> None:
-    """The pipeline of a plan writes what the program writes."""
-    sizes = Sizes(AXES, CU)
+def compare(p: Program, plan: tuple[tuple[str | int, ...], ...], padded: bool = False,
+            heads: tuple[int, int] = (1, 2)) -> None:
+    """The pipeline of a plan writes what the program writes. heads: H and HV."""
+    axes = AXES | dict(zip(("H", "HV"), heads, strict=True))
+    sizes = Sizes(axes, CU)
     given = memory(p, sizes)
     want = run(p, given, sizes, {"scale": 0.7})
     kernels = list(steps.apply(p, in_f64(plan)))
     if padded:
         kernels = [pad(k, frozenset({"C", "K", "V"})) for k in kernels]
-    got = run_pipeline(kernels, given, Sizes(AXES, CU, {"K": 8, "V": 8} if padded else {}), {"scale": 0.7}, padded=padded)
+    got = run_pipeline(kernels, given, Sizes(axes, CU, {"K": 8, "V": 8} if padded else {}), {"scale": 0.7}, padded=padded)
     asked = [n for n, t in p.tensors().items() if n in p.written() and not t.temp]
     assert asked
     for n in asked:
@@ -63,13 +66,13 @@ def compare(p: Program, plan: tuple[tuple[str | int, ...], ...], padded: bool = 
 
 
 @pytest.mark.parametrize("flags", [{}, STATES | {"l2norm": True}, STATES | {"beta_sigmoid": True, "neg_eigval": True}])
-@pytest.mark.parametrize("name", ["naive", "fused", "states"])
+@pytest.mark.parametrize("name", ["naive", "fused", "states", "grouped", "inside", "merged"])
 @pytest.mark.parametrize(("decay", "erase"), FAMILY)
 def test_plans_are_exact(name: str, decay: str, erase: bool, flags: dict[str, bool]) -> None:
     p = backward(build(Switches(decay=decay, erase=erase, **flags)))           # type: ignore[arg-type]
     plan = backward_plan(name, p, chunk=16, block=4)
     compare(p, plan)
-    if name == "states":
+    if name not in ("naive", "fused"):
         compare(p, plan, padded=True)
 
 
@@ -95,6 +98,66 @@ def test_a_head_each_sums_nothing() -> None:
     assert not any(n["sum"] for n in q.nodes() if n.op is Op.STORE) and any(n["sum"] for n in p.nodes() if n.op is Op.STORE)
     assert all(torch.equal(want[n], got[n]) for n in want if n.startswith("d_"))
     assert "heads" not in [k.name for k in steps.apply(q, backward_plan("states", q))]
+
+
+# ---- sums of a group in one block -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (2, 4), (1, 3)])
+@pytest.mark.parametrize("again", [(), ("q,k",)])
+def test_a_block_owns_a_group(heads: tuple[int, int], again: tuple[str, ...]) -> None:
+    """Groups of 1, 2 and 3; what members share held, or read again by each. No part of a gradient is in memory."""
+    p = backward(build(Switches(**STATES)))                # type: ignore[arg-type]
+    local = ("sum_inside", "local")
+    plan = tuple((*s, *again) if s == local else s for s in backward_plan("inside", p, chunk=16, block=4))
+    for padded in (False, True):
+        compare(p, plan, padded, heads)
+    for k in steps.apply(p, plan):
+        assert evaluate(dump(k)) == k
+        assert not any(n["sum"] or "parts" in n["tensor"].name for n in k.nodes() if n.op is Op.STORE)
+        inside = {n["tensor"].name for n in k.nodes() if n.op is Op.LOAD and Member("H", "HV", True) in n["index"]}
+        assert inside == (set("qk") if again and k.name == "local" else set())
+
+
+def test_parts_of_a_group_in_fewer_bits() -> None:
+    p = backward(build())
+    plan = tuple((*s, "bf16") if s[0] == "sum_after" else s for s in backward_plan("states", p, chunk=16, block=4))
+    compare(p, plan)
+    assert {t.dtype for t in steps.apply(p, plan)[-1].tensors().values() if t.temp} == {"bf16"}
+
+
+@pytest.mark.parametrize(("taken", "message"), [
+    (("sum_inside", "back"), r"sum_inside: back is a serial scan, whose carries are each grid point's own\n  in d_k = .*:\d+"),
+    (("sum_inside", "again"), "sum_inside: again stores nothing that is summed over grid points"),
+    (("sum_inside", "local"), "sum_inside: no kernel is called local; there are again, back"),
+])
+def test_sums_that_no_block_can_own(taken: tuple[str, str], message: str) -> None:
+    with pytest.raises(steps.IllegalStep, match=message):
+        steps.apply(backward(build()), (("separate", "d_S", "again", "back"), taken))
+
+
+def test_what_members_do_not_share() -> None:
+    p = backward(build())
+    plan = backward_plan("inside", p)
+    with pytest.raises(steps.IllegalStep, match="sum_inside: grads reads no q, u that its members share"):
+        steps.apply(p, (*plan[:-1], ("sum_inside", "grads", "q,k,u")))
+
+
+def test_a_member_stands_in_the_scan_over_its_group() -> None:
+    p = steps.apply(backward(build()), backward_plan("inside", backward(build())))[-1]
+    (inner,) = (ScanView.of(s) for s in p.scans() if ScanView.of(s).group)
+    with pytest.raises(IRError, match="varies with scan HV but stands outside it"):
+        verify(replace(p, roots=(ScanView.of(p.roots[0]).with_parts(effects=inner.effects),)))
+    off = inner.with_parts(group="V#")
+    with pytest.raises(IRError, match="steps through the members of V#, which is not on the grid"):
+        verify(p.rebuild(lambda n, args: off if n is inner.node else None))
+
+
+def test_tilelang_says_what_it_lacks() -> None:
+    instance = backward_of(Cell("x", FULL, "bf16", LAYOUTS["GVA"]))
+    schedule = Schedule("x", steps=backward_plan("grouped", instance.program))
+    with pytest.raises(ValueError, match="tilelang does not lower a loop over the HV that share one H yet"):
+        variant(instance, schedule, "tilelang", "sm_90")
 
 
 # ---- what each rewrite saves ------------------------------------------------------------------------------------------------
@@ -172,7 +235,7 @@ def test_refusals_without_a_node() -> None:
         steps.apply(build(), (("store_as", "u", "io"),))
     with pytest.raises(steps.IllegalStep, match="sum_after: nothing is stored that is summed"):
         steps.apply(build(), (("sum_after", "heads"),))
-    with pytest.raises(ValueError, match="plan: got 'best'; accepts naive, fused, states"):
+    with pytest.raises(ValueError, match="plan: got 'best'; accepts naive, fused, states, grouped, inside, merged"):
         backward_plan("best", backward(build()))
     with pytest.raises(ValueError, match="grads: got w; accepts g, k, beta, v, q"):
         Instance(Switches(), 64, 64, "f32", "f32", True, ("w",))
@@ -202,7 +265,7 @@ def test_prune_drops_carries_and_scans() -> None:
 SMALL = Layout((40, 0, 70, 1), varlen=True, H=1, HV=2, K=16, V=32)
 
 
-@pytest.mark.parametrize("name", ["naive", "states"])
+@pytest.mark.parametrize("name", ["naive", "states", "grouped", "inside", "merged"])
 @pytest.mark.parametrize("io", ["f64", "f32"])
 @pytest.mark.parametrize(("decay", "erase"), FAMILY)
 def test_torch(decay: str, erase: bool, io: str, name: str) -> None:
@@ -222,7 +285,10 @@ def test_triton_executed() -> None:
     names = [c.name for c in table() if c.io == "f32" and (c.name.startswith("gated delta rule,") or "varlen" in c.name
                                                            or "V, K" in c.name or "sigmoid" in c.name or "l2norm" in c.name)]
     names += ["gated delta rule, f16, varlen", "gated delta rule, f16, GVA"]
-    found = interpreted([*(["backward", n] for n in names), ["backward", "gated delta rule, f32, GVA", 32]])
+    found = interpreted([*(["backward", n] for n in names), ["backward", "gated delta rule, f32, GVA", 32],
+                         *(["backward", f"gated delta rule, f32, {layout}", None, plan, heads]
+                           for layout, plan, heads in (("varlen", "grouped", (1, 2)), ("ragged", "inside", (1, 3)),
+                                                       ("varlen", "inside", (2, 2)), ("dense", "merged", (1, 2))))])
     bad = {k: v for k, v in found.items()
            if "error" not in v or not float(v["error"]) < (2e-5 if "f32" in k else 4.5e-3)}     # type: ignore[arg-type]
     assert not bad, json.dumps(bad, indent=1)[:3000]
@@ -280,6 +346,8 @@ def test_default_compiles_without_a_gpu(arch: str, size: int) -> None:
     cell = Cell("x", FULL, "bf16", replace(LAYOUTS["varlen"], H=1, HV=2, K=size, V=size))
     instance = backward_of(cell)
     chosen = variant(instance, default(arch, instance, 1, 32, 8192)[0], "triton", arch)
+    if (arch, size) == ("sm_90", 128):
+        assert ("sum_inside", "grads") in chosen.schedule.steps
     assert [s.kernel for s in chosen.sources] == ["solve", "again", "local", "back", "inner", "grads", "heads",
                                                   *(["tiles"] if size > 128 else [])]
     for kernel, source in zip(chosen.compiled.kernels, chosen.sources, strict=True):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gdn_ir.build import Tracer, cast, cumsum, dot, elem, exp, last, reduce_sum, select, tri_solve, zeros
 from gdn_ir.interp import Sizes, round_to, run
-from gdn_ir.nodes import At, IRError, Node, Op, Rows, Tensor, Tile, Type, make
+from gdn_ir.nodes import At, IRError, Member, Node, Op, Rows, Tensor, Tile, Type, make
 from gdn_ir.printer import dump, evaluate
 from gdn_ir.program import Program, ScanView
 from gdn_ir.programs.gated_delta import Switches, build
@@ -175,6 +175,12 @@ def unsummed() -> Program:
     return p.rebuild(lambda n, args: n.but(args, sum=()) if n.op is Op.STORE else None)
 
 
+def member_of_no_group() -> Program:
+    p = traced(lambda t: t.store(Y, t.load(X)) and None)
+    index = (Rows(("X",), "C"), Member("N", "X"), Tile("V"))
+    return p.rebuild(lambda n, args: n.but(args, index=index) if n.op is Op.LOAD else None)
+
+
 BREACHES = [
     (value_as_root, "roots_are_effects", "only stores and scans may be roots"),
     (declared_twice, "tensors_agree", "was declared as"),
@@ -185,6 +191,7 @@ BREACHES = [
     (always_the_same_place, "scopes_close", "is written in every iteration of scan X, always at the same place"),
     (chunks_on_one_place, "scopes_close", "is written in every iteration of scan X, always at the same place"),
     (unordered_memory, "memory_is_ordered", "have no order; give one of them the other as `after`"),
+    (member_of_no_group, "members_are_of_groups", r"index Member\(grid=.N., scan=.X., own=False\) is of no scan"),
     (unsummed, "sums_cover", "is written by every point of HV: say that they are summed"),
 ]
 

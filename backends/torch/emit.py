@@ -19,7 +19,7 @@ class TorchPrinter(Printer):
         self.batch = list(kernel.program.grid)
         if kernel.parallel:
             self.batch.insert(self.batch.index("N") + 1, kernel.parallel.axis)
-        own = {"torch", "n", "t", "rows", "slot", "first", "length", "longest", "batch", "cu", "run", "tokens"}
+        own = {"torch", "n", "t", "rows", "slot", "first", "length", "longest", "batch", "member", "cu", "run", "tokens"}
         super().__init__(kernel, RULES, own | set(signature(kernel)) | {f"i_{a}" for a in (*self.batch, *heads(kernel))})
         double = any(n.type.dtype == "f64" for n in kernel.program.nodes())
         self.linear.rest = DTYPES["f64" if double else "f32"]
@@ -72,10 +72,14 @@ class TorchPrinter(Printer):
         scan = s.scan
         for name, start in zip(s.carries, s.starts, strict=True):
             self.put(depth, f"{name} = {self.tensor(start)}")
-        trips = self.trips(scan)
-        self.put(depth, f"for i_{scan.axis} in {f'reversed(range({trips}))' if scan.reverse else f'range({trips})'}:")
-        if scan.axis == scan.chain[-1]:
-            self.chunk(scan, depth + 1)
+        if scan.group:
+            self.put(depth, f"for member in range{self.size_of_group(scan)}:")
+            self.put(depth + 1, f"i_{scan.axis} = i_{scan.group} * {self.size_of_group(scan)} + member")
+        else:
+            trips = self.trips(scan)
+            self.put(depth, f"for i_{scan.axis} in {f'reversed(range({trips}))' if scan.reverse else f'range({trips})'}:")
+            if scan.axis == scan.chain[-1]:
+                self.chunk(scan, depth + 1)
         self.block(s.body, depth + 1)
         if s.carries:
             self.say(scan.nexts[0], depth + 1)
@@ -90,7 +94,7 @@ class TorchPrinter(Printer):
         """The next value of a carry; a sequence that has ended keeps the one it has."""
         node = scan.nexts[i]
         text = self.tensor(node)
-        if not self.kernel.varlen or scan.axis != scan.chain[0] or text == s.carries[i]:
+        if not self.kernel.varlen or scan.group or scan.axis != scan.chain[0] or text == s.carries[i]:
             return text
         live = f"length > i_{scan.axis} * {self.span(scan)}"
         return f"torch.where({aligned(live, (), node.axes)}, {text}, {s.carries[i]})"

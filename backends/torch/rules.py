@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 
 from gdn_ir.backends.linearize import Linear, Table, infix, listed, paren
-from gdn_ir.nodes import FUNCTIONS, At, Members, Node, Op, Rows, Slot, Tile, Turn, base, stored_axes
+from gdn_ir.nodes import FUNCTIONS, At, Member, Members, Node, Op, Rows, Slot, Tile, Turn, base, stored_axes
 
 DTYPES = {"f64": "torch.float64", "f32": "torch.float32", "tf32": "torch.float32", "tf32x3": "torch.float32",
           "real": "torch.float32", "bf16": "torch.bfloat16", "f16": "torch.float16", "int": "torch.int64"}
@@ -134,6 +134,8 @@ def place(n: Node) -> tuple[tuple[int, ...], str, str]:
                 text = f"i_{scan}"
             case Members(grid):
                 text = f"i_{grid}" + more
+            case Member(grid, scan, own):
+                text = f"i_{grid if own else scan}" + more
         dims.append(d)
         index.append(text)
     return tuple(dims), listed(index), mask

@@ -8,6 +8,7 @@ from gdn_ir.backends.linearize import Loop
 from gdn_ir.backends.printer import Printer
 from gdn_ir.backends.triton.rules import RULES, pointer
 from gdn_ir.backends.triton.runtime import HELPERS, NEEDS
+from gdn_ir.nodes import Node
 from gdn_ir.program import ScanView
 
 
@@ -71,10 +72,18 @@ class TritonPrinter(Printer):
             self.chunk(k.parallel, 1)
         if k.owns_tail:
             self.put(1, "if n == N:  # rows that no sequence owns")
-            for store in k.row_outputs:
-                text, mask = pointer(self.linear, store, store.args[0].axes)
-                self.put(2, f"tl.store({text}, 0.0, mask={mask})" if mask else f"tl.store({text}, 0.0)")
+            self.clear([s for s in k.row_outputs if not any(s in scan.effects for scan in k.groups)], 2)
+            for scan in k.groups:
+                own = [s for s in k.row_outputs if s in scan.effects]
+                if own:
+                    self.put(2, self.members(scan))
+                    self.clear(own, 3)
             self.put(2, "return")
+
+    def clear(self, stores: list[Node], depth: int) -> None:
+        for store in stores:
+            text, mask = pointer(self.linear, store, store.args[0].axes)
+            self.put(depth, f"tl.store({text}, 0.0, mask={mask})" if mask else f"tl.store({text}, 0.0)")
 
     def chunk(self, scan: ScanView, depth: int) -> None:
         """At the start of a chunk: its first token, its slot, which of its rows exist."""
@@ -92,18 +101,24 @@ class TritonPrinter(Printer):
         scan, text = s.scan, self.linear.text
         for name, start in zip(s.carries, s.starts, strict=True):
             self.put(depth, f"{name} = {text(start)}")
-        trips = self.trips(scan)
-        if scan.reverse:
-            self.put(depth, f"for turn in range(0, {trips}):")
-            self.put(depth + 1, f"i_{scan.axis} = {trips} - 1 - turn")
+        if scan.group:
+            self.put(depth, self.members(scan))
+        elif scan.reverse:
+            self.put(depth, f"for turn in range(0, {self.trips(scan)}):")
+            self.put(depth + 1, f"i_{scan.axis} = {self.trips(scan)} - 1 - turn")
         else:
-            self.put(depth, f"for i_{scan.axis} in range(0, {trips}):")
-        if scan.axis == scan.chain[-1]:
+            self.put(depth, f"for i_{scan.axis} in range(0, {self.trips(scan)}):")
+        if scan.axis == scan.chain[-1] and not scan.group:
             self.chunk(scan, depth + 1)
         self.block(s.body, depth + 1)
         if s.carries:
             self.say(scan.nexts[0], depth + 1)
             self.put(depth + 1, f"{', '.join(s.carries)} = {', '.join(text(x) for x in scan.nexts)}")
+
+    def members(self, scan: ScanView) -> str:
+        """The head of the loop over a group."""
+        each = self.size_of_group(scan)
+        return f"for i_{scan.axis} in range(i_{scan.group} * {each}, (i_{scan.group} + 1) * {each}):"
 
     def trips(self, scan: ScanView) -> str:
         if scan.axis != scan.chain[0]:

@@ -1,0 +1,92 @@
+"""Plans of the backward beside each other in one run: the whole by CUDA-graph replay, and each kernel by the profiler.
+
+    python -m gdn_ir.bench.plans --plans states,grouped,inside,merged
+    python -m gdn_ir.bench.plans --plans grouped --vary grads --warps 4,8 --stages 1,2,3
+
+--vary times each plan once for each number of warps and stages of that kernel; what a toolchain cannot build is reported. All
+are compared with the first's gradients before they are timed.
+"""
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from gdn_ir.autotune.measure import graph_ms
+from gdn_ir.bench import inputs
+from gdn_ir.bench.backward import GRADS, Tensors, kernels
+from gdn_ir.bench.errors import relative
+from gdn_ir.compiler import Instance, Variant, variant
+from gdn_ir.programs.gated_delta import Switches
+from gdn_ir.schedules.defaults import default
+from gdn_ir.schedules.plans import backward_plan
+from gdn_ir.schedules.schedule import KernelOptions, Schedule
+
+
+def planned(plan: str, instance: Instance, heads: int, tokens: int) -> Schedule:
+    """A plan with the default's options for the kernels that it makes."""
+    base = default("sm_90", instance, 1, heads, tokens)[0]
+    whole = replace(base, name=plan, steps=backward_plan(plan, instance.program, instance.io),
+                    kernels=(("*", base.options("inner")),))
+    made = {s.kernel for s in variant(instance, whole, "triton", "sm_90").sources}
+    return replace(whole, kernels=tuple((k, o) for k, o in base.kernels if k in made))
+
+
+def candidates(a: argparse.Namespace, instance: Instance) -> Iterator[tuple[str, Schedule]]:
+    for plan in a.plans.split(","):
+        base = planned(plan, instance, a.HV, a.tokens)
+        if not a.vary:
+            yield plan, base
+            continue
+        for w, s in itertools.product(a.warps, a.stages):
+            options = KernelOptions(base.options(a.vary).v_tile, w, s)
+            yield f"{plan}, {a.vary} {options}", base.with_options(**{a.vary: options})
+
+
+def call(chosen: Variant, x: Tensors) -> Tensors:
+    out = {f"d_{n}": torch.empty_like(x[n]) for n in GRADS}
+    chosen({n: x[n] for n in (*GRADS, "d_o")} | out, x["q"].shape[-1] ** -0.5, len(x["cu_seqlens"]) - 1, x["cu_seqlens"])
+    return out
+
+
+def numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
+
+
+def main() -> None:
+    p = argparse.ArgumentParser()
+    p.add_argument("--plans", default="states,grouped,inside,merged")
+    p.add_argument("--vary", default="", help="a kernel")
+    p.add_argument("--warps", type=numbers, default=[4, 8])
+    p.add_argument("--stages", type=numbers, default=[1, 2])
+    p.add_argument("--tokens", type=int, default=32768)
+    p.add_argument("--H", type=int, default=16)
+    p.add_argument("--HV", type=int, default=32)
+    a = p.parse_args()
+    x = inputs.make([a.tokens], a.H, a.HV)
+    x["d_o"] = torch.randn(x["v"].shape, device="cuda").to(x["v"].dtype)
+    instance = Instance(Switches(), 128, 128, "bf16", "bf16", True, GRADS, a.HV > a.H)
+    want: Tensors | None = None
+    for name, schedule in candidates(a, instance):
+        try:
+            chosen = variant(instance, schedule, "triton", "sm_90")
+            run = partial(call, chosen, x)
+            got = run()
+            torch.cuda.synchronize()
+        except Exception as e:                             # not legal, denied, or too much shared memory
+            print(json.dumps({"schedule": name, "failed": f"{type(e).__name__}: {e}"[:200]}), flush=True)
+            continue
+        want = want or got
+        apart = {n: f"{relative(got[n], want[n]):.1e}" for n in got}
+        again = run()
+        print(json.dumps({"schedule": name, "ms": round(graph_ms([run], 11), 3), "kernels": kernels(chosen, run),
+                          "from_first": apart, "repeats": all(torch.equal(got[n], again[n]) for n in got)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Steps for what grid points share: gradients of a key head are sums over the value heads that read it.
+
+    sum_after     each grid point stores its part, and a last kernel sums the parts
+    sum_inside    a block owns a whole group, steps through its members, and stores their sum
+"""
+from __future__ import annotations
+
+from dataclasses import replace
+
+from gdn_ir.build import zeros
+from gdn_ir.nodes import At, Member, Members, Node, Op, Rows, Tensor, Term, make
+from gdn_ir.program import Note, Program, ScanView, only
+from gdn_ir.schedules.partition import chunks_at_once, parallel
+from gdn_ir.schedules.pipeline import IllegalStep, Pipeline, put, refuse, step
+from gdn_ir.verify import verify
+
+
+@step
+def sum_after(pipeline: Pipeline, kernel: str, dtype: str = "f32") -> Pipeline:
+    """Stores that are summed over grid points that share them (the value heads of one key head): each point stores its own
+    part, in `dtype`, and a last kernel sums the parts in order. No two blocks write one place, and results repeat."""
+    programs: list[Program] = []
+    stores: list[Node] = []
+    notes: dict[Node, Note] = {}
+    grid: tuple[str, ...] = ()
+    for p in pipeline:
+        def change(old: Node, args: tuple[Node, ...], p: Program = p) -> Node | None:
+            nonlocal grid
+            if old.op is not Op.STORE or not old["sum"]:
+                return None
+            shared = {t.share: t.grid for t in old["index"] if isinstance(t, At) and t.share}
+            if set(old["sum"]) != set(shared.values()) or not any(isinstance(t, Rows) for t in old["index"]):
+                raise refuse("sum_after", p, old, f"sums over {', '.join(old['sum'])} are not over points that share a row")
+            t = old["tensor"]
+            dims = tuple(shared.get(d, d) for d in t.dims)
+            parts = Tensor(f"{t.name}_parts", dims, dtype, temp=True)
+            own = tuple(replace(x, share=None) if isinstance(x, At) else x for x in old["index"])
+            own_grid = {g: share for share, g in shared.items()}
+            where = tuple(Members(own_grid[x.grid]) if isinstance(x, At) and x.share else x for x in old["index"])
+            at = tuple(At(own_grid[x.grid]) if isinstance(x, At) and x.share else x for x in old["index"])
+            grid = tuple(own_grid.get(g, g) for g in p.grid)
+            total = make(Op.LOAD, (), tensor=parts, index=where)
+            stores.append(make(Op.STORE, (total,), tensor=t, index=at, sum=()))
+            notes[total] = Note(t.name, p.lines_of(old.args[0]))
+            return old.but(args, tensor=parts, index=own, sum=())
+        programs.append(verify(p.rebuild(change)))
+    if not stores:
+        raise IllegalStep("sum_after: nothing is stored that is summed over grid points")
+    scan = next(ScanView.of(r) for p in pipeline for r in p.roots if r.op is Op.SCAN)
+    root = chunks_at_once(scan, tuple(stores))
+    return (*programs, verify(Program(kernel, grid, (root,), only(notes, (root,)))))
+
+
+@step
+def sum_inside(pipeline: Pipeline, kernel: str, again: str = "") -> Pipeline:
+    """What a kernel stores summed over grid points that share a place (the value heads of one key head), summed by one block:
+    the grid runs over the groups (H), a block steps through its group's members (HV / H of them) in order, adds up [C, K] of
+    each in float32 registers, and stores once. What all members read is loaded, and what only depends on it computed, once, but
+    for the tensors in `again` (comma-separated): each member reads those again, from the cache, and no register holds them.
+
+    Legal iff the kernel runs all chunks at once (the carries of a serial scan are each member's own; `sum_after` sums those).
+    """
+    i = next((i for i, q in enumerate(pipeline) if q.name == kernel), None)
+    if i is None:
+        raise IllegalStep(f"sum_inside: no kernel is called {kernel}; there are {', '.join(q.name for q in pipeline)}")
+    p = pipeline[i]
+    summed = [n for n in p.nodes() if n.op is Op.STORE and n["sum"]]
+    if not summed:
+        raise IllegalStep(f"sum_inside: {kernel} stores nothing that is summed over grid points")
+    if not parallel(p):
+        raise refuse("sum_inside", p, summed[0].args[0], f"{kernel} is a serial scan, whose carries are each grid point's own")
+    view = ScanView.of(p.roots[0])
+    places = [t for n in p.nodes() if n.op in (Op.LOAD, Op.STORE) for t in n["index"]]
+    shared = {t.grid: t.share for t in places if isinstance(t, At) and t.share}
+    for s in summed:
+        if s not in view.effects or len(shared) != 1 or set(s["sum"]) != set(shared):
+            raise refuse("sum_inside", p, s.args[0], f"sums over {', '.join(s['sum'])} are not over one kind of group")
+    ((axis, group),) = shared.items()
+
+    anew = set(again.split(",")) - {""}
+    unknown = anew - {n["tensor"].name for n in p.nodes() if n.op is Op.LOAD
+                      and any(isinstance(t, At) and t.share for t in n["index"])}
+    if unknown:
+        raise IllegalStep(f"sum_inside: {kernel} reads no {', '.join(sorted(unknown))} that its members share")
+
+    def place(t: Term, tensor: str) -> Term:
+        if not isinstance(t, At) or t.grid != axis:
+            return t
+        return Member(group, axis, own=bool(t.share)) if not t.share or tensor in anew else At(group)
+
+    def change(old: Node, args: tuple[Node, ...]) -> Node | None:
+        if old.op in (Op.LOAD, Op.STORE):
+            more = {"sum": ()} if old in summed else {}
+            return old.but(args, index=tuple(place(t, old["tensor"].name) for t in old["index"]), **more)
+        if old is view.node:
+            own = [e for e, was in zip(args, view.effects, strict=True) if was not in summed]
+            sums = [e for e, was in zip(args, view.effects, strict=True) if was in summed]
+            return view.with_parts(effects=_over_members(axis, group, own, sums))
+        return None
+    return put(pipeline, i, replace(p.rebuild(change), grid=tuple(group if g == axis else g for g in p.grid)))
+
+
+def _over_members(axis: str, group: str, own: list[Node], sums: list[Node]) -> tuple[Node, ...]:
+    """A scan over the members of a group (`axis` those, `group` the grid axis of groups) with the effects `own`, and the stores
+    `sums` after it, each of the sum of its value over the members."""
+    values = [s.args[0] for s in sums]
+    names = tuple(f"{s['tensor'].name}_sum" for s in sums)
+    carried = [make(Op.CARRY, name=n, scan=axis, axes=x.axes) for n, x in zip(names, values, strict=True)]
+    nexts = [c + x for c, x in zip(carried, values, strict=True)]
+    scan = make(Op.SCAN, (*(zeros(*x.axes) for x in values), *nexts, *own), axis=axis, chain=(axis,), tile="", carries=names,
+                reverse=False, group=group)
+    return scan, *(s.but((make(Op.FINAL, (scan,), i=i), *s.args[1:])) for i, s in enumerate(sums))
