@@ -82,10 +82,11 @@ def modelled(instance: Instance, shapes: Iterable[Shape], rates: Rates, backend:
     found, arch = [], rates.device.arch
     subject = Subject(instance, backend, rates.device, tuple((BACKENDS[backend].toolchain(arch) or {}).items()))
     for s in shapes:
-        call = Call(len(s.lengths), s.tokens, s.tokens if instance.varlen else s.lengths[0], {"H": s.H, "HV": s.HV})
+        sizes = (len(s.lengths), s.tokens, s.tokens if instance.varlen else s.lengths[0], {"H": s.H, "HV": s.HV})
         schedules = [default(arch, instance, *key, backend)[0] for key in (s.key, (1, FEW, s.tokens), (1, MANY, s.tokens))]
         made = [variant(instance, x, backend, arch) for x in schedules]
-        ms, best = min(((milliseconds(m, call, rates), i) for i, m in enumerate(made)), key=lambda x: (round(x[0], 9), x[1]))
+        times = [milliseconds(m, Call(*sizes), rates) for m in made]           # each with a memo of its own
+        ms, best = min(((t, i) for i, t in enumerate(times)), key=lambda x: (round(x[0], 9), x[1]))
         sources = tuple((x.kernel, x.hash) for x in made[best].sources)
         found.append(Winner(subject, s, schedules[best], sources, None, None, (), today(), "heuristic and cost model",
                             program_hash(instance), round(ms, 4)))
