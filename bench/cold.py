@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from gdn_ir.bench.cases import Row
@@ -18,7 +19,6 @@ from gdn_ir.bench.contenders import CONTENDERS, Contender
 
 CACHES = ("TRITON_CACHE_DIR", "TILELANG_CACHE_DIR", "GDN_IR_CACHE", "CUTE_DSL_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE",
           "CUDA_CACHE_PATH", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
-ALONE = ("FLA",)                                           # chooses by timing at its first call: nothing may run beside it
 
 
 @dataclass(frozen=True)
@@ -98,26 +98,33 @@ def cold_and_warm(task: Task) -> dict[str, Any]:
             "warm_process_s": warm["process"]}
 
 
+def chosen_by_triton() -> set[Path]:
+    """Where Triton's autotuner keeps what it chose, as FLA lets it; nothing without Triton."""
+    try:
+        from triton import knobs
+    except ImportError:
+        return set()
+    return set(Path(knobs.cache.dir).rglob("*.autotune.json"))
+
+
 def warm_up(contenders: list[Contender], rows: list[Row], dtype: str, device: str, train: bool, workers: int,
             told: Callable[[str], None]) -> None:
     """Compiles what a run will need into the user's caches: a process for each contender and number of heads, `workers` at a
-    time; then those that must be alone."""
+    time. A contender that chooses by timing, as FLA does, chose beside others here: that choice is forgotten, and made again,
+    from what is compiled, in the run."""
     groups: dict[tuple[int, int], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.H, row.HV), []).append(row)
-    together = [Task(c.name, tuple(g), dtype, device, train) for c in contenders if c.name not in ALONE
-                for g in groups.values()]
-    alone = [Task(c.name, tuple(rows), dtype, device, train) for c in contenders if c.name in ALONE]
-
-    def tell(task: Task, found: dict[str, Any]) -> None:
-        what = found.get("reason") or f"{found['process']:.0f} s"
-        told(f"compiled ahead: {task.contender}, {len(task.rows)} rows from {task.rows[0]}: {what}")
+    tasks = [Task(c.name, tuple(g), dtype, device, train) for c in contenders for g in groups.values()]
+    before = chosen_by_triton()
     with ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(spawn, task): task for task in together}
+        futures = {pool.submit(spawn, task): task for task in tasks}
         for future in as_completed(futures):
-            tell(futures[future], future.result())
-    for task in alone:
-        tell(task, spawn(task))
+            task, found = futures[future], future.result()
+            what = found.get("reason") or f"{found['process']:.0f} s"
+            told(f"compiled ahead: {task.contender}, {len(task.rows)} rows from {task.rows[0]}: {what}")
+    for path in chosen_by_triton() - before:
+        path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

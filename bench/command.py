@@ -18,6 +18,7 @@ from gdn_ir.bench.suite import ACCURACY, Run, attempt, gpu_name, perform
 from gdn_ir.compiler import Instance
 from gdn_ir.programs.gated_delta import Switches
 
+ATTENTION = "softmax attention: in the suites break-even, or where --peers names it"
 SLOW = "slow on a GPU: ask for it with --backends torch"
 
 
@@ -42,6 +43,8 @@ def plan(suite: str, shapes: str, backends: str, peers: str, dtype: str, device:
     if not contenders:
         raise ValueError("--backends, --peers: got none of either; accepts at least one contender")
     skipped = {"gdn-ir torch": SLOW} if device == "cuda" and not backends else {}
+    if peers == "all" and not suite.startswith("break-even"):
+        skipped |= {c.name: ATTENTION for c in contenders if c.kind == "attention"}
     path = results.path_of(out, gpu_name(device), suite, dtype)
     return Run(suite, list(dict.fromkeys(rows)), contenders, dtype, device, path, seconds, energy, skipped)
 

@@ -253,7 +253,23 @@ def test_cold_and_warm_use_the_same_folder(monkeypatch: pytest.MonkeyPatch) -> N
     told: list[str] = []
     rows = [Row((8,), 1, 2), Row((16,), 1, 2), Row((8,), 2, 2)]
     cold.warm_up([CONTENDERS["FLA"], CONTENDERS["FlashQLA"]], rows, "bf16", "cuda", False, 2, told.append)
-    assert folders == [None] * 3 and "FLA, 3 rows" in told[-1]             # by number of heads; FLA alone, at the end
+    assert folders == [None] * 4 and sum("FLA, 2 rows" in t for t in told) == 1        # by number of heads
+
+
+def test_what_was_chosen_beside_others_is_forgotten(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """But not what was chosen before."""
+    kept, made = tmp_path / "a" / "x.autotune.json", tmp_path / "b" / "y.autotune.json"
+    monkeypatch.setattr("triton.knobs.cache.dir", str(tmp_path))
+
+    def spawn(task: cold.Task) -> dict[str, Any]:
+        made.parent.mkdir()
+        made.write_text("{}")
+        return {"seconds": [1.0], "process": 1.0}
+    kept.parent.mkdir()
+    kept.write_text("{}")
+    monkeypatch.setattr(cold, "spawn", spawn)
+    cold.warm_up([CONTENDERS["FLA"]], [Row((8,), 1, 2)], "bf16", "cuda", False, 1, lambda _: None)
+    assert kept.exists() and not made.exists()
 
 
 def test_cold_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
