@@ -114,7 +114,7 @@ def summary(done: list[Winner]) -> str:
     if not gains:
         return f"{len(done)} shapes tuned"
     before = [w.served_ms / w.ms for w in done if w.ms and w.served_ms]
-    served = "" if not before else (f"; what served {len(before)} of them before, tuned for shapes like them, takes "
+    served = "" if not before else (f"; what was tuned for the nearest shape, and served {len(before)} of them before, takes "
                                     f"{statistics.geometric_mean(before):.3f}x of their time, {max(before):.3f}x at worst")
     return (f"{len(done)} shapes tuned: {statistics.geometric_mean(gains):.3f}x of the heuristic's speed (geometric mean), "
             f"{max(gains):.3f}x at best{served}")

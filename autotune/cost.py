@@ -15,7 +15,7 @@ from gdn_ir.autotune.prune import BYTES, scans, size
 from gdn_ir.autotune.records import Subject, Winner, today
 from gdn_ir.backends.base import Call, Kernel, blocks
 from gdn_ir.compiler import Instance, Variant, variant
-from gdn_ir.nodes import At, Member, Node, Op
+from gdn_ir.nodes import At, Member, Members, Node, Op
 from gdn_ir.program import Scopes
 from gdn_ir.schedules.defaults import default
 
@@ -56,6 +56,8 @@ def kernel_seconds(kernel: Kernel, call: Call, rates: Rates) -> float:
         times = math.prod(call.heads[s.axis] / call.heads[s.group] for s in kernel.groups if s.axis in scopes[n])
         if n.op in (Op.LOAD, Op.STORE) and {"T", "X"} & set(n["tensor"].dims):
             tile = n if n.op is Op.LOAD else n.args[0]
+            if any(isinstance(t, Members) and t.grid for t in n["index"]):     # one for each value head of a key head
+                times *= call.heads["HV"] / call.heads["H"]
             moved += times * size(kernel, tile) * BYTES[n["tensor"].dtype] / sharers(kernel, n, tile, call)
         if n.op is Op.DOT:
             half = n.args[0].type.dtype in ("bf16", "f16")

@@ -65,7 +65,8 @@ def one_shape(tuner: Tuner, worker: Worker, good: list[Ready], shape: Shape, end
     """Find a shape's winner; returns the candidates for the next shape: those that did not fail, and new ones that this shape
     led to."""
     first_reference = reference = heuristic(tuner, good, shape)
-    code = tuner.codes.get(tuner.served[shape]) if shape in tuner.served else None
+    before = tuner.served.get(shape)
+    code = before and tuner.codes.get(before)
     served = next((r for r in good if r.code == code), None)
     alive = list(dict.fromkeys([reference, *([served] if served else []), *(r for r in good if not pruned(tuner, r, shape))]))
     scores, reference = measure(tuner, worker, alive, reference, shape, 0, end)
@@ -98,8 +99,8 @@ def one_shape(tuner: Tuner, worker: Worker, good: list[Ready], shape: Shape, end
         tuner.display.say(f"{shape}: nothing could be timed")
     else:
         mine = final.get(reference.code) if reference is first_reference and reference.candidate.frame is None else None
-        before = final.get(served.code) if served else None
-        tuner.finish(shape, best, final[best.code].ms, mine.ms if mine else None, before.ms if before else None)
+        its = final.get(served.code) if served else None
+        tuner.finish(shape, best, final[best.code].ms, mine.ms if mine else None, its.ms if its else None)
     return [r for r in good if r.code not in tuner.failed]
 
 

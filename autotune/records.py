@@ -3,6 +3,7 @@ that is killed leaves at most a torn last line, which is skipped and reported.
 
 Every line says what it measured (`subject`) and a `kind`:
 
+    start     what served shapes before a run, tuned for the nearest other one
     compile   seconds, or why a kernel does not compile
     check     errors of all outputs against the oracle, or why there are none
     time      milliseconds, the samples of one round of one candidate
@@ -27,7 +28,7 @@ from gdn_ir.compiler import Instance
 from gdn_ir.schedules.schedule import Schedule
 
 Json = dict[str, Any]
-KINDS = ("compile", "check", "time", "winner")
+KINDS = ("start", "compile", "check", "time", "winner")
 
 
 def default_path() -> Path:
@@ -59,8 +60,8 @@ class Subject:
 @dataclass(frozen=True)
 class Winner:
     """What was chosen for a shape. sources: hashes of what ran, by kernel; ms: median, in the last measurement; heuristic_ms:
-    of the schedule that nobody tuned, in the same; served_ms: of the one that served such calls before this was tuned, in the
-    same; errors: relative, of each output; how: "measured" or what else."""
+    of the schedule that nobody tuned, in the same; served_ms: in the same, of the one that had been tuned for the nearest shape
+    and served this one until then; errors: relative, of each output; how: "measured" or what else."""
     subject: Subject
     shape: Shape
     schedule: Schedule

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 from gdn_ir.autotune import check
 from gdn_ir.autotune.display import Display
 from gdn_ir.autotune.halving import Timing, timed_rounds
-from gdn_ir.autotune.keys import Shape, device_here, of_instance, of_schedule
+from gdn_ir.autotune.keys import Shape, device_here, of_instance, of_schedule, to_schedule
 from gdn_ir.autotune.lookup import find
 from gdn_ir.autotune.pool import Pool
 from gdn_ir.autotune.prune import Pruned, Ready, ready
@@ -89,7 +89,8 @@ class Tuner:
         self.errors: dict[str, dict[str, float]] = {}      # of checked candidates, by code
         self.timings: dict[tuple[str, Shape, int], Timing] = {}
         self.finished: dict[Shape, Winner] = {}
-        self.served = dict(self.serving(t.shapes))         # before anything is found here
+        # what was tuned for the nearest shape, if anything was, before this run found anything
+        self.served: dict[Shape, Schedule | None] = {}
         self.start = time.monotonic()
         if self.resume:
             self.recall()
@@ -103,6 +104,10 @@ class Tuner:
             if r["kind"] == "winner":
                 w = Winner.of(r["subject"], r)
                 self.finished[w.shape] = w
+            elif r["kind"] == "start":
+                for x in r["served"]:
+                    s, schedule = x["shape"], x["schedule"]
+                    self.served[Shape(tuple(s["lengths"]), s["H"], s["HV"])] = schedule and to_schedule(schedule)
             elif r["kind"] == "check" and "errors" in r:
                 self.errors[r["code"]] = r["errors"]
             elif r["kind"] == "time" and "ms" in r:
@@ -129,12 +134,14 @@ class Tuner:
             counts = (self.limits.workers, self.limits.checkers, 1)
             self.compilers, self.checkers, timers = (stack.enter_context(Pool(n, self.modules, kept)) for n in counts)
             if todo:
+                begun = self.begin([s for s in todo if s not in self.served])
                 heads = todo[0].HV * len(todo[0].lengths)
-                found = [*(Candidate(s) for s in (*self.heuristics(todo), *self.served.values())),
+                found = [*(Candidate(s) for s in (*self.heuristics(todo), *filter(None, self.served.values()))),
                          *candidates(self.searched, t.backend, t.arch, t.instance, heads)]
                 good = self.prepare(found)
                 if not self.tried:
                     raise ValueError(f"--backends: got {t.backend}, which serves nothing of {t.instance} here: {self.reason}")
+                self.records.append("start", self.subject.json(), served=begun)
                 timed_rounds(self, timers.workers[0], good, todo)
         return [self.finished[s] for s in dict.fromkeys(t.shapes) if s in self.finished]
 
@@ -148,15 +155,19 @@ class Tuner:
                 continue
         return list(found)
 
-    def serving(self, shapes: Iterable[Shape]) -> Iterator[tuple[Shape, Schedule]]:
-        """What serves calls of a shape where tuning found something for one like it."""
+    def begin(self, shapes: Iterable[Shape]) -> list[Json]:
+        """Look up what serves calls of these shapes because it was tuned, here, for the nearest other one; returns it to be
+        recorded: a resumed run would ask too late."""
+        said: list[Json] = []
         for s in shapes:
             try:
                 found = find(self.task.arch, self.task.instance, *s.key, self.task.backend)
             except ValueError:
                 continue
-            if found.level not in ("heuristic", "pack"):
-                yield s, found.schedule
+            schedule = self.served[s] = found.schedule if found.level == "near" else None
+            said.append({"shape": {"lengths": list(s.lengths), "H": s.H, "HV": s.HV},
+                         "schedule": schedule and of_schedule(schedule)})
+        return said
 
     def prepare(self, found: Iterable[Candidate]) -> list[Ready]:
         """Candidates that compile and are right, of those not seen before."""

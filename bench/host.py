@@ -72,7 +72,8 @@ def stubbed() -> Iterator[None]:
     nothing, cpu = Driver(), -1
     with mock.patch.object(Triton, "compile", compile), mock.patch.object(registry, "architecture", lambda _: "sm_90"), \
             mock.patch.object(driver, "driver", lambda: nothing), mock.patch.object(driver, "current", lambda: cpu), \
-            mock.patch.object(driver, "stream", lambda device: 7):
+            mock.patch.object(driver, "stream", lambda device: 7), \
+            mock.patch.object(driver, "workspace", lambda size, device: torch.empty(size, dtype=torch.uint8)):
         registry.forget()                                  # what was chosen for the CPU, and what was compiled
         try:
             yield

@@ -92,9 +92,8 @@ def section(page: Page) -> list[Block]:
         blocks += [("p", tables.summary(page)), ("table", tables.table(page)),
                    ("p", f"Relative errors{', the largest of all rows,' if many else ''} against {tables.exact(page)}:"),
                    ("table", tables.largest(page.rows) if many else tables.errors(page.rows))]
-        if not many:
-            blocks.append(("p", "Launches of a call, and MiB at once beyond its inputs:"))
-            blocks.append(("table", tables.costs(page.rows)))
+        costs = "Launches of a call, and MiB at once beyond its inputs:"
+        blocks += [("p", f"{costs} in {page.suite}.json.")] if many else [("p", costs), ("table", tables.costs(page.rows))]
     if page.accuracy:
         blocks += [("p", "Errors against the token recurrence in float64, T = 768, H/HV 2/4, K = V = 128:"),
                    ("table", tables.accuracy(page.accuracy))]

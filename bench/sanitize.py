@@ -1,4 +1,4 @@
-"""One call of every kernel that serves a shape, forward, backward and one token at a time, for a tool to watch:
+"""One call of every kernel that serves a shape by default, forward, backward and one token at a time, for a tool to watch:
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool initcheck python -m gdn_ir.bench.sanitize
 
@@ -14,11 +14,12 @@ from gdn_ir import registry
 from gdn_ir.bench import inputs
 from gdn_ir.ops import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 
-LENGTHS = [130, 64, 0, 71]                                 # whole chunks, ragged ends, no token
+LENGTHS = [130, 64, 0, 71, 37]                             # whole chunks, ragged ends, no token; the last is nobody's
 
 
 def main() -> None:
     x = inputs.make(LENGTHS, 2, 4, 128, 128)
+    x["cu_seqlens"], x["initial_state"] = x["cu_seqlens"][:-1], x["initial_state"][:-1]
     leaves: dict[str, Any] = {n: x[n][None].requires_grad_() for n in ("q", "k", "v", "g", "beta")}
     state = x["initial_state"].requires_grad_()
     with registry.use("triton"):
@@ -30,7 +31,8 @@ def main() -> None:
             last, _ = fused_recurrent_gated_delta_rule(**one, initial_state=S[:1], output_final_state=True)
     torch.cuda.synchronize()
     for name, t in zip(("o", "final_state", *leaves, "initial_state", "one token"), (o, S, *grads, last), strict=True):
-        print(f"{name}: {'finite' if bool(t.isfinite().all()) else 'not finite'}")
+        if not bool(t.isfinite().all()):
+            raise SystemExit(f"{name} is not finite")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,8 @@ def sum_inside(pipeline: Pipeline, kernel: str, again: str = "") -> Pipeline:
     each in float32 registers, and stores once. What all members read is loaded, and what only depends on it computed, once, but
     for the tensors in `again` (comma-separated): each member reads those again, from the cache, and no register holds them.
 
+    A kernel of these must hold all of V: a sum over members of sums over parts of V is not split yet (`gdn_ir.split`).
+
     Legal iff the kernel runs all chunks at once (the carries of a serial scan are each member's own; `sum_after` sums those).
     """
     i = next((i for i, q in enumerate(pipeline) if q.name == kernel), None)

@@ -101,6 +101,16 @@ def test_transformed_tensors_are_dispatched(transform: Callable[[dict[str, Tenso
     assert dispatched == ["forward"]
 
 
+def test_zeros_without_memory_are_dispatched(dispatched: list[str]) -> None:
+    """Of a backward's gradient, too: a kernel would be given a null address."""
+    x = {n: t.requires_grad_() for n, t in make(T=9).items()}
+    o = call(x)
+    (d_q,) = torch.autograd.grad(o, x["q"], torch._efficientzerotensor(o.shape, dtype=o.dtype))
+    with torch.no_grad():
+        zero = call(x | {"v": torch._efficientzerotensor(x["v"].shape, dtype=o.dtype)})
+    assert dispatched == ["backward", "forward"] and not d_q.any() and not zero.any()
+
+
 def test_the_profiler_sees_the_op() -> None:
     x = {n: t.requires_grad_() for n, t in make(T=9).items()}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:

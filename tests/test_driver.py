@@ -47,6 +47,7 @@ def test_what_the_driver_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     fake, streams = Driver(kernel), iter([7, 7, 8])
     monkeypatch.setattr(driver, "driver", lambda: fake)
     monkeypatch.setattr(driver, "current", lambda: -1)
+    monkeypatch.setattr(driver, "workspace", lambda size, device: torch.empty(size, dtype=torch.uint8))
     monkeypatch.setattr(driver, "stream", lambda device: next(streams))
     launch = driver.Image(kernel, b"", {"name": "output", "shared": 5, "num_warps": 4})
     call = Call(1, 64, 64, {"H": 1, "HV": 2}, torch.tensor([0, 64], dtype=torch.int32))
@@ -91,6 +92,7 @@ def test_what_the_driver_says_is_in_the_error(monkeypatch: pytest.MonkeyPatch) -
 def pipeline(monkeypatch: pytest.MonkeyPatch) -> tuple[tuple[Kernel, ...], driver.Batch, Call]:
     """The forward of an H100 as one batch, for two sequences of 100 tokens, launched as if the CPU were a GPU."""
     monkeypatch.setattr(driver, "current", lambda: -1)
+    monkeypatch.setattr(driver, "workspace", lambda size, device: torch.empty(size, dtype=torch.uint8))
     monkeypatch.setattr(driver, "stream", lambda device: 7)
     i = Instance(Switches(), 64, 64, "bf16", "bf16", False)
     kernels = variant(i, default("sm_90", i, 2, 8, 200)[0], "triton", "sm_90").compiled.kernels

@@ -86,6 +86,11 @@ def stream(device: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device)
 
 
+def workspace(size: int, device: int) -> torch.Tensor:
+    """Bytes there. Freed as soon as nobody holds it: torch gives it only to what comes later on the same stream."""
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
 def current() -> int:
     """torch's current device."""
     return torch._C._cuda_getDevice()
@@ -199,11 +204,13 @@ class Batch:
             enter(device)
             _thread.entered.add(device)
         free = plan.frames.setdefault(device, [])
-        frame = free.pop() if free else Frame(plan, device)
+        try:
+            frame = free.pop()
+        except IndexError:
+            frame = Frame(plan, device)
         if plan.bytes:
-            # freed on return: torch gives it only to what comes later on this stream
-            workspace = torch.empty(plan.bytes, dtype=torch.uint8, device=device if device >= 0 else "cpu")
-            start = workspace.data_ptr()
+            held = workspace(plan.bytes, device)           # until all is launched
+            start = held.data_ptr()
             addresses += [start + offset for offset in plan.offsets]
         else:
             addresses += [0] * len(plan.offsets)

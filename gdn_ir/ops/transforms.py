@@ -33,8 +33,8 @@ def direct(*tensors: Tensor | None) -> bool:
     if (added.raw_repr(), removed.raw_repr() & (_OFF | _AUTOGRAD)) not in _ORDINARY \
             or torch._C._len_torch_function_stack() or torch._C._autograd._profiler_enabled() or forward_ad._current_level >= 0:
         return False
-    # no subclasses, and no views whose numbers are yet to be negated
-    return all([x is None or (type(x) in PLAIN and not x.is_neg()) for x in tensors])
+    # no subclasses, no views whose numbers are yet to be negated, no zeros without memory
+    return all([x is None or (type(x) in PLAIN and not x.is_neg() and not x._is_zerotensor()) for x in tensors])
 
 
 def refuse(op: str, *tensors: Tensor | None) -> None:
