@@ -39,7 +39,7 @@ def timed_rounds(tuner: Tuner, worker: Worker, good: list[Ready], shapes: list[S
     for i, shape in enumerate(shapes):
         left = end - time.monotonic()
         if left <= 0 or not good:
-            why = "the budget ended" if good else "no candidate is right"
+            why = "the budget ended" if good or left <= 0 else "no candidate is both compiled and right"
             tuner.display.say(f"{len(shapes) - i} shapes not tuned: {why}")
             return
         share = max(1 / (len(shapes) - i), 0.0 if i else FIRST)

@@ -230,7 +230,10 @@ class Tuner:
         for key in keys:
             if key not in done:
                 self.failed[key] = "not compiled: the budget for it ended"
-        self.tell("kernels do not compile", [self.failed[k] for k in keys if k in self.failed])
+        late = len(keys) - len(done)
+        if late:
+            self.display.say(f"{late} kernels not compiled: the budget for it ended (a larger --budget, or --resume)")
+        self.tell("kernels do not compile", [self.failed[k] for k in keys if k in self.failed and k in done])
 
     def check(self, fresh: list[Ready]) -> None:
         """Every candidate against the oracle."""

@@ -107,8 +107,10 @@ def test_cuda_graph() -> None:
 @pytest.mark.parametrize("shape", [{}, {"B": 2, "T": 130, "K": 64, "V": 128}, {"H": 1, "HV": 3, "K": 128, "V": 128},
                                    {"K": 48, "V": 80}, {"K": 256, "V": 256}, {"HV": 4, "K": 160, "V": 192}])
 def test_gradients(shape: dict[str, int], dtype: torch.dtype) -> None:
-    """Through o and the final state, by Triton, against float64 autograd of the recurrence."""
-    x = make(**shape, dtype=dtype, device="cuda")
+    """Through o and the final state, by Triton, against float64 autograd of the recurrence. Of four batch rows: the relative
+    error of g's gradient, a sum in which most cancels, is anything from 0.002 to 0.008 where there is one."""
+    x = make(**shape | {"B": 4}, dtype=dtype, device="cuda")
+    torch.manual_seed(0)
     leaves = {n: t.clone().requires_grad_() for n, t in x.items()}
     with gdn_ir.use("triton"):
         o, S = chunk_gated_delta_rule(**leaves, output_final_state=True)
@@ -141,6 +143,7 @@ def test_gradients_of_hard_inputs(kind: str, dtype: torch.dtype) -> None:
     x = make(1, sum(lengths) + 9, 1, 2, 64, 64, dtype, "cuda")
     for name, value in HARD[kind].items():
         x[name].fill_(value)
+    torch.manual_seed(0)
     leaves = {n: t.requires_grad_() for n, t in (x | {"initial_state": torch.randn(6, 2, 64, 64, device="cuda")}).items()}
     cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], device="cuda")
     with gdn_ir.use("triton"):

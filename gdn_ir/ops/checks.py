@@ -14,6 +14,9 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 LATER = {"transpose_state_layout": False, "safe_gate": False, "lower_bound": None, "cp_context": None, "chunk_indices": None,
          "head_first": False, "return_intermediate_states": False, "gk": None, "gv": None}
 
+INSTEAD = {"transpose_state_layout": "; its new name is served: state_v_first",
+           "gk": "; gk and gv come before beta here, so give beta by name"}
+
 
 def describe(x: object) -> str:
     if isinstance(x, Tensor):
@@ -32,7 +35,8 @@ def keywords(op: str, given: dict[str, Any], known: tuple[str, ...]) -> None:
         if name not in LATER:
             raise TypeError(f"{op}: unknown keyword {name!r}, got {describe(value)}; accepts {', '.join(known)}")
         if value is not LATER[name] and value != LATER[name]:
-            raise NotImplementedError(f"{name}: got {describe(value)}; only {LATER[name]!r} is served so far")
+            raise NotImplementedError(f"{name}: got {describe(value)}; only {LATER[name]!r} is served so far"
+                                      + INSTEAD.get(name, ""))
 
 
 def flags(**given: object) -> None:
