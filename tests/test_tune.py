@@ -345,6 +345,6 @@ def test_a_backward_is_tuned_shown_exported_and_verified(tmp_path: Path, monkeyp
     assert command.known(str(path)) == [w]
     assert not command.verify(str(path), -0.999, console)  # it is right, but not a thousand times faster than it was
     said = console.export_text()
-    assert "1 shapes tuned" in said and "1x40:1/2" in said and "wrong: slower: " in said and "; errors d_q " in said
+    assert "1 shapes tuned" in said and "1x40:1/2" in said and "slow, though right: " in said and "; errors d_q " in said
     with pytest.raises(ValueError, match=r"table: got none.json; accepts shipped, or a file"):
         command.known("none.json")
