@@ -88,21 +88,25 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
             "native code: states again, then their adjoints in reverse, kept a chunk of 16 tokens apart; heads go to threads"
     if arch != "torch" and (backend not in ("triton", "tilelang") or arch not in MULTIPROCESSORS):
         raise ValueError(f"no schedule of a backward for {backend} on {arch} yet")
-    steps = backward_plan("states", instance.program, instance.io)
+    whole = instance.io == "f32"
+    lean = arch == "sm_90" and backend == "triton" and not whole and max(instance.K, instance.V) <= 128
+    steps = backward_plan("grouped" if lean else "states", instance.program, instance.io)
     if arch == "torch":
         return Schedule("backward", steps=steps), "any device: one pass over the chunks each way, the rest of them at once"
     if backend == "tilelang" and max(instance.K, instance.V) > 128:
         raise ValueError(f"no schedule of a backward for K x V of {instance.K} x {instance.V} by tilelang yet; 128 at most")
     width = 32 if backend == "tilelang" else scan_width(arch, instance, sequences * heads)
-    whole = instance.io == "f32"
-    scan = KernelOptions(width, 4, 2)
-    every = KernelOptions(None, 8, 1)
+    again = back = KernelOptions(width, 4, 2)
+    every = local = KernelOptions(None, 8, 1)
+    if lean:                                               # a third stage of its scans; two blocks of local a multiprocessor
+        again = back = KernelOptions(width, 4, 3)
+        local = KernelOptions(None, 4, 1)
     if max(instance.K, instance.V) > 128:                  # a state is more than a block holds: sums over V in parts
-        every = KernelOptions(32 if whole else 64, 8, 1)
-        scan = KernelOptions(width, 8 if width == 64 else 4, 2 if arch == "sm_90" and not whole else 1)
+        every = local = KernelOptions(32 if whole else 64, 8, 1)
+        again = back = KernelOptions(width, 8 if width == 64 else 4, 2 if arch == "sm_90" and not whole else 1)
     carried = instance.program.scans()[-1]["carries"]      # none where nothing passes from chunk to chunk, in reverse
-    kernels = {"solve": KernelOptions(None, 1 if not whole and backend == "triton" else 4, 1), "again": scan, "local": every,
-               "back": scan if carried else every, "inner": every,
+    kernels = {"solve": KernelOptions(None, 1 if not whole and backend == "triton" else 4, 1), "again": again, "local": local,
+               "back": back if carried else every, "inner": every,
                "grads": every, "heads": KernelOptions(None, 4, 1)}
     made = {step[-1] for step in steps if step[0] in ("hoist", "lift", "sink")} | \
         {step[1] for step in steps if step[0] == "sum_after"} | \
