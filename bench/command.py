@@ -23,7 +23,7 @@ SLOW = "slow on a GPU: ask for it with --backends torch"
 
 
 def plan(suite: str, shapes: str, backends: str, peers: str, dtype: str, device: str, out: Path, seconds: float, energy: float,
-         K: int, V: int) -> Run:
+         K: int, V: int, kind: str = "real") -> Run:
     """What the options ask for. Raises ValueError naming the first that it cannot take, what it got and what it accepts."""
     if suite not in cases.SUITES:
         raise ValueError(f"suite: got {suite!r}; accepts {', '.join(cases.SUITES)}")
@@ -37,6 +37,8 @@ def plan(suite: str, shapes: str, backends: str, peers: str, dtype: str, device:
     for name, number, least in (("--seconds", seconds, 0.0), ("--energy", energy, 0.0)):
         if not least <= number <= 60:
             raise ValueError(f"{name}: got {number}; accepts seconds from {least:g} to 60")
+    if kind not in (kinds := ("real", *inputs.KINDS)):
+        raise ValueError(f"--inputs: got {kind!r}; accepts {', '.join(kinds)}")
     Instance(Switches(), K, V, dtype, dtype, True)         # raises where K or V is none that an op accepts
     rows = [Row(tuple(lengths), H, HV, K, V) for lengths, H, HV in cases.parse(shapes, suite)]
     contenders = chosen("--backends", backends or "all") + chosen("--peers", peers)
@@ -45,8 +47,8 @@ def plan(suite: str, shapes: str, backends: str, peers: str, dtype: str, device:
     skipped = {"gdn-ir torch": SLOW} if device == "cuda" and not backends else {}
     if peers == "all" and not suite.startswith("break-even"):
         skipped |= {c.name: ATTENTION for c in contenders if c.kind == "attention"}
-    path = results.path_of(out, gpu_name(device), suite, dtype)
-    return Run(suite, list(dict.fromkeys(rows)), contenders, dtype, device, path, seconds, energy, skipped)
+    path = results.path_of(out, gpu_name(device), suite, dtype, kind)
+    return Run(suite, list(dict.fromkeys(rows)), contenders, dtype, device, path, seconds, energy, kind, skipped)
 
 
 def page_for(run: Run, resume: bool) -> Page:
@@ -80,7 +82,7 @@ def bench(run: Run, commit: str, resume: bool = False, warm: bool = False, with_
     console.print(f"measured: copy {rates.bytes / 1e12:.3f} TB/s, {run.dtype} matrix product {rates.flops / 1e12:.1f} TFLOP/s")
     date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M")
     page.runs.append({"commit": commit, "date": date, "versions": told, "bytes_per_s": rates.bytes, "flops_per_s": rates.flops,
-                      "inputs": "real"})
+                      "inputs": run.inputs})
     index = len(page.runs) - 1
     if not perform(run, page, index, rates, console, inputs.KINDS if accuracy else ()):
         return False

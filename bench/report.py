@@ -62,7 +62,7 @@ def document(pages: list[Page]) -> list[Block]:
         blocks += tuned(gpu)
         for name, (title, plot) in PLOTS.items():
             for train in (False, True):
-                these = [p for p in of_gpu if trains(p.suite) == train]
+                these = [p for p in of_gpu if trains(p.suite) == train and p.inputs == "real"]
                 if not these:
                     continue
                 drawn = plot(these, train)
@@ -79,7 +79,8 @@ def document(pages: list[Page]) -> list[Block]:
 
 def section(page: Page) -> list[Block]:
     """One suite: what was measured with what, its rows, errors, first calls, and why something is missing."""
-    blocks: list[Block] = [("h3", f"{page.suite}, {page.dtype}")]
+    of = "" if page.inputs == "real" else f", {page.inputs} inputs"
+    blocks: list[Block] = [("h3", f"{page.suite}, {page.dtype}{of}")]
     if page.mixed:
         blocks.append(("warning", page.mixed))
     used = sorted({r["run"] for r in page.records()})

@@ -35,6 +35,11 @@ class Page:
         return commit
 
     @property
+    def inputs(self) -> str:
+        """The kind that its rows were timed with (`bench/inputs.py`)."""
+        return str(self.runs[-1]["inputs"]) if self.runs else "real"
+
+    @property
     def commits(self) -> list[str]:
         """Of what the page holds, oldest first."""
         return list(dict.fromkeys(self.commit_of(r) for r in sorted(self.records(), key=lambda r: r["run"])))
@@ -96,8 +101,9 @@ def pages(folder: Path) -> list[Page]:
     return found
 
 
-def path_of(folder: Path, gpu: str, suite: str, dtype: str) -> Path:
-    return folder / slug(gpu) / f"{suite}{'' if dtype == 'bf16' else '-' + dtype}.json"
+def path_of(folder: Path, gpu: str, suite: str, dtype: str, inputs: str = "real") -> Path:
+    name = "-".join([suite, *([] if dtype == "bf16" else [dtype]), *([] if inputs == "real" else [inputs])])
+    return folder / slug(gpu) / f"{name}.json"
 
 
 def slug(gpu: str) -> str:

@@ -30,7 +30,7 @@ ACCURACY = Row((768,), 2, 4)                               # every kind of input
 @dataclass
 class Run:
     """What a user asked for. skipped: contenders that are listed with this reason, not measured; seconds: of replays for each
-    contender and row; joules: of replays again, for energy (0: none)."""
+    contender and row; joules: of replays again, for energy (0: none); inputs: their kind (`bench/inputs.py`)."""
     suite: str
     rows: list[Row]
     contenders: list[Contender]
@@ -39,6 +39,7 @@ class Run:
     path: Path
     seconds: float = 0.15
     joules: float = 0.0
+    inputs: str = "real"
     skipped: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -71,8 +72,9 @@ def settle(device: str, why: str = "a kernel broke the GPU's context") -> None:
             raise Lost(why) from None
 
 
-def make(run: Run, row: Row, kind: str = "real", seed: int = 0) -> Tensors:
-    x = inputs.make(list(row.lengths), row.H, row.HV, row.K, row.V, TORCH[run.dtype], run.device, kind, seed)
+def make(run: Run, row: Row, kind: str = "", seed: int = 0) -> Tensors:
+    """Inputs of a row, of the run's kind where none is named."""
+    x = inputs.make(list(row.lengths), row.H, row.HV, row.K, row.V, TORCH[run.dtype], run.device, kind or run.inputs, seed)
     if run.train:
         generator = torch.Generator(device=run.device).manual_seed(1000 + seed)
         x["do"] = torch.randn(x["v"].shape, generator=generator, device=run.device).to(x["v"].dtype)

@@ -133,6 +133,8 @@ def bench(suite: Annotated[str, typer.Argument(help="forward, forward-core, trai
           dtype: Annotated[str, typer.Option(help="bf16, f16 or f32 (bf16; f32 on a CPU)")] = "",
           device: Annotated[str, typer.Option(help="cuda or cpu (cuda where there is one)")] = "",
           K: int = 128, V: int = 128,
+          inputs: Annotated[str, typer.Option(help="of timed rows: real (one head in sixteen hardly decays), model (all do), no_decay, "
+                                                   "strong_decay or correlated")] = "real",
           out: Annotated[Path, typer.Option(help="a folder: results go to OUT/GPU/SUITE.json")] = Path("bench/results"),
           resume: Annotated[bool, typer.Option("--resume", help="keep what the file has, skip rows of the same commit and GPU")]
           = False,
@@ -150,7 +152,7 @@ def bench(suite: Annotated[str, typer.Argument(help="forward, forward-core, trai
     from gdn_ir.bench.results import commit_here
     if workers < 1:
         raise ValueError(f"--workers: got {workers}; accepts a number from 1 on")
-    planned = plan(suite, shapes, backends, peers, dtype, device, out, seconds, energy, K, V)
+    planned = plan(suite, shapes, backends, peers, dtype, device, out, seconds, energy, K, V, inputs)
     if not run(planned, commit or commit_here(), resume, warm, cold, workers, accuracy):
         raise SystemExit(130)
 
