@@ -133,8 +133,8 @@ def bench(suite: Annotated[str, typer.Argument(help="forward, forward-core, trai
           dtype: Annotated[str, typer.Option(help="bf16, f16 or f32 (bf16; f32 on a CPU)")] = "",
           device: Annotated[str, typer.Option(help="cuda or cpu (cuda where there is one)")] = "",
           K: int = 128, V: int = 128,
-          inputs: Annotated[str, typer.Option(help="of timed rows: real (one head in sixteen hardly decays), model (all do), no_decay, "
-                                                   "strong_decay or correlated")] = "real",
+          inputs: Annotated[str, typer.Option(help="of timed rows: real (one head in sixteen hardly decays), model (all do), "
+                                                   "no_decay, strong_decay or correlated")] = "real",
           out: Annotated[Path, typer.Option(help="a folder: results go to OUT/GPU/SUITE.json")] = Path("bench/results"),
           resume: Annotated[bool, typer.Option("--resume", help="keep what the file has, skip rows of the same commit and GPU")]
           = False,
