@@ -48,7 +48,7 @@ def document(pages: list[Page]) -> list[Block]:
         ("p", "Written by `gdn-ir report` from `bench/results/`. Milliseconds are medians of interleaved runs of one process "
               "(CUDA-graph replays unless a cell says otherwise), inputs rotated past L2, q and k of unit length, decays as "
               "Gated DeltaNet makes them, with one head in sixteen that hardly decays. A pass's floor is the larger of its "
-              "least bytes over a measured copy's bandwidth and the chunk form's arithmetic over a measured matrix product's "
+              "least bytes over a measured bandwidth and the chunk form's arithmetic over a measured matrix product's "
               "rate. Errors are relative (L2). A contender without a number has its reason below the table.")]
     for gpu in dict.fromkeys(p.gpu for p in pages):
         of_gpu = [p for p in pages if p.gpu == gpu]
@@ -87,7 +87,7 @@ def section(page: Page) -> list[Block]:
     for run in (page.runs[i] for i in used):
         blocks.append(("p", f"Commit {run['commit']}, {run['date']} UTC; "
                             + ", ".join(f"{n} {v}" for n, v in run["versions"].items())
-                            + f"; copy {run['bytes_per_s'] / 1e12:.3g} TB/s, product {run['flops_per_s'] / 1e12:.3g} TFLOP/s."))
+                            + f"; memory {run['bytes_per_s'] / 1e12:.3g} TB/s, product {run['flops_per_s'] / 1e12:.3g} TFLOP/s."))
     if page.rows:
         many = len(page.rows) > MANY
         blocks += [("p", tables.summary(page)), ("table", tables.table(page)),
