@@ -79,7 +79,8 @@ def bench(run: Run, commit: str, resume: bool = False, warm: bool = False, with_
         rates = floors.measure(run.device, TORCH[run.dtype])
     except KeyboardInterrupt:
         return False
-    console.print(f"measured: memory {rates.bytes / 1e12:.3f} TB/s, {run.dtype} matrix product {rates.flops / 1e12:.1f} TFLOP/s")
+    console.print(f"measured: memory {rates.bytes / 1e12:.3f} TB/s, "
+                  f"{run.dtype} matrix product {rates.flops / 1e12:.1f} TFLOP/s")
     date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M")
     page.runs.append({"commit": commit, "date": date, "versions": told, "bytes_per_s": rates.bytes, "flops_per_s": rates.flops,
                       "inputs": run.inputs})

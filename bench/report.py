@@ -85,9 +85,9 @@ def section(page: Page) -> list[Block]:
         blocks.append(("warning", page.mixed))
     used = sorted({r["run"] for r in page.records()})
     for run in (page.runs[i] for i in used):
-        blocks.append(("p", f"Commit {run['commit']}, {run['date']} UTC; "
-                            + ", ".join(f"{n} {v}" for n, v in run["versions"].items())
-                            + f"; memory {run['bytes_per_s'] / 1e12:.3g} TB/s, product {run['flops_per_s'] / 1e12:.3g} TFLOP/s."))
+        used_with = ", ".join(f"{n} {v}" for n, v in run["versions"].items())
+        rates = f"memory {run['bytes_per_s'] / 1e12:.3g} TB/s, product {run['flops_per_s'] / 1e12:.3g} TFLOP/s"
+        blocks.append(("p", f"Commit {run['commit']}, {run['date']} UTC; {used_with}; {rates}."))
     if page.rows:
         many = len(page.rows) > MANY
         blocks += [("p", tables.summary(page)), ("table", tables.table(page)),
