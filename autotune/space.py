@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, replace
 
 from gdn_ir.artifacts import digest
 from gdn_ir.compiler import Instance, planned
+from gdn_ir.follow import can_follow
+from gdn_ir.program import Program
 from gdn_ir.schedules.defaults import default
 from gdn_ir.schedules.plans import Steps, backward_plan, plan
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
@@ -102,26 +104,34 @@ def candidates(space: Space, backend: str, arch: str, instance: Instance, heads:
 
 
 def widened(frame: Frame, space: Space, backend: str, arch: str, instance: Instance, heads: int = 32) -> Iterator[Candidate]:
-    """A frame with the options of each of its kernels varied."""
+    """A frame with the options of each of its kernels varied. A kernel that follows another does so in all but one."""
     base = based(frame, backend, arch, instance, heads)
     for kernel in kernels_of(frame, instance):
+        follows = base.options(kernel).follows
         for options in space.options():
-            yield Candidate(base.with_options(**{kernel: options}), frame, kernel)
+            yield Candidate(base.with_options(**{kernel: replace(options, follows=follows)}), frame, kernel)
+        if follows:
+            yield Candidate(base.with_options(**{kernel: replace(base.options(kernel), follows=False)}), frame, kernel)
 
 
 def kernels_of(frame: Frame, instance: Instance) -> list[str]:
     """Names of the kernels that a frame makes; none where it is not legal."""
+    return [p.name for p in made_by(frame, instance)]
+
+
+def made_by(frame: Frame, instance: Instance) -> tuple[Program, ...]:
     if frame.plan == "recurrent":
-        return [instance.program.name]
+        return (instance.program,)
     try:
-        return [p.name for p in planned(instance.program, frame.steps(instance))]
+        return planned(instance.program, frame.steps(instance))
     except ValueError:
-        return []
+        return ()
 
 
 def based(frame: Frame, backend: str, arch: str, instance: Instance, heads: int) -> Schedule:
     """A frame's schedule before any option is varied: the heuristic's options for kernels that it knows, modest ones else."""
-    names = kernels_of(frame, instance)
+    pipeline = made_by(frame, instance)
+    names = [p.name for p in pipeline]
     known: Mapping[str, KernelOptions] = {}
     if arch not in ("cpu", "torch"):
         try:
@@ -130,6 +140,9 @@ def based(frame: Frame, backend: str, arch: str, instance: Instance, heads: int)
             known = {}
         if frame.plan in ("fused", "solve"):               # its scan does all the work
             known = {k: o for k, o in known.items() if k != "scan"}
+    behind = {p.name: before for before, p in zip(pipeline, pipeline[1:])}
+    known = {n: o if not o.follows or (n in behind and can_follow(behind[n], next(p for p in pipeline if p.name == n)))
+             else replace(o, follows=False) for n, o in known.items()}
     options = {n: known.get(n, MODEST if arch not in ("cpu", "torch") else KernelOptions()) for n in names}
     made = Schedule(frame.plan, frame.chunk, frame.steps(instance) if names else (("illegal",),), dot=frame.dot)
     return replace(made, kernels=(("*", MODEST if arch not in ("cpu", "torch") else KernelOptions()), *options.items()))

@@ -17,6 +17,7 @@ from gdn_ir.program import Program, ScanView, token_chains
 from gdn_ir.schedules.schedule import KernelOptions
 
 TORCH = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "f64": torch.float64}
+STORED = {**TORCH, "int": torch.int32}                     # what temporaries may be of: counts too, which start at zero
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class Kernel:
 
     extents: sizes of the axes fixed at compile time (C, K, V). tiles: extents of the tiles over them, larger where an axis is
     padded, smaller where it is split over the grid. varlen: sequences are found through cu_seqlens, else all have length T.
+    counts: of a scan that is followed, where it counts a chunk's columns that are stored; awaits: of its follower, those counts
+    and how high they must be, and whether the scan goes backwards; clears: of a kernel before such a scan, the counts that it
+    sets to zero (`gdn_ir.follow`).
     """
     name: str
     program: Program
@@ -42,6 +46,9 @@ class Kernel:
     options: KernelOptions
     varlen: bool
     origin: str = ""                           # schedule and instance, for the header of the emitted source
+    counts: Tensor | None = None
+    awaits: tuple[Tensor, int, bool] | None = None
+    clears: Tensor | None = None
 
     @cached_property
     def parallel(self) -> ScanView | None:
@@ -80,6 +87,11 @@ class Kernel:
         """Tile axes that are split over the grid."""
         return tuple(a[:-1] for a in self.program.grid if a.endswith("#"))
 
+    @property
+    def columns(self) -> int:
+        """Those of V that a block owns."""
+        return self.tile("V") if self.splits else self.extents["V"]
+
     def tile(self, axis: str) -> int:
         return self.tiles.get(base(axis), self.extents[base(axis)])
 
@@ -88,7 +100,8 @@ class Kernel:
         return self.extents[base(axis)] % self.tile(axis) != 0
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(self.program.tensors().values())
+        more = [t for t in (self.clears, self.awaits[0] if self.awaits else None, self.counts) if t]
+        return (*self.program.tensors().values(), *more)
 
     def header(self, *more: str) -> str:
         """What stands above an emitted source, as comments: where it came from, and what else a backend has to say."""
@@ -189,8 +202,11 @@ def in_order(kernels: Sequence[Kernel], launches: Sequence[Launch]) -> Launch:
         device = next(iter(memory.values())).device
         shapes = call.memo.get("temporaries")
         if shapes is None:
-            shapes = call.memo["temporaries"] = [(t.name, call.shape(kernel, t), TORCH[t.dtype]) for kernel, t in temps]
+            shapes = call.memo["temporaries"] = [(t.name, call.shape(kernel, t), STORED[t.dtype]) for kernel, t in temps]
         every = {**memory, **{name: torch.empty(shape, dtype=dtype, device=device) for name, shape, dtype in shapes}}
+        for name, _, dtype in shapes:
+            if dtype is torch.int32:
+                every[name].zero_()
         elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
         with torch.cuda.device(device) if elsewhere else HERE:                 # launches go to the tensors' device
             for launch in launches:

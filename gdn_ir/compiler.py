@@ -15,8 +15,9 @@ from gdn_ir.ahead import not_compiled
 from gdn_ir.artifacts import NotCompiled
 from gdn_ir.autodiff import backward
 from gdn_ir.backends.base import TORCH, Backend, Call, Kernel, Launch, Source
+from gdn_ir.follow import clears, ready
 from gdn_ir.legalize import collapse, small_products, split_products, ungrouped
-from gdn_ir.nodes import IRError
+from gdn_ir.nodes import IRError, Tensor
 from gdn_ir.padding import pad
 from gdn_ir.precision import precision, storage
 from gdn_ir.program import Program, tile_axes, token_chains
@@ -122,8 +123,10 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
     for p in pipeline:
         if any("V#" in p.tensors()[n].dims for n in p.written()):
             extents["V#"] = -(-extents["V"] // split[p.name])
-    kernels = []
-    for p in pipeline:
+    followed = {i: ready(pipeline[i - 1], p) for i, p in enumerate(pipeline) if i and schedule.options(p.name).follows}
+    cleared = {i - 2: t for i, t in followed.items() if i > 1 and clears(pipeline[i - 2], pipeline[i - 1])}
+    kernels: list[Kernel] = []
+    for i, p in enumerate(pipeline):
         options = schedule.options(p.name)
         p = small_products(p, extents)
         p = precision(storage(p, **dtypes), products, rest)
@@ -132,7 +135,12 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
         tiles = whole | ({"V": split[p.name]} if p.name in split else {})
         padded = {a for a in tile_axes(p) if a in tokens or extents[a] % tiles[a]}
         p = pad(p, frozenset(padded))
-        kernels.append(Kernel(p.name, p, extents, tiles, options, varlen, origin))
+        awaits: tuple[Tensor, int, bool] | None = None
+        if i in followed:
+            last = kernels[-1]
+            awaits = followed[i], -(-extents["V"] // last.columns) * last.columns, bool(pipeline[i - 1].roots[0]["reverse"])
+        kernels.append(Kernel(p.name, p, extents, tiles, options, varlen, origin, followed.get(i + 1), awaits,
+                              cleared.get(i)))
     return tuple(kernels)
 
 

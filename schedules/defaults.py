@@ -75,10 +75,10 @@ def options(arch: str, instance: Instance, width: int) -> dict[str, KernelOption
                 "output": KernelOptions(32 if whole or wide else 64, 4, 1)}
     if whole:
         return {"solve": KernelOptions(num_warps=4, num_stages=1), "scan": KernelOptions(width, 4, 1 if wide else 2),
-                "output": KernelOptions(32, 4, 1)}
+                "output": KernelOptions(32, 4, 1, follows=True)}
     return {"solve": KernelOptions(num_warps=4 if wide else 1, num_stages=1),
             "scan": KernelOptions(width, 8, 2) if wide else KernelOptions(width, 4, 3),
-            "output": KernelOptions(64, 4, 1 if wide else 2)}
+            "output": KernelOptions(64, 4, 1 if wide else 2, follows=True)}
 
 
 def backward_default(arch: str, instance: Instance, sequences: int, heads: int, backend: str) -> tuple[Schedule, str]:
@@ -96,17 +96,19 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
     if backend == "tilelang" and max(instance.K, instance.V) > 128:
         raise ValueError(f"no schedule of a backward for K x V of {instance.K} x {instance.V} by tilelang yet; 128 at most")
     width = 32 if backend == "tilelang" else scan_width(arch, instance, sequences * heads)
-    again = back = KernelOptions(width, 4, 2)
-    every = local = KernelOptions(None, 8, 1)
-    if lean:                                               # a third stage of its scans; two blocks of local a multiprocessor
-        again = back = KernelOptions(width, 4, 3)
-        local = KernelOptions(None, 4, 1)
-    if max(instance.K, instance.V) > 128:                  # a state is more than a block holds: sums over V in parts
-        every = local = KernelOptions(32 if whole else 64, 8, 1)
-        again = back = KernelOptions(width, 8 if width == 64 else 4, 2 if arch == "sm_90" and not whole else 1)
     carried = instance.program.scans()[-1]["carries"]      # none where nothing passes from chunk to chunk, in reverse
+    again = back = KernelOptions(width, 4, 2)
+    every = local = inner = KernelOptions(None, 8, 1)
+    if lean:                                               # a third stage of a scan, where it costs no block a multiprocessor
+        crowded = sequences * heads * -(-instance.V // width) > MULTIPROCESSORS[arch]
+        again, back = KernelOptions(width, 4, 3), KernelOptions(width, 4, 2 if crowded else 3)
+        local = KernelOptions(None, 4, 1, follows=len(instance.program.scans()) == 2)         # there is again, before it
+        inner = KernelOptions(None, 8, 1, follows=bool(carried))
+    if max(instance.K, instance.V) > 128:                  # a state is more than a block holds: sums over V in parts
+        every = local = inner = KernelOptions(32 if whole else 64, 8, 1)
+        again = back = KernelOptions(width, 8 if width == 64 else 4, 2 if arch == "sm_90" and not whole else 1)
     kernels = {"solve": KernelOptions(None, 1 if not whole and backend == "triton" else 4, 1), "again": again, "local": local,
-               "back": back if carried else every, "inner": every,
+               "back": back if carried else every, "inner": inner,
                "grads": every, "heads": KernelOptions(None, 4, 1)}
     made = {step[-1] for step in steps if step[0] in ("hoist", "lift", "sink")} | \
         {step[1] for step in steps if step[0] == "sum_after"} | \

@@ -7,14 +7,17 @@ from dataclasses import asdict, dataclass, fields, replace
 
 @dataclass(frozen=True)
 class KernelOptions:
-    """How one kernel of the plan runs. v_tile: columns of V a block owns (None: all); the rest goes to the grid."""
+    """How one kernel of the plan runs. v_tile: columns of V a block owns (None: all); the rest goes to the grid. follows:
+    whether it starts beside the scan before it and takes each chunk as soon as that has stored it (`gdn_ir.follow`)."""
     v_tile: int | None = None
     num_warps: int = 4
     num_stages: int = 2
+    follows: bool = False
 
     def __str__(self) -> str:
         tile = f", V in tiles of {self.v_tile}" if self.v_tile else ""
-        return f"{self.num_warps} warp{'s' * (self.num_warps > 1)}, {self.num_stages} stage{'s' * (self.num_stages > 1)}{tile}"
+        more = tile + (", follows the scan before it" if self.follows else "")
+        return f"{self.num_warps} warp{'s' * (self.num_warps > 1)}, {self.num_stages} stage{'s' * (self.num_stages > 1)}{more}"
 
     def __post_init__(self) -> None:
         for name, value, ok in (("v_tile", self.v_tile, self.v_tile is None or _power_of_two(self.v_tile)),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gdn_ir.backends.base import TORCH, Call, Kernel, blocks, temporaries
+from gdn_ir.backends.base import STORED, Call, Kernel, blocks, temporaries
 from gdn_ir.backends.triton import driver, signature
 from gdn_ir.compiler import Instance, variant
 from gdn_ir.programs.gated_delta import Switches
@@ -101,20 +101,20 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> tuple[tuple[Kernel, ...], drive
 
 
 def memory_of(kernels: tuple[Kernel, ...], call: Call) -> dict[str, torch.Tensor]:
-    return {t.name: torch.zeros(call.shape(k, t), dtype=TORCH[t.dtype]) for k in kernels for t in k.tensors() if not t.temp}
+    return {t.name: torch.zeros(call.shape(k, t), dtype=STORED[t.dtype]) for k in kernels for t in k.tensors() if not t.temp}
 
 
 def test_temporaries_are_parts_of_one_allocation(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Aligned, apart from each other, the same for who writes and who reads; NaN where torch makes what is empty so."""
     kernels, batch, call = pipeline
     temps = temporaries(kernels)
-    size = {n: TORCH[t.dtype].itemsize * torch.Size(call.shape(k, t)).numel() for n, (k, t) in temps.items()}
+    size = {n: STORED[t.dtype].itemsize * torch.Size(call.shape(k, t)).numel() for n, (k, t) in temps.items()}
 
     def seen(values: dict[str, Any]) -> None:
         for n in temps.keys() & values.keys():
             data = (ctypes.c_uint8 * size[n]).from_address(values[n])
-            x = torch.frombuffer(data, dtype=TORCH[temps[n][1].dtype])
-            assert bool(x.isnan().all()), n
+            x = torch.frombuffer(data, dtype=STORED[temps[n][1].dtype])
+            assert bool((x == -1).all() if x.dtype == torch.int32 else x.isnan().all()), n
     fake = Driver(*kernels, seen=seen)
     monkeypatch.setattr(driver, "driver", lambda: fake)
     torch.use_deterministic_algorithms(True)

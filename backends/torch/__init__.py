@@ -19,6 +19,8 @@ class Torch:
     by_address = False
 
     def supports(self, kernel: Kernel, arch: str) -> Reason | None:
+        if kernel.awaits:
+            return Reason("torch runs one kernel after another; triton starts one beside another on sm_90")
         return None
 
     def tile(self, axis: str, extent: int, arch: str) -> int:

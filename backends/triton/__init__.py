@@ -15,6 +15,7 @@ from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, blocks, c
 from gdn_ir.backends.triton import emit as printer
 from gdn_ir.backends.triton.denylist import denied
 from gdn_ir.backends.triton.driver import Batch, Image, about, arguments, sizes
+from gdn_ir.backends.triton.runtime import BESIDE
 from gdn_ir.cache import load_source
 from gdn_ir.nodes import Op
 
@@ -48,6 +49,8 @@ class Triton:
             return Reason(f"triton: no barrier orders what one kernel writes and reads of {', '.join(sorted(both))}")
         if len(kernel.splits) > 1 or (kernel.parallel and len(kernel.parallel.chain) > 1):
             return Reason("triton: one split axis a kernel, and one scan where its iterations go to the grid")
+        if (kernel.counts or kernel.awaits) and arch != "sm_90" and not interpreting():
+            return Reason("triton: one kernel follows another on sm_90 alone, which can start it beside the other")
         return None if interpreting() else denied(kernel, arch)
 
     def tile(self, axis: str, extent: int, arch: str) -> int:
@@ -65,8 +68,10 @@ class Triton:
 
     def compile(self, kernel: Kernel, source: Source, arch: str) -> Launch:
         if interpreting():
-            function = getattr(load_source(self.name, source.kernel, source.hash, source.text), source.kernel)
-            return interpreted(function, kernel)
+            module = load_source(self.name, source.kernel, source.hash, source.text)
+            for name in BESIDE & set(vars(module)):        # written in PTX; here one kernel ends before the next begins
+                setattr(module, name, lambda *_: None)
+            return interpreted(getattr(module, source.kernel), kernel)
         artifact = obtain(self, kernel, source, arch)
         return Image(kernel, artifact.path(CUBIN).read_bytes(), artifact.launch)
 
@@ -122,7 +127,7 @@ def options(kernel: Kernel) -> dict[str, int]:
 
 def signature(kernel: Kernel) -> dict[str, str]:
     """Triton's types of a kernel's arguments, by name."""
-    pointers = {"f32": "*fp32", "tf32": "*fp32", "bf16": "*bf16", "f16": "*fp16"}
+    pointers = {"f32": "*fp32", "tf32": "*fp32", "bf16": "*bf16", "f16": "*fp16", "int": "*i32"}
     types: dict[str, str] = {f"{t.name}_ptr": pointers[t.dtype] for t in kernel.tensors()}
     types |= {"cu_ptr": "*i32"} | {p: "fp32" for p in kernel.program.params()}
     return {n: types.get(n, "i32") for n in printer.signature(kernel)}

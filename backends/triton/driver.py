@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from gdn_ir.backends.base import TORCH, Call, Kernel, blocks, heads
+from gdn_ir.backends.base import STORED, Call, Kernel, blocks, heads
 from gdn_ir.nodes import Tensor
 
 MAX_DYNAMIC_SHARED = 8                                     # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 WITHOUT_ASKING = 48 * 1024                                 # bytes of shared memory that every kernel may use
 ALIGNMENT = 16                                             # bytes: what cross_compile tells Triton of every pointer
+BESIDE = 6                                                 # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 APART = 256                                                # bytes: temporaries start at multiples, as torch's own tensors do
 
 LAUNCH = [ctypes.c_void_p] * 4                             # cuLaunchKernelEx(configuration, function, arguments, nothing)
@@ -50,6 +51,7 @@ def driver() -> Any:
     """The CUDA driver, its launch declared so that addresses can be given as numbers."""
     found = ctypes.CDLL("libcuda.so.1")
     found.cuLaunchKernelEx.argtypes = LAUNCH
+    found.cuMemsetD32Async.argtypes = [ctypes.c_uint64, ctypes.c_uint, ctypes.c_size_t, ctypes.c_void_p]
     return found
 
 
@@ -115,6 +117,11 @@ class Image:
         self.alone(memory, values, call)
 
 
+class Attribute(ctypes.Structure):
+    """CUlaunchAttribute, of those whose value is a number: 8 bytes of what it is, 64 of its value."""
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15)]
+
+
 class Config(ctypes.Structure):
     """CUlaunchConfig: what a launch is told beside the kernel and its arguments."""
     _fields_ = [*((n, ctypes.c_uint) for n in ("gridX", "gridY", "gridZ", "blockX", "blockY", "blockZ", "shared")),
@@ -132,6 +139,10 @@ class Frame:
         self.configs, self.held, self.launches = [], [], []
         for image, grid in plan.grids:
             config = Config(grid, 1, 1, 32 * image.launch["num_warps"], 1, 1, image.launch["shared"])
+            if image.kernel.awaits:                        # it may start beside the kernel before it
+                beside = Attribute(BESIDE, 0, 1)
+                config.attributes, config.count = ctypes.addressof(beside), 1
+                self.held.append(beside)
             # after a kernel's own arguments come two of Triton's, pointers to scratch memory: null
             at = [first + plan.places[n] for n in arguments(image.kernel)] + [first + plan.places[""]] * 2
             pointers = (ctypes.c_void_p * len(at))(*at)
@@ -155,9 +166,12 @@ class Plan:
         self.grids = [(image, grid) for image in batch.images if (grid := blocks(image.kernel, call))]
         self.offsets: list[int] = []
         self.bytes = 0                                     # of the workspace
+        self.counts: list[tuple[int, int]] = []            # where in it counts lie, which start at zero, and how many
         for kernel, t in batch.temps.values():
+            number = math.prod(call.shape(kernel, t))
+            self.counts += [(self.bytes, number)] if t.name in batch.unset else []
             self.offsets.append(self.bytes)
-            self.bytes += -(-math.prod(call.shape(kernel, t)) * TORCH[t.dtype].itemsize // APART) * APART
+            self.bytes += -(-number * STORED[t.dtype].itemsize // APART) * APART
         self.sizes = sizes(call)
         addresses = ["", *batch.given, *batch.temps]       # "": a null pointer
         self.layout = struct.Struct(f"{len(addresses)}P{len(batch.params)}f")
@@ -178,6 +192,7 @@ class Batch:
         self.tensors = tuple(names)
         self.given = (*self.tensors, *(["cu_seqlens"] if self.varlen else []))
         self.params = tuple(dict.fromkeys(p for k in kernels for p in k.program.params()))
+        self.unset = {k.counts.name for k in kernels if k.counts} - {k.clears.name for k in kernels if k.clears}
         self.written = {n for k in kernels for n in k.program.written()}
 
     def __call__(self, memory: Mapping[str, torch.Tensor], values: Mapping[str, float], call: Call) -> None:
@@ -217,6 +232,8 @@ class Batch:
         plan.layout.pack_into(frame.block, 0, 0, *addresses, *params)
         if frame.stream != (here := stream(device)):
             frame.on(here)
+        for offset, number in plan.counts:
+            must(driver().cuMemsetD32Async(start + offset, 0, number, here), "cuMemsetD32Async", "counts")
         launch = driver().cuLaunchKernelEx
         for config, function, pointers, name in frame.launches:
             if code := launch(config, function, pointers, None):

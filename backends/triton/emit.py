@@ -8,7 +8,8 @@ from gdn_ir.backends.linearize import Loop
 from gdn_ir.backends.printer import Printer
 from gdn_ir.backends.triton.rules import RULES, pointer
 from gdn_ir.backends.triton.runtime import HELPERS, NEEDS
-from gdn_ir.nodes import Node
+from gdn_ir.follow import TOGETHER
+from gdn_ir.nodes import Node, Tensor
 from gdn_ir.program import ScanView
 
 
@@ -21,6 +22,7 @@ class TritonPrinter(Printer):
     def __init__(self, kernel: Kernel) -> None:
         own = {"tl", "triton", "n", "slot", "t0", "first", "length", "pid", "start"}
         super().__init__(kernel, RULES, own | set(signature(kernel)) | {f"i_{h}" for h in heads(kernel)} | set(HELPERS))
+        self.slots |= bool(kernel.counts or kernel.awaits or kernel.clears)
 
     def source(self) -> Source:
         k = self.kernel
@@ -39,6 +41,13 @@ class TritonPrinter(Printer):
         """Which tile, head, sequence and chunk this block owns."""
         k, grid, chunk = self.kernel, self.kernel.program.grid, self.kernel.chunk
         self.put(1, "pid = tl.program_id(0)")
+        if k.counts:
+            self.put(1, "start_follower()")
+        if k.awaits:
+            self.put(1, "if pid == tl.num_programs(0) - 1:  # so that this kernel does not end before the one that it follows")
+            self.put(2, "wait_for_followed()")
+            if k.awaits[2]:
+                self.put(1, "pid = tl.num_programs(0) - 1 - pid  # in the order of the scan, which goes backwards")
         for a in reversed([g for g in grid if g != "N"]):
             if a.endswith("#"):
                 axis, tile = a[:-1], k.tile(a[:-1])
@@ -79,6 +88,18 @@ class TritonPrinter(Printer):
                     self.put(2, self.members(scan))
                     self.clear(own, 3)
             self.put(2, "return")
+        if k.clears:
+            self.put(1, f"tl.store({self.place(k.clears)}, 0)")
+        if k.awaits:
+            counts, enough, _ = k.awaits
+            self.put(1, f"await_count({self.place(counts, k.parallel)}, {enough})")
+
+    def place(self, counts: Tensor, scan: ScanView | None = None) -> str:
+        """Where a chunk's count lies, as text; with the scan over chunks, that of the first of those counted as one."""
+        at = f"(slot - i_{scan.axis} % {TOGETHER})" if scan else "slot"
+        for d in counts.dims[1:]:
+            at = f"({at} * {d} + i_{d})"
+        return f"{counts.name}_ptr + {at}"
 
     def clear(self, stores: list[Node], depth: int) -> None:
         for store in stores:
@@ -111,6 +132,10 @@ class TritonPrinter(Printer):
         if scan.axis == scan.chain[-1] and not scan.group:
             self.chunk(scan, depth + 1)
         self.block(s.body, depth + 1)
+        if self.kernel.counts and s.scan.axis == s.scan.chain[0] and not s.scan.group:
+            at, last = f"i_{s.scan.axis}", f"{self.trips(s.scan)} - 1"
+            done = f"{at} % {TOGETHER} == 0" if s.scan.reverse else f"({at} % {TOGETHER} == {TOGETHER - 1}) | ({at} == {last})"
+            self.put(depth + 1, f"count_stored({self.place(self.kernel.counts, s.scan)}, {self.kernel.columns}, {done})")
         if s.carries:
             self.say(scan.nexts[0], depth + 1)
             self.put(depth + 1, f"{', '.join(s.carries)} = {', '.join(text(x) for x in scan.nexts)}")

@@ -43,6 +43,45 @@ def load_sum(pointers, mask, step, count):
         total += tl.load(pointers + i * step, mask=mask, other=0.0)
     return total
 ''',
+    "start_follower": '''
+@triton.jit
+def start_follower():
+    """From here on blocks of the next kernel may start, once all of this one have come here: none of them waits in vain."""
+    tl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+''',
+    "wait_for_followed": '''
+@triton.jit
+def wait_for_followed():
+    """Until the kernel before has ended."""
+    tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+''',
+    "count_stored": '''
+@triton.jit
+def count_stored(count_ptr, columns, now):
+    """If now: all that this block has stored comes before the count. (tl.debug_barrier, or a branch, would keep the loop around
+    it from being pipelined.)"""
+    tl.inline_asm_elementwise("""{ .reg .pred now, first;
+        .reg .b32 thread;
+        mov.u32 thread, %tid.x;
+        setp.ne.s32 now, $2, 0;
+        setp.eq.and.u32 first, thread, 0, now;
+        @now bar.sync 0;
+        @first red.release.gpu.global.add.u32 [$1], $3;
+        mov.u32 $0, thread; }""", "=r,l,r,r", [count_ptr.to(tl.int64), now.to(tl.int32), columns], dtype=tl.int32,
+        is_pure=False, pack=1)
+''',
+    "await_count": '''
+@triton.jit
+def await_count(count_ptr, enough):
+    """Until so many columns are counted; what was stored before that can be read after it. (Triton would drop a loop around
+    what it has for this, for one that does nothing.)"""
+    tl.inline_asm_elementwise("""{ .reg .pred less;
+        .reg .b32 count;
+        again: ld.acquire.gpu.global.b32 count, [$1];
+        setp.lt.s32 less, count, $2;
+        @less bra again;
+        mov.u32 $0, count; }""", "=r,l,r", [count_ptr.to(tl.int64), enough], dtype=tl.int32, is_pure=False, pack=1)
+''',
     "softplus": '''
 @triton.jit
 def softplus(x):
@@ -80,4 +119,5 @@ def inverse_of_blocks(m, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     return tl.reshape(tl.permute(spread, [0, 2, 1, 3]), [SIZE, SIZE])
 ''',
 }
+BESIDE = {"start_follower", "wait_for_followed", "count_stored", "await_count"}      # where one kernel runs beside another
 NEEDS = {"locate": ("bounds",), "locate_or_tail": ("locate", "bounds")}

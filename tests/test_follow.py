@@ -1,0 +1,74 @@
+"""A kernel that starts beside the scan before it: where that is legal, and what it is printed as. That it computes the same is
+seen on a GPU (test_gpu_op.py): an interpreter runs one block after another."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from gdn_ir.backends.base import temporaries
+from gdn_ir.backends.triton import cross_compile
+from gdn_ir.backends.triton.driver import Batch, Image
+from gdn_ir.compiler import Instance, Unsupported, variant
+from gdn_ir.nodes import IRError
+from gdn_ir.programs.gated_delta import Switches
+from gdn_ir.schedules.defaults import default
+from gdn_ir.schedules.schedule import KernelOptions, Schedule
+
+FORWARD = Instance(Switches(final_state=True), 128, 128, "bf16", "bf16", True)
+BACKWARD = Instance(Switches(), 128, 128, "bf16", "bf16", True, ("q", "k", "v", "g", "beta"))
+
+
+def following(instance: Instance, *names: str) -> Schedule:
+    plain = default("sm_90", instance, 1, 32, 32768)[0]
+    plain = plain.with_options(**{n: replace(o, follows=False) for n, o in plain.kernels if n != "*"})
+    return plain.with_options(**{n: replace(plain.options(n), follows=True) for n in names})
+
+
+@pytest.mark.parametrize(("instance", "pairs"), [(FORWARD, {"output": "scan"}),
+                                                 (BACKWARD, {"local": "again", "inner": "back"})])
+def test_a_follower_counts_what_the_scan_before_it_has_stored(instance: Instance, pairs: dict[str, str]) -> None:
+    chosen = variant(instance, following(instance, *pairs), "triton", "sm_90")
+    kernels = {k.name: (k, s) for k, s in zip(chosen.compiled.kernels, chosen.sources, strict=True)}
+    for name, (kernel, source) in kernels.items():
+        scan, follower = name in pairs.values(), name in pairs
+        assert ("count_stored(" in source.text, "await_count(" in source.text) == (scan, follower)
+        if follower:
+            counts, enough, backwards = kernel.awaits
+            assert counts == kernels[pairs[name]][0].counts and backwards == (name == "inner")
+            assert enough == 128
+    if instance is FORWARD:
+        ptx = {n: cross_compile(k, s, "sm_90").asm["ptx"] for n, (k, s) in kernels.items() if n in ("scan", "output")}
+        assert "griddepcontrol.launch_dependents" in ptx["scan"] and "griddepcontrol.wait" in ptx["output"]
+        stored, counted = ptx["scan"].index("st.global"), ptx["scan"].index("red.release.gpu")
+        waited, read = ptx["output"].index("ld.acquire.gpu"), ptx["output"].index("wgmma")
+        assert stored < counted and waited < read
+
+
+def test_counts_start_at_zero() -> None:
+    """The kernel before the scan clears them, where it has a block for each chunk; else the driver is asked to."""
+    for instance, cleared in ((FORWARD, ["solve"]), (replace(FORWARD, switches=Switches(erase=False, final_state=True)), []),
+                              (BACKWARD, ["solve", "local"])):
+        names = ("local", "inner") if instance.grads else ("output",)
+        kernels = variant(instance, following(instance, *names), "triton", "sm_90").compiled.kernels
+        assert [k.name for k in kernels if k.clears] == cleared
+        images = [Image(k, b"", {}) for k in kernels]
+        assert Batch(images, temporaries(kernels)).unset == (set() if cleared else {"scan_ready"})
+
+
+def test_what_cannot_follow_says_why() -> None:
+    for instance, name, why in ((FORWARD, "scan", "solve takes all its chunks at once"),
+                                (BACKWARD, "back", "local takes all its chunks at once"),
+                                (BACKWARD, "heads", "grads takes all its chunks at once")):
+        with pytest.raises(IRError, match=why):
+            variant(instance, following(instance, name), "triton", "sm_90")
+    for backend, arch in (("triton", "sm_80"), ("tilelang", "sm_90"), ("torch", "torch")):
+        with pytest.raises(Unsupported, match=r"beside"):
+            variant(FORWARD, following(FORWARD, "output"), backend, arch)
+
+
+def test_the_options_say_so() -> None:
+    options = KernelOptions(64, 4, 2, follows=True)
+    assert str(options) == "4 warps, 2 stages, V in tiles of 64, follows the scan before it"
+    schedule = Schedule("mine").with_options(output=options)
+    assert Schedule.from_json(schedule.to_json()) == schedule
