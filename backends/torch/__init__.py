@@ -19,7 +19,7 @@ class Torch:
     by_address = False
 
     def supports(self, kernel: Kernel, arch: str) -> Reason | None:
-        return None
+        return Reason("torch has no roles; tilelang has") if kernel.options.roles else None
 
     def tile(self, axis: str, extent: int, arch: str) -> int:
         return extent
