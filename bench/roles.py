@@ -87,8 +87,9 @@ def states_plan(x: Tensors, io: str = "bf16") -> Callable[[], Tensors]:
 
 
 def exact(x: Tensors, states: bool) -> Tensors:
-    packed = (x[n][None].cpu() for n in ("q", "k", "v", "g", "beta"))
-    o, S = recurrence(*packed, initial_state=x["initial_state"].cpu() if states else None, cu_seqlens=x["cu_seqlens"].cpu())
+    q, k, v, g, beta = (x[n][None].cpu() for n in ("q", "k", "v", "g", "beta"))
+    o, S = recurrence(q, k, v, g, beta, initial_state=x["initial_state"].cpu() if states else None,
+                      cu_seqlens=x["cu_seqlens"].cpu())
     return {"o": o[0].cuda(), "final_state": S.cuda()}
 
 

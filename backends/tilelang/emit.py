@@ -33,7 +33,7 @@ def signature(kernel: Kernel) -> list[str]:
 
 
 class TileLangPrinter(Statements):
-    imports = ("import tilelang.language as T",)
+    imports: tuple[str, ...] = ("import tilelang.language as T",)
 
     def __init__(self, kernel: Kernel, target: Target) -> None:
         own = {"T", "n", "slot", "t0", "first", "length", "rows", "pid", "start", "low", "high", "middle", "tail", "beyond",

@@ -101,7 +101,7 @@ class RoleSteps(TileLangPrinter):
 
     # -- statements
 
-    def step(self, s: Step, fenced: bool, depth: int) -> None:
+    def event(self, s: Step, fenced: bool, depth: int) -> None:
         if s.part is not None:
             self.part = s.part
         match s.event.do:

@@ -22,10 +22,6 @@ ROWS = 64                                                  # of a product of one
 ACROSS = ("lambda c, r: r // 16 * 32 + r % 8 * 4 + c % 8 // 2", "lambda c, r: c // 8 * 4 + r % 16 // 8 * 2 + c % 2")
 
 
-ROWS = 64                                                  # of a product of one warpgroup
-ACROSS = ("lambda c, r: r // 16 * 32 + r % 8 * 4 + c % 8 // 2", "lambda c, r: c // 8 * 4 + r % 16 // 8 * 2 + c % 2")
-
-
 def supports(kernel: Kernel, arch: str) -> Reason | None:
     """Why a kernel's role schedule cannot be printed, if so."""
     if arch != "sm_90":
@@ -37,6 +33,7 @@ def supports(kernel: Kernel, arch: str) -> Reason | None:
     except IRError as e:
         return Reason(str(e))
     return None
+
 
 class RolePrinter(RoleSteps):
     imports = ("import tilelang", "import tilelang.language as T")
@@ -56,6 +53,7 @@ class RolePrinter(RoleSteps):
                 if e.late and e.do in ("load", "store"):
                     raise IRError(f"roles: {r.name}: {e}: only what touches no tensor can be late")
         self.source()
+
     # -- the kernel
 
     def work(self, depth: int) -> None:
@@ -63,7 +61,7 @@ class RolePrinter(RoleSteps):
         self.buffers["chunks"] = 'T.alloc_var("int32")'
         for slots, cells in self.plan.rings.values():
             for cell in cells:
-                self.ring(cell, slots)
+                self.lay(cell, slots)
         for name, b in self.plan.barriers.items():
             self.buffers[name] = f"T.alloc_barrier([{', '.join([str(b.arrivals)] * b.slots)}])"
         self.put(depth, "tx = T.get_thread_binding()")
@@ -79,7 +77,8 @@ class RolePrinter(RoleSteps):
                     self.put(depth + 1, ("if" if i == 0 else "elif") + f" tx < {last}:" if i + 1 < len(group) else "else:")
                 self.do(*next(instances), depth + 1 + (len(group) > 1))
 
-    def ring(self, cell: str, slots: int) -> None:
+    def lay(self, cell: str, slots: int) -> None:
+        """Shared memory for a cell of a ring."""
         name = next(a.value for ss in self.laid.steps.values() for s in ss for a in s.writes if a.cell == cell)
         order, kind = self.order_of(name), DTYPES[self.value(name).type.dtype]
         shape = self.shape(order, self.laid.owner[name]) or ["1"]
@@ -96,7 +95,6 @@ class RolePrinter(RoleSteps):
         self.put(depth, f"# {instance}")
         self.role, self.instance, self.part, self.registers, self.said = r, instance, copy, {}, ""
         ops, steps = self.plan.ops[instance], self.laid.steps[instance]
-        tails = [s for s in steps if s.event.do in ("load", "store") or self.tail(s)]
         for a in {a.cell: a for s in steps for a in (*s.reads, *s.writes) if not a.ring}.values():
             self.allocate_registers(a.cell, a.value, depth)
         for s in steps:                                    # what only passes through registers
@@ -107,7 +105,7 @@ class RolePrinter(RoleSteps):
             start = self.scan.inits[self.scan.carries.index(c["name"])]
             self.put(self.over_rows(c, depth), f"{self.element(c, self.here(c.axes))} = {self.from_memory(start)}")
         self.put(depth, f"for i_{self.scan.axis} in T.serial(chunks):")
-        if tails:
+        if any(self.placed(s) for s in steps):
             self.chunk(self.scan, depth + 1)
         here = f"i_{self.scan.axis}"
         for late, run in groupby(ops, key=lambda x: x.late):
@@ -139,11 +137,12 @@ class RolePrinter(RoleSteps):
             self.put(depth, f"T.annotate_layout({{{text}: T.Fragment({listed(self.shape(order, r))}, "
                             f"forward_thread_fn={ACROSS[0]}, forward_index_fn={ACROSS[1]})}})")
 
-    def tail(self, s: Step) -> bool:
-        """Whether a step must know where its sequence ends, or its chunk's place."""
+    def placed(self, s: Step) -> bool:
+        """Whether a step must know its chunk's place, or where its sequence ends."""
         def walk(n: Node) -> bool:
             return n.op in (Op.LOAD, Op.VALID) or any(walk(a) for a in n.args if a not in self.laid.held)
-        return s.event.do == "compute" and walk(s.node)
+        return s.event.do in ("load", "store") or (s.event.do == "compute" and walk(s.node))
+
     # -- synchronisation
 
     def run(self, ops: list[Step | Sync], depth: int) -> None:
@@ -156,7 +155,7 @@ class RolePrinter(RoleSteps):
                 fences = []
                 while x.event.do == "load" and rest and isinstance(rest[0], Sync) and rest[0].kind == "fence":
                     fences.append(rest.pop(0))
-                self.step(x, bool(fences), depth)
+                self.event(x, bool(fences), depth)
             elif x.kind == "wait":
                 self.put(depth, f"T.barrier_wait({self.at_barrier(x)}, {self.parity(x)})")
             elif x.kind == "fence":
@@ -167,8 +166,9 @@ class RolePrinter(RoleSteps):
                 self.put(depth, "T.sync_warp()")
                 self.put(depth, "if tx % 32 == 0:")
                 self.put(depth + 1, f"T.barrier_arrive({self.at_barrier(x)})")
-                while rest and isinstance(rest[0], Sync) and rest[0].kind == "arrive":
-                    self.put(depth + 1, f"T.barrier_arrive({self.at_barrier(rest.pop(0))})")
+                while rest and isinstance(y := rest[0], Sync) and y.kind == "arrive":
+                    self.put(depth + 1, f"T.barrier_arrive({self.at_barrier(y)})")
+                    rest.pop(0)
 
     def at_barrier(self, x: Sync) -> str:
         return f"{x.barrier}[{self.c} % {self.plan.barriers[x.barrier].slots}]"
