@@ -9,20 +9,25 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from gdn_ir.bench import inputs
+from gdn_ir.bench.errors import relative
 from gdn_ir.backends import BACKENDS
-from gdn_ir.backends.base import Kernel
+from gdn_ir.backends.base import TORCH, Kernel
 from gdn_ir.backends.tilelang.roles import RolePrinter
 from gdn_ir.backends.tilelang.runtime import compiler, lowered
 from gdn_ir.cache import load_source
 from gdn_ir.cli import app
 from gdn_ir.compiler import Instance, Unsupported, variant
 from gdn_ir.programs.gated_delta import Switches
+from gdn_ir.reference import recurrence
 from gdn_ir.schedules.plans import plan
 from gdn_ir.schedules.protocol import Plan, Step, Sync, derive
 from gdn_ir.schedules.roles import SOLVED
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
+from tests import emulated
 
 TILELANG = BACKENDS["tilelang"]
 SHARED = 232448                                            # bytes that a block can have
@@ -129,3 +134,28 @@ def test_declines() -> None:
         with pytest.raises(Unsupported, match=why):
             variant(instance, schedule(), backend, arch)
     assert "roles" not in json.loads(Schedule("x").to_json())["kernels"]["*"]
+
+
+@pytest.mark.parametrize(("late", "varlen", "states", "lengths"), [
+    (False, True, True, [130, 0, 64]), (True, True, False, [70]), (True, False, True, [65])])
+def test_emitted_text_computes_the_rule(late: bool, varlen: bool, states: bool, lengths: list[int]) -> None:
+    """The emitted text itself, executed role by role, against float64: ragged tails, an empty sequence, initial states, value
+    heads that share a key head; all behind the last sequence is NaN, and stays as it was."""
+    i = Instance(Switches(initial_state=states, final_state=True), 128, 128, "bf16", "bf16", varlen)
+    steps = Schedule("solve", steps=plan("solve", sums=True))
+    first, second = variant(i, steps, "torch", "torch"), variant(i, schedule(), "tilelang", "sm_90")
+    x = inputs.make(lengths, 1, 2, device="cpu")
+    ends, total, more = x["cu_seqlens"], sum(lengths), 10 * varlen
+    want = recurrence(*(x[n][None] for n in ("q", "k", "v", "g", "beta")),
+                      initial_state=x["initial_state"] if states else None, cu_seqlens=ends)
+    memory = {n: torch.cat([t, torch.full((more, *t.shape[1:]), float("nan"), dtype=t.dtype)])
+              for n, t in x.items() if n in ("q", "k", "v", "g", "beta")}
+    memory |= {"initial_state": x["initial_state"], "o": torch.full_like(memory["v"], 7.0),
+               "final_state": torch.full_like(x["initial_state"], float("nan"))}
+    call = second.call_of(memory, len(lengths), ends if varlen else None)
+    memory |= first.compiled.launches[0](memory, {"scale": 1.0}, call) or {}
+    memory = {n: t.to(TORCH[second.compiled.kernels[1].program.tensors()[n].dtype]) if n in ("A_beta", "G", "total") else t
+              for n, t in memory.items()}
+    emulated.run(second.compiled.kernels[1], second.sources[1], memory, 128 ** -0.5, call, late)
+    assert relative(memory["o"][:total], want[0][0]) < 4.5e-3 and relative(memory["final_state"], want[1]) < 4.5e-3
+    assert bool((memory["o"][total:] == 7).all())
