@@ -28,10 +28,9 @@ from gdn_ir.bench.results import slug
 from gdn_ir.compiler import Instance, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.reference import recurrence
-from gdn_ir.schedules.defaults import default
-from gdn_ir.schedules.plans import plan
+from gdn_ir.schedules.defaults import default, of_roles
 from gdn_ir.schedules.roles import SOLVED, Ring, Roles
-from gdn_ir.schedules.schedule import KernelOptions, Schedule
+from gdn_ir.schedules.schedule import KernelOptions
 
 Tensors = dict[str, torch.Tensor]
 ARCH, SCALE = "sm_90", 128 ** -0.5
@@ -47,9 +46,8 @@ class Pair:
     def __init__(self, roles: Roles, solve: str, varlen: bool = True, states: bool = True) -> None:
         switches = Switches(initial_state=states, final_state=True)
         self.instance = Instance(switches, 128, 128, "bf16", "bf16", varlen)
-        steps = plan("solve", sums=True)
-        first = Schedule("solve", steps=steps).with_options(solve=SOLVE[solve], scan=KernelOptions(32, 4, 2))
-        second = Schedule("roles", steps=steps).with_options(scan=KernelOptions(roles=roles))
+        second = of_roles(roles, SOLVE[solve])
+        first = second.with_options(scan=KernelOptions(32, 4, 2))
         made = [variant(self.instance, first, solve, ARCH), variant(self.instance, second, "tilelang", ARCH)]
         self.kernels = [made[0].compiled.kernels[0], made[1].compiled.kernels[1]]
         sources = [made[0].sources[0], made[1].sources[1]]

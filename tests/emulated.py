@@ -42,10 +42,11 @@ class Language:
         self.allocated, self.running = itertools.count(), []  # type: ignore[var-annotated]
 
     prim_func = staticmethod(lambda f: f)
-    cast, exp, truncmod = staticmethod(lambda x, dtype: DTYPES[dtype](x)), staticmethod(np.exp), staticmethod(lambda a, b: a % b)
-    truncdiv, ceildiv = staticmethod(lambda a, b: a // b), staticmethod(lambda a, b: -(-a // b))
+    cast, exp = staticmethod(lambda x, dtype: DTYPES[dtype](x)), staticmethod(np.exp)
+    truncmod, truncdiv = staticmethod(lambda a, b: a % b), staticmethod(lambda a, b: a // b)
+    ceildiv = staticmethod(lambda a, b: -(-a // b))
     min, max, serial = staticmethod(min), staticmethod(max), staticmethod(range)
-    if_then_else = staticmethod(lambda condition, yes, no: yes if condition else no)
+    if_then_else = Select = staticmethod(lambda condition, yes, no: yes if condition else no)
     infinity = staticmethod(lambda dtype: np.float32(np.inf))
     float32, int32 = float, int
 
@@ -128,7 +129,8 @@ def run(kernel: Kernel, source: Source, memory: Mapping[str, torch.Tensor], scal
     sizes = {"tokens": call.tokens, "sequences": call.sequences, "slots": call.slots(kernel.chunk), **call.heads,
              "boundaries": call.sequences + 1}
     arrays = {f"{t.name}_": array(memory[t.name], kernel.chunk) for t in kernel.tensors()}
-    given = {**arrays, "scale": np.float32(scale), "L": call.length, "N": call.sequences, "block0": 0, "blocks": 0, **call.heads}
+    given = {**arrays, "scale": np.float32(scale), "L": call.length, "N": call.sequences, **call.heads}
+    given |= {"block0": 0, "blocks": 0}
     if call.cu_seqlens is not None:
         given["cu"] = call.cu_seqlens.numpy()
     warps = [r.warps for r in kernel.options.roles.roles for _ in range(r.copies)]

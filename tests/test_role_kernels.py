@@ -23,10 +23,10 @@ from gdn_ir.cli import app
 from gdn_ir.compiler import Instance, Unsupported, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.reference import recurrence
+from gdn_ir.schedules.defaults import of_roles
 from gdn_ir.schedules.plans import plan
 from gdn_ir.schedules.protocol import Plan, Step, Sync, derive
-from gdn_ir.schedules.roles import SOLVED
-from gdn_ir.schedules.schedule import KernelOptions, Schedule
+from gdn_ir.schedules.schedule import Schedule
 from tests import emulated
 
 TILELANG = BACKENDS["tilelang"]
@@ -35,15 +35,11 @@ TOKENS = re.compile(r"(?P<barrier>\w+)\[(?P<slot>[^\]]*)\]\.(?P<what>wait|arrive
                     r"|(?P<fence>fence_proxy_async)|wait_wgmma<(?P<most>\d+)>|(?P<stored>tma_store_wait)|(?P<other>__sync_?thread|bar\.sync|mbarrier)")
 
 
-def schedule(name: str = "roles") -> Schedule:
-    return Schedule(name, steps=plan("solve", sums=True)).with_options(scan=KernelOptions(roles=SOLVED))
-
-
 @lru_cache(maxsize=4)
 def scan(varlen: bool = True, states: bool = True) -> tuple[Kernel, str, int]:
     """The kernel, its CUDA and its shared memory."""
     i = Instance(Switches(initial_state=states, final_state=states), 128, 128, "bf16", "bf16", varlen)
-    chosen = variant(i, schedule(), "tilelang", "sm_90")
+    chosen = variant(i, of_roles(), "tilelang", "sm_90")
     kernel, source = chosen.compiled.kernels[1], chosen.sources[1]
     function = getattr(load_source("tilelang", source.kernel, source.hash, source.text), source.kernel)
     return kernel, *lowered(function, "sm_90", TILELANG.flags(kernel))
@@ -120,9 +116,10 @@ def test_nvcc_serialises_nothing(tmp_path: Path) -> None:
 
 def test_asked_for_by_a_schedule(tmp_path: Path) -> None:
     path = tmp_path / "roles.json"
-    path.write_text(schedule().to_json())
-    assert Schedule.from_json(path.read_text()) == schedule()
-    said = CliRunner().invoke(app, ["emit", "--backend", "tilelang", "--schedule", str(path), "--kernel", "scan"])
+    ask = ["emit", "--backend", "tilelang", "--schedule"]
+    path.write_text(CliRunner().invoke(app, [*ask, "roles", "--json"]).output)
+    assert Schedule.from_json(path.read_text()) == of_roles()
+    said = CliRunner().invoke(app, [*ask, str(path), "--kernel", "scan"])
     assert said.exit_code == 0 and "T.barrier_wait(k_full[i_X % 3], i_X // 3 % 2)" in said.output
 
 
@@ -132,7 +129,7 @@ def test_declines() -> None:
     for instance, arch, backend, why in ((i, "sm_80", "tilelang", "for sm_90, not for sm_80"),
                                          (i, "sm_90", "triton", "no roles"), (wide, "sm_90", "tilelang", "64 rows")):
         with pytest.raises(Unsupported, match=why):
-            variant(instance, schedule(), backend, arch)
+            variant(instance, of_roles(), backend, arch)
     assert "roles" not in json.loads(Schedule("x").to_json())["kernels"]["*"]
 
 
@@ -143,7 +140,7 @@ def test_emitted_text_computes_the_rule(late: bool, varlen: bool, states: bool, 
     heads that share a key head; all behind the last sequence is NaN, and stays as it was."""
     i = Instance(Switches(initial_state=states, final_state=True), 128, 128, "bf16", "bf16", varlen)
     steps = Schedule("solve", steps=plan("solve", sums=True))
-    first, second = variant(i, steps, "torch", "torch"), variant(i, schedule(), "tilelang", "sm_90")
+    first, second = variant(i, steps, "torch", "torch"), variant(i, of_roles(), "tilelang", "sm_90")
     x = inputs.make(lengths, 1, 2, device="cpu")
     ends, total, more = x["cu_seqlens"], sum(lengths), 10 * varlen
     want = recurrence(*(x[n][None] for n in ("q", "k", "v", "g", "beta")),

@@ -92,6 +92,16 @@ class RoleSteps(TileLangPrinter):
             return f"{text}[{', '.join(at[a] for a in order) or '0'}]"
         return self.rings[self.across(name)].element(0, self.c, at)
 
+    def expression(self, node: Node, at: Mapping[str, str]) -> str:
+        """A choice between values that are at hand is no branch: then TileLang computes several elements at once."""
+        if node.op is Op.SELECT and not self.loads(node):
+            return f"T.Select({', '.join(self.element(a, at) for a in node.args)})"
+        return super().expression(node, at)
+
+    def loads(self, node: Node) -> bool:
+        """Whether an expression reads a tensor."""
+        return node.op is Op.LOAD or any(self.loads(a) for a in node.args if a not in self.laid.held)
+
     def cell(self, name: str) -> str:
         return f"{self.instance}:{self.laid.homes.get(name, name)}"
 
@@ -106,20 +116,20 @@ class RoleSteps(TileLangPrinter):
             self.part = s.part
         match s.event.do:
             case "load":
-                self.slotted(s.writes[0].cell, depth, lambda i, d: self.load(s, i, fenced, d))
+                self.slotted(self.rings[s.writes[0].cell], depth, lambda i, d: self.load(s, i, fenced, d))
             case "store":
-                self.slotted(s.reads[0].cell, depth, lambda i, d: self.store(s, i, d))
+                self.slotted(self.rings[s.reads[0].cell], depth, lambda i, d: self.store(s, i, d))
             case "read":
                 at, to = self.rings[s.reads[0].cell], self.registers[s.writes[0].cell][0]
-                self.slotted(s.reads[0].cell, depth, lambda i, d: self.put(d, f"T.copy({at.slot(i, self.c)}, {to})"))
+                self.slotted(at, depth, lambda i, d: self.put(d, f"T.copy({at.slot(i, self.c)}, {to})"))
             case "issue":
                 self.issue(s, depth)
             case _:
                 self.compute(s, depth)
 
-    def slotted(self, cell: str, depth: int, write: Callable[[int, int], None]) -> None:
+    def slotted(self, ring: Lies, depth: int, write: Callable[[int, int], None]) -> None:
         """What is done with a ring's slot; written once for each where slots are buffers of their own."""
-        count = len(self.rings[cell].buffers)
+        count = len(ring.buffers)
         for i in range(count):
             if count > 1:
                 test = f" {self.c} % {count} == {i}:"
@@ -198,26 +208,20 @@ class RoleSteps(TileLangPrinter):
         return self.loops(self.ordered(n, self.role), depth)
 
     def compute(self, s: Step, depth: int) -> None:
-        """A value, element by element: into registers, its ring, or both."""
+        """A value, element by element: into registers, its ring, or both; a matrix goes to its ring by way of registers."""
         n, here = s.node, self.here(s.node.axes)
         ring = next((a for a in s.writes if a.ring), None)
-        kept = next((a for a in s.writes if not a.ring), None)
-        name = s.event.value
-        if ring is not None and kept is None and self.crosses(name):
-            text, order = self.registers[self.cell(name)]
-            lies = self.rings[ring.cell]
-            self.fill_with(n, f"{text}[{', '.join(here[a] for a in order)}]", depth)
-            self.slotted(ring.cell, depth, lambda i, d: self.put(d, f"T.copy({text}, {lies.slot(i, self.c)})"))
-            return
+        lies = self.rings[ring.cell] if ring else None
+        kept = self.registers.get(self.cell(s.event.value))
         if kept is not None:
-            text, order = self.registers[kept.cell]
+            text, order = kept
             self.fill_with(n, f"{text}[{', '.join(here[a] for a in order) or '0'}]", depth)
-        if ring is not None:
-            to = self.rings[ring.cell].element(0, self.c, here)
-            if kept is None:
-                self.fill_with(n, to, depth)
-            else:
-                self.put(self.over_rows(n, depth), f"{to} = {self.element(n, here)}")
+            if lies is not None and lies.apart:
+                self.slotted(lies, depth, lambda i, d: self.put(d, f"T.copy({text}, {lies.slot(i, self.c)})"))
+            elif lies is not None:
+                self.put(self.over_rows(n, depth), f"{lies.element(0, self.c, here)} = {self.element(n, here)}")
+        elif lies is not None:
+            self.fill_with(n, lies.element(0, self.c, here), depth)
 
     def fill_with(self, n: Node, to: str, depth: int) -> None:
         """`to`, an element, from the expression of a value."""

@@ -97,8 +97,8 @@ class RolePrinter(RoleSteps):
         ops, steps = self.plan.ops[instance], self.laid.steps[instance]
         for a in {a.cell: a for s in steps for a in (*s.reads, *s.writes) if not a.ring}.values():
             self.allocate_registers(a.cell, a.value, depth)
-        for s in steps:                                    # what only passes through registers
-            if s.event.do == "compute" and self.cell(s.event.value) not in self.registers and self.crosses(s.event.value):
+        for s in steps:                                    # matrices that only pass through registers
+            if s.event.do == "compute" and self.cell(s.event.value) not in self.registers and len(s.node.axes) == 2:
                 self.allocate_registers(self.cell(s.event.value), s.event.value, depth)
         carries = [c for c in self.scan.carry_nodes() if self.laid.owner[c["name"]] is r]
         for c in carries:
