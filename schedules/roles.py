@@ -164,8 +164,8 @@ SOLVED = Roles.of({
     "roles": [
         {"name": "state", "copies": 2, "rows": "V", "warps": 4, "registers": 208, "events": [
             "compute S16", "issue SK", "compute o16 late", "read v", "complete SK",
-            "compute R", "issue u", "issue QS", "compute decayed", "complete QS",
-            "compute u16", "compute W", "compute entering", "issue written", "issue inside", "complete inside"]},
+            "issue QS", "compute R", "issue u", "compute decayed", "complete u",
+            "compute W", "issue written", "compute u16", "compute entering", "issue inside", "complete inside"]},
         {"name": "aux", "rows": "C", "warps": 4, "registers": 64, "events": ["issue qk", "complete qk", "compute P"]},
         {"name": "load", "registers": 32, "events": ["load k", "load q"]},
         {"name": "load_values", "registers": 32, "events": ["load v", "load A_beta"]},

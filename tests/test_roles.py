@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import pytest
 
+from gdn_ir.bench.roles import VARIANTS
 from gdn_ir.backends import BACKENDS
 from gdn_ir.backends.base import Kernel
 from gdn_ir.compiler import Instance, lower
@@ -138,6 +139,11 @@ def test_liveness_is_what_executing_finds() -> None:
 @pytest.mark.parametrize("chunks", [0, 1, 2, 7])
 def test_runs(chunks: int, ragged: bool) -> None:
     execute(derive(laid()), chunks, ragged, seeds=20)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_run(name: str) -> None:
+    execute(derive(laid(VARIANTS[name])), 7, True)
 
 
 @pytest.mark.parametrize("depth", [1, 4])

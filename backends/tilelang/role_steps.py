@@ -131,9 +131,8 @@ class RoleSteps(TileLangPrinter):
         """What is done with a ring's slot; written once for each where slots are buffers of their own."""
         count = len(ring.buffers)
         for i in range(count):
-            if count > 1:
-                test = f" {self.c} % {count} == {i}:"
-                self.put(depth, "if" + test if i == 0 else "elif" + test if i + 1 < count else "else:")
+            if count > 1:                                  # no elif: TileLang nests them, and Python has 20 levels
+                self.put(depth, "else:" if count == 2 and i == 1 else f"if {self.c} % {count} == {i}:")
             write(i, depth + (count > 1))
 
     def box(self, n: Node) -> str:
