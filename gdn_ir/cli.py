@@ -43,7 +43,8 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch")]
          H: Annotated[Optional[int], typer.Option(help="heads of q (all of v's by default; likewise)")] = None,
          grads: Annotated[str, typer.Option(help="the backward: gradients of these, such as q,k,v,g,beta,initial_state")] = "",
          schedule: Annotated[str, typer.Option(help="default; a plan with modest options: naive, fused, solve, states or wy "
-                                                    "(of a backward: naive, fused or states); or a JSON file")] = "default",
+                                                    "(of a backward: naive, fused or states); roles (tilelang, sm_90); "
+                                                    "or a JSON file")] = "default",
          kernel: Annotated[str, typer.Option(help="only this kernel")] = "",
          generated: Annotated[bool, typer.Option("--generated", help="print what the toolchain makes of it: PTX (triton), or "
                                                  "TIR and C (tilelang)")] = False,
@@ -53,7 +54,7 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch")]
     from gdn_ir.backends import BACKENDS
     from gdn_ir.compiler import Instance, variant
     from gdn_ir.programs.gated_delta import Switches
-    from gdn_ir.schedules.defaults import default
+    from gdn_ir.schedules.defaults import default, of_roles
     from gdn_ir.schedules.plans import PLANS, backward_plan, plan
     from gdn_ir.schedules.schedule import Schedule
     if backend not in BACKENDS:
@@ -74,6 +75,8 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch")]
             wanted = Schedule.from_json(Path(schedule).read_text())
         except ValueError as e:
             raise ValueError(f"--schedule {schedule}: {e}") from None
+    elif schedule == "roles" and not wrt:
+        wanted = of_roles()
     else:
         known = PLANS["backward" if wrt else "forward"]
         if schedule not in known:

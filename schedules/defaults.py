@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gdn_ir.schedules.plans import Steps, backward_plan, plan
+from gdn_ir.schedules.roles import SOLVED, Roles
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 if TYPE_CHECKING:
@@ -53,6 +54,13 @@ def of_tilelang(arch: str, instance: Instance, steps: Steps) -> tuple[Schedule, 
     parts = {"scan": KernelOptions(width, 4, ring), "output": output}
     parts |= {"solve": KernelOptions(None, 4, 1)} if instance.switches.erase else {}
     return Schedule(f"states-{width}", steps=steps).with_options(**parts), f"{arch}: chunks in parallel but for the state"
+
+
+def of_roles(roles: Roles = SOLVED, solve: KernelOptions | None = None) -> Schedule:
+    """The plan "solve" with its scan as cooperating roles, for TileLang on Hopper, bfloat16, K = V = 128; the log decay's sums
+    are hoisted too. Nothing chooses it yet."""
+    return Schedule("roles", steps=plan("solve", sums=True)).with_options(scan=KernelOptions(roles=roles),
+                                                                          solve=solve or KernelOptions(None, 4, 1))
 
 
 def scan_width(arch: str, instance: Instance, scans: int) -> int:

@@ -4,18 +4,24 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields, replace
 
+from gdn_ir.schedules.roles import Roles
+
 
 @dataclass(frozen=True)
 class KernelOptions:
     """How one kernel of the plan runs. v_tile: columns of V a block owns (None: all); the rest goes to the grid. follows:
-    whether it starts beside the scan before it and takes each chunk as soon as that has stored it (`gdn_ir.follow`)."""
+    whether it starts beside the scan before it and takes each chunk as soon as that has stored it (`gdn_ir.follow`). roles: what
+    its warps do, where they do not all do the same (then it decides their number, and how far loads run ahead)."""
     v_tile: int | None = None
     num_warps: int = 4
     num_stages: int = 2
     follows: bool = False
+    roles: Roles | None = None
 
     def __str__(self) -> str:
         tile = f", V in tiles of {self.v_tile}" if self.v_tile else ""
+        if self.roles:
+            return f"roles {', '.join(r.name for r in self.roles.roles)}{tile}"
         more = tile + (", follows the scan before it" if self.follows else "")
         return f"{self.num_warps} warp{'s' * (self.num_warps > 1)}, {self.num_stages} stage{'s' * (self.num_stages > 1)}{more}"
 
@@ -26,6 +32,12 @@ class KernelOptions:
             if not ok:
                 raise ValueError(f"KernelOptions.{name}: got {value!r}; accepts a power of two "
                                  "(v_tile also None; num_warps to 16; num_stages is any number from 1 to 8)")
+
+
+    def data(self) -> dict[str, object]:
+        """As JSON has it: without roles where there are none."""
+        plain = {"v_tile": self.v_tile, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        return plain | ({"roles": self.roles.data()} if self.roles else {})
 
 
 def _power_of_two(n: object) -> bool:
@@ -62,7 +74,7 @@ class Schedule:
         return f"{self.name}: chunks of {self.chunk}{'' if self.dot == 'io' else f', products in {self.dot}'}; {steps}"
 
     def to_json(self) -> str:
-        return json.dumps({**asdict(self), "kernels": {name: asdict(o) for name, o in self.kernels}}, indent=1)
+        return json.dumps({**asdict(self), "kernels": {name: o.data() for name, o in self.kernels}}, indent=1)
 
     @staticmethod
     def from_json(text: str) -> Schedule:
@@ -82,7 +94,8 @@ class Schedule:
             raise ValueError(f"Schedule.kernels: got {kernels!r}; accepts an object of options by kernel name")
         for kernel, o in kernels.items():
             check_fields(KernelOptions, o, f"Schedule.kernels[{kernel!r}]")
-        options = tuple((kernel, KernelOptions(**o)) for kernel, o in kernels.items())
+        options = tuple((kernel, KernelOptions(**{**o, "roles": Roles.of(o["roles"])} if o.get("roles") else o))
+                        for kernel, o in kernels.items())
         return Schedule(**{**data, "steps": tuple(tuple(s) for s in steps), "kernels": options})
 
 

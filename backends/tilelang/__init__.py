@@ -11,6 +11,8 @@ import torch
 from gdn_ir.artifacts import PACKS, Built, obtain, packed
 from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, blocks, clear_tail, heads, in_order
 from gdn_ir.backends.tilelang import emit as printer
+from gdn_ir.backends.tilelang import roles
+from gdn_ir.backends.tilelang.roles import RolePrinter
 from gdn_ir.backends.tilelang.statements import SM_80, SM_90, C
 from gdn_ir.cache import load_source
 from gdn_ir.nodes import Op
@@ -43,6 +45,8 @@ class TileLang:
                 return Reason(f"tilelang does not lower a store summed over {', '.join(n['sum'])} yet ({n['tensor'].name})")
         for scan in kernel.groups:
             return Reason(f"tilelang does not lower a loop over the {scan.axis} that share one {scan.group} yet")
+        if kernel.options.roles:
+            return roles.supports(kernel, arch)
         if len(kernel.splits) > 1 or (kernel.parallel and len(kernel.parallel.chain) > 1):
             return Reason("tilelang: one split axis a kernel, and one scan where its iterations go to the grid")
         if importlib.util.find_spec("tilelang") is None or (arch == "cpu" and shutil.which("g++") is None):
@@ -62,7 +66,7 @@ class TileLang:
         return arch != "cpu"
 
     def emit(self, kernel: Kernel, arch: str) -> Source:
-        return printer.emit(kernel, TARGETS[arch])
+        return RolePrinter(kernel).source() if kernel.options.roles else printer.emit(kernel, TARGETS[arch])
 
     def compile(self, kernel: Kernel, source: Source, arch: str) -> Launch:
         from gdn_ir.backends.tilelang.runtime import LIBRARY, for_cpu, for_gpu, library
@@ -89,8 +93,8 @@ class TileLang:
         return in_order(kernels, launches)
 
     def recipe(self, kernel: Kernel, source: Source, arch: str) -> dict[str, Any]:
-        from gdn_ir.backends.tilelang.runtime import FAST, FLAGS, MASKED, processor
-        flags: dict[str, Any] = {"g++": FLAGS, "processor": processor()} if arch == "cpu" else FAST
+        from gdn_ir.backends.tilelang.runtime import FLAGS, MASKED, processor
+        flags: dict[str, Any] = {"g++": FLAGS, "processor": processor()} if arch == "cpu" else self.flags(kernel)
         return {"backend": "tilelang", "source": source.digest, "kernel": kernel.name, "arch": arch, "flags": MASKED | flags}
 
     def toolchain(self, arch: str) -> dict[str, str] | None:
@@ -100,12 +104,17 @@ class TileLang:
     def build(self, kernel: Kernel, source: Source, arch: str) -> Built:
         from gdn_ir.backends.tilelang.runtime import build
         function = getattr(load_source(self.name, source.kernel, source.hash, source.text), source.kernel)
-        return build(function, printer.signature(kernel), printer.symbols(kernel), arch)
+        return build(function, printer.signature(kernel), printer.symbols(kernel), arch, self.flags(kernel))
+
+    def flags(self, kernel: Kernel) -> dict[str, bool]:
+        """Of TileLang's passes on GPUs."""
+        from gdn_ir.backends.tilelang.runtime import FAST, ROLES
+        return FAST | ROLES if kernel.options.roles else FAST
 
     def generated(self, kernel: Kernel, source: Source, arch: str) -> str:
         from gdn_ir.backends.tilelang.runtime import cross_compile
         function = getattr(load_source(self.name, source.kernel, source.hash, source.text), source.kernel)
-        return f"{function.script()}\n\n{cross_compile(function, arch)}"
+        return f"{function.script()}\n\n{cross_compile(function, arch, self.flags(kernel))}"
 
     def clear_tail(self, x: torch.Tensor, call: Call) -> None:
         clear_tail(x, call)

@@ -33,6 +33,8 @@ def signature(kernel: Kernel) -> list[str]:
 
 
 class TileLangPrinter(Statements):
+    imports: tuple[str, ...] = ("import tilelang.language as T",)
+
     def __init__(self, kernel: Kernel, target: Target) -> None:
         own = {"T", "n", "slot", "t0", "first", "length", "rows", "pid", "start", "low", "high", "middle", "tail", "beyond",
                "cu", "block", "b", "i", "j", "turn"}
@@ -44,19 +46,27 @@ class TileLangPrinter(Statements):
         k = self.kernel
         inside = self.prologue()
         body, self.lines = self.lines, []
-        self.block(self.linear.body, inside)
+        self.work(inside)
         shapes = {f"{t.name}_": f'T.Tensor({listed(dimensions(k, t))}, "{DTYPES[t.dtype]}")' for t in k.tensors()}
         shapes |= {"cu": 'T.Tensor((boundaries,), "int32")'}
         kinds = shapes | {p: "T.float32" for p in k.program.params()}
         arguments = [f"{name}: {kinds.get(name, 'T.int32')}" for name in signature(k)]
         names = symbols(k)
-        threads = f", threads={32 * k.options.num_warps}" if self.target.threads else ""
-        lines = ["import tilelang.language as T", "",
+        threads = f", threads={self.threads}" if self.target.threads else ""
+        lines = [*self.imports, "",
                  f'{", ".join(names)} = T.dynamic("{", ".join(names)}")', "", "", "@T.prim_func", f"def {k.name}(",
                  *(f"{INDENT}{a}," for a in arguments), "):",
                  f"{INDENT}with T.Kernel(blocks{threads}) as block:",
                  *(f"{INDENT * 2}{name} = {where}" for name, where in self.buffers.items()), *body, *self.lines]
         return Source(k.name, k.header() + "\n".join(lines) + "\n")
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.kernel.options.num_warps
+
+    def work(self, depth: int) -> None:
+        """What a block does, from where it works on."""
+        self.block(self.linear.body, depth)
 
     # -- where a block works
 

@@ -28,6 +28,9 @@ FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-
 MASKED = {"tl.disable_safe_memory_legalize": True}         # every access is masked where it can leave its tensor
 LIBRARY = "kernel.so"
 FAST = {"tl.enable_fast_math": True}                       # exp as the GPU's own instruction, good to 2 units in the last place
+# roles say themselves where they meet, of rings that share no memory
+ROLES = {f"tl.disable_{x}": True for x in ("thread_storage_sync", "shared_memory_reuse", "buffer_init_check")}
+Flags = Mapping[str, bool]
 
 
 @lru_cache(maxsize=1)
@@ -49,10 +52,10 @@ def compiler() -> tuple[Any, Any]:
     return tilelang, tvm
 
 
-def cross_compile(function: Any, arch: str) -> str:
+def cross_compile(function: Any, arch: str, flags: Flags = FAST) -> str:
     """Compile a prim_func for "sm_80" or "sm_90"; returns the CUDA that nvcc accepted. For "cpu", the C that g++ did."""
     with uncached():
-        return str((native(function) if arch == "cpu" else cuda(function, arch)).get_kernel_source())
+        return str((native(function) if arch == "cpu" else cuda(function, arch, flags)).get_kernel_source())
 
 
 @contextmanager
@@ -68,16 +71,16 @@ def uncached() -> Iterator[None]:
             tilelang.enable_cache()
 
 
-def cuda(function: Any, arch: str) -> Any:
+def cuda(function: Any, arch: str, flags: Flags) -> Any:
     target = {"kind": "cuda", "arch": {"sm_90": "sm_90a"}.get(arch, arch)}
-    return compiler()[0].compile(function, target=target, execution_backend="tvm_ffi", pass_configs=MASKED | FAST)
+    return compiler()[0].compile(function, target=target, execution_backend="tvm_ffi", pass_configs={**MASKED, **flags})
 
 
-def lowered(function: Any, arch: str) -> tuple[str, int]:
+def lowered(function: Any, arch: str, flags: Flags = FAST) -> tuple[str, int]:
     """The CUDA of a prim_func, which nvcc has not seen, and the bytes of shared memory that it asks for."""
     tilelang, tvm = compiler()
     target = tvm.target.Target({"kind": "cuda", "arch": {"sm_90": "sm_90a"}.get(arch, arch)})
-    with target, tvm.transform.PassContext(config=MASKED | FAST):
+    with target, tvm.transform.PassContext(config={**MASKED, **flags}):
         made = tilelang.lower(function, target=target, enable_device_compile=False)
     wanted = [dict(f.attrs).get("dyn_shared_memory_buf", 0) for f in made.device_mod.functions.values()]
     return str(made.kernel_source), max(int(w) for w in wanted)
@@ -105,7 +108,7 @@ def toolchain(arch: str) -> dict[str, str] | None:
         return None
 
 
-def build(function: Any, names: list[str], sizes: list[str], arch: str) -> Built:
+def build(function: Any, names: list[str], sizes: list[str], arch: str, flags: Flags = FAST) -> Built:
     """A prim_func as a shared library: for CPUs of g++'s, for GPUs one that TileLang's runtime loads.
 
     names: of its arguments, in order; sizes: of tensors' dimensions that are known at the call, in the order in which they
@@ -120,7 +123,7 @@ def build(function: Any, names: list[str], sizes: list[str], arch: str) -> Built
             data = library.read_bytes()
             library.unlink()                               # TileLang leaves it in /tmp; what is mapped stays
             return Built({LIBRARY: data}, {"order": order})
-        executable = cuda(function, arch).adapter.get_exportable_executable()
+        executable = cuda(function, arch, flags).adapter.get_exportable_executable()
         with tempfile.TemporaryDirectory() as folder:
             executable.export_library(f"{folder}/{LIBRARY}")
             return Built({LIBRARY: Path(folder, LIBRARY).read_bytes()}, {"order": names})

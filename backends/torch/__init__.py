@@ -21,7 +21,7 @@ class Torch:
     def supports(self, kernel: Kernel, arch: str) -> Reason | None:
         if kernel.awaits:
             return Reason("torch runs one kernel after another; triton starts one beside another on sm_90")
-        return None
+        return Reason("torch has no roles; tilelang has") if kernel.options.roles else None
 
     def tile(self, axis: str, extent: int, arch: str) -> int:
         return extent

@@ -35,6 +35,8 @@ class Triton:
     def supports(self, kernel: Kernel, arch: str) -> Reason | None:
         if arch not in TARGETS and not interpreting():
             return Reason(f"triton lowers to {' and '.join(TARGETS)}, not to {arch}")
+        if kernel.options.roles:
+            return Reason("triton has no roles; tilelang has")
         for n in kernel.program.nodes():
             if n.op is Op.STORE and n["sum"]:
                 return Reason(f"triton does not lower a store summed over {', '.join(n['sum'])} yet ({n['tensor'].name})")

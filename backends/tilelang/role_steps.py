@@ -1,0 +1,260 @@
+"""How the steps of roles are written in TileLang: loads and stores by TMA, products, values element by element.
+
+Rings that the tensor cores read lie as those want it. One that registers read or write lying across (ldmatrix, stmatrix, both
+transposing) is a buffer for each slot, for TileLang 0.1.15 drops the offset of a slice there, and its registers' layout is
+given, for inference picks an order that forbids them.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from gdn_ir.backends.base import Kernel
+from gdn_ir.backends.tilelang.emit import TileLangPrinter
+from gdn_ir.backends.tilelang.rules import point, where
+from gdn_ir.backends.tilelang.statements import SM_90, coordinate
+from gdn_ir.nodes import At, IRError, Node, Op, Rows, Tile, stored_axes
+from gdn_ir.program import ScanView
+from gdn_ir.schedules.events import Laid, Step, padding
+from gdn_ir.schedules.protocol import Plan, derive
+from gdn_ir.schedules.roles import Role
+
+
+@dataclass(frozen=True)
+class Lies:
+    """Where a ring's cell lies. buffers: one with all slots, or (apart) one for each; order: of a slot's dimensions."""
+    buffers: tuple[str, ...]
+    slots: int
+    order: tuple[str, ...]
+    apart: bool
+
+    def slot(self, i: int, c: str) -> str:
+        return self.buffers[i] if self.apart else f"{self.buffers[0]}[{c} % {self.slots}, {', '.join(':' for _ in self.order)}]"
+
+    def element(self, i: int, c: str, at: Mapping[str, str]) -> str:
+        slot = [] if self.apart else [f"{c} % {self.slots}"]
+        return f"{self.buffers[i]}[{', '.join([*slot, *([at[a] for a in self.order] or ['0'])])}]"
+
+
+class RoleSteps(TileLangPrinter):
+    """Writes one step of one role. c: the chunk at hand, as text; role, part: whose turn it is, and which part of a split axis;
+    registers: (name, order of axes) of this role's cells; rings: where those of all lie."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        assert kernel.options.roles is not None
+        super().__init__(kernel, SM_90)
+        self.roles = kernel.options.roles
+        self.laid = Laid(kernel.program, self.roles)
+        self.plan: Plan = derive(self.laid)
+        self.scan: ScanView = self.laid.scan
+        self.c = ""                                        # the chunk at hand, as text
+        self.role, self.instance = self.roles.roles[0], ""
+        self.part = 0                                      # of an axis in parts: the one at hand
+        self.registers: dict[str, tuple[str, tuple[str, ...]]] = {}    # cell -> name, order of axes
+        self.rings: dict[str, Lies] = {}                   # by cell
+
+    # -- tiles
+
+    def size(self, r: Role, axis: str) -> int:
+        """The extent of an axis, as a role has it."""
+        return self.kernel.tile(axis) // self.laid.axes.get(axis, 1)
+
+    def ordered(self, node: Node, r: Role) -> tuple[str, ...]:
+        """A tile's axes as registers have them: the rows of products first."""
+        return tuple(sorted(node.axes, key=lambda a: (a != r.rows, a)))
+
+    def shape(self, order: tuple[str, ...], r: Role) -> list[str]:
+        return [str(self.size(r, a)) for a in order]
+
+    def value(self, name: str) -> Node:
+        return self.laid.value(name)
+
+    def order_of(self, name: str) -> tuple[str, ...]:
+        """How a ring has a value's axes: as the tensor that it comes from or goes to, else as its producer's registers."""
+        node = self.value(name)
+        store = next((s for s in self.laid.stores.values() if self.laid.held.get(s.args[0]) == name), None)
+        memory = node if node.op is Op.LOAD else store
+        return stored_axes(memory["index"]) if memory is not None else self.ordered(node, self.laid.owner[name])
+
+    def crosses(self, name: str) -> bool:
+        """Whether registers read or write a ring lying across."""
+        moved = [r for r in self.roles.roles for e in r.events if e.do == "read" and e.value == name]
+        moved += [self.laid.owner[name]] if self.value(name).op is not Op.LOAD else []
+        return any(self.ordered(self.value(name), r) != self.order_of(name) for r in moved)
+
+    def element(self, node: Node, at: Mapping[str, str]) -> str:
+        name = self.laid.held.get(node)
+        if name is None:
+            return self.expression(node, at)
+        cell = self.cell(name)
+        if cell in self.registers:
+            text, order = self.registers[cell]
+            return f"{text}[{', '.join(at[a] for a in order) or '0'}]"
+        return self.rings[self.across(name)].element(0, self.c, at)
+
+    def expression(self, node: Node, at: Mapping[str, str]) -> str:
+        """A choice between values that are at hand is no branch: then TileLang computes several elements at once."""
+        if node.op is Op.SELECT and not self.loads(node):
+            return f"T.Select({', '.join(self.element(a, at) for a in node.args)})"
+        return super().expression(node, at)
+
+    def loads(self, node: Node) -> bool:
+        """Whether an expression reads a tensor."""
+        return node.op is Op.LOAD or any(self.loads(a) for a in node.args if a not in self.laid.held)
+
+    def cell(self, name: str) -> str:
+        return f"{self.instance}:{self.laid.homes.get(name, name)}"
+
+    def across(self, name: str) -> str:
+        """The ring of a value, or of the part of it that is at hand."""
+        return f"{name}_{self.part}" if self.laid.split(name) > 1 else name
+
+    # -- statements
+
+    def event(self, s: Step, fenced: bool, depth: int) -> None:
+        if s.part is not None:
+            self.part = s.part
+        match s.event.do:
+            case "load":
+                self.slotted(self.rings[s.writes[0].cell], depth, lambda i, d: self.load(s, i, fenced, d))
+            case "store":
+                self.slotted(self.rings[s.reads[0].cell], depth, lambda i, d: self.store(s, i, d))
+            case "read":
+                at, to = self.rings[s.reads[0].cell], self.registers[s.writes[0].cell][0]
+                self.slotted(at, depth, lambda i, d: self.put(d, f"T.copy({at.slot(i, self.c)}, {to})"))
+            case "issue":
+                self.issue(s, depth)
+            case _:
+                self.compute(s, depth)
+
+    def slotted(self, ring: Lies, depth: int, write: Callable[[int, int], None]) -> None:
+        """What is done with a ring's slot; written once for each where slots are buffers of their own."""
+        count = len(ring.buffers)
+        for i in range(count):
+            if count > 1:                                  # no elif: TileLang nests them, and Python has 20 levels
+                self.put(depth, "else:" if count == 2 and i == 1 else f"if {self.c} % {count} == {i}:")
+            write(i, depth + (count > 1))
+
+    def box(self, n: Node) -> str:
+        """The box of a tensor that a whole chunk's tile is."""
+        parts = []
+        for term in n["index"]:
+            match term:
+                case Tile(axis):
+                    size = self.size(self.role, axis)
+                    first = self.start(axis)
+                    parts.append(f"{first}:{first + size}")
+                case At(grid, share):
+                    parts.append(point(grid, share, self.kernel))
+                case Rows(_, axis, False):
+                    parts.append(f"t0:t0 + {self.kernel.tile(axis)}")
+                case _:
+                    raise IRError(f"roles: {n['tensor'].name} is no box of its tensor: {term}")
+        return f"{n['tensor'].name}_[{', '.join(parts)}]"
+
+    def start(self, axis: str) -> int:
+        return self.part * self.size(self.role, axis) if axis in self.laid.axes else 0
+
+    def in_memory(self, axes: tuple[str, ...]) -> dict[str, str]:
+        """Coordinates along whole axes, of a part."""
+        return {a: f"{coordinate(a)} + {self.start(a)}" if self.start(a) else coordinate(a) for a in axes}
+
+    def from_memory(self, n: Node) -> str:
+        return where(n, self.in_memory(n.axes), self.kernel)[0] if n.op is Op.LOAD else self.element(n, self.here(n.axes))
+
+    def load(self, s: Step, i: int, fenced: bool, depth: int) -> None:
+        """By TMA where the chunk is whole; where the sequence ends in it, its rows and zeros."""
+        cell = s.writes[0].cell
+        ring = self.rings[cell]
+        to = ring.element(i, self.c, self.here(ring.order))
+        barrier = next(f"{name}_full" for name, (_, cells) in self.plan.rings.items() if cell in cells)
+        self.put(depth, f"if rows >= {self.kernel.chunk}:")
+        slot = ring.slot(i, self.c)
+        self.put(depth + 1, f"T.tma_copy({self.box(s.node)}, {slot}, barrier={barrier}[{self.c} % {ring.slots}])")
+        self.put(depth, "else:")
+        inside = self.rows_of(ring.order, depth + 1)
+        text, condition = where(s.node, self.in_memory(ring.order), self.kernel)
+        self.put(inside, f"if {condition}:")
+        self.put(inside + 1, f"{to} = {text}")
+        self.put(inside, "else:")
+        self.put(inside + 1, f"{to} = 0.0")
+        if fenced:
+            self.put(depth + 1, "T.fence_proxy_async()")
+
+    def store(self, s: Step, i: int, depth: int) -> None:
+        """By TMA where the chunk is whole, else row by row to the end of the sequence. T.copy waits until the slot is read."""
+        ring = self.rings[s.reads[0].cell]
+        self.put(depth, f"if rows >= {self.kernel.chunk}:")
+        self.put(depth + 1, f"T.copy({ring.slot(i, self.c)}, {self.box(s.node)})")
+        self.put(depth, "else:")
+        inside = self.rows_of(ring.order, depth + 1)
+        text, condition = where(s.node, self.in_memory(ring.order), self.kernel)
+        self.put(inside, f"if {condition}:")
+        self.put(inside + 1, f"{text} = {ring.element(i, self.c, self.here(ring.order))}")
+
+    def loops(self, order: tuple[str, ...], depth: int) -> int:
+        if order:
+            names, sizes = ", ".join(coordinate(a) for a in order), ", ".join(self.shape(order, self.role))
+            self.put(depth, f"for {names} in T.Parallel({sizes}):")
+        return depth + bool(order)
+
+    def rows_of(self, order: tuple[str, ...], depth: int) -> int:
+        """The same a row at a time: short code, for what few chunks need."""
+        self.put(depth, f"for {coordinate(order[0])} in T.serial({self.size(self.role, order[0])}):")
+        return self.loops(order[1:], depth + 1)
+
+    def over_rows(self, n: Node, depth: int) -> int:
+        return self.loops(self.ordered(n, self.role), depth)
+
+    def compute(self, s: Step, depth: int) -> None:
+        """A value, element by element: into registers, its ring, or both; a matrix goes to its ring by way of registers."""
+        n, here = s.node, self.here(s.node.axes)
+        ring = next((a for a in s.writes if a.ring), None)
+        lies = self.rings[ring.cell] if ring else None
+        kept = self.registers.get(self.cell(s.event.value))
+        if kept is not None:
+            text, order = kept
+            self.fill_with(n, f"{text}[{', '.join(here[a] for a in order) or '0'}]", depth)
+            if lies is not None and lies.apart:
+                self.slotted(lies, depth, lambda i, d: self.put(d, f"T.copy({text}, {lies.slot(i, self.c)})"))
+            elif lies is not None:
+                self.put(self.over_rows(n, depth), f"{lies.element(0, self.c, here)} = {self.element(n, here)}")
+        elif lies is not None:
+            self.fill_with(n, lies.element(0, self.c, here), depth)
+
+    def fill_with(self, n: Node, to: str, depth: int) -> None:
+        """`to`, an element, from the expression of a value."""
+        here = self.here(n.axes)
+        if n.op is Op.LOAD and n.axes:
+            text, condition = where(n, self.in_memory(n.axes), self.kernel)
+            inside = self.over_rows(n, depth)
+            self.put(inside, f"{to} = T.if_then_else({condition}, {text}, 0.0)" if condition else f"{to} = {text}")
+            return
+        masked = padding(n)
+        self.put(self.over_rows(n, depth), f"{to} = {self.expression(n.args[1] if masked else n, here)}")
+        if masked:                                         # of few chunks, and then for all threads
+            self.put(depth, f"if rows < {self.kernel.chunk}:")
+            condition = self.element(n.args[0], here)
+            self.put(self.over_rows(n, depth + 1), f"{to} = T.if_then_else({condition}, {to}, 0.0)")
+
+    def issue(self, s: Step, depth: int) -> None:
+        node = s.node
+        left, right = node.args if self.role.rows in node.args[0].axes else node.args[::-1]
+        (a, rows), (b, columns) = self.operand_of(left), self.operand_of(right)
+        flags = ", transpose_A=True" if rows[0] == node["over"] else ""
+        flags += ", transpose_B=True" if columns[1] == node["over"] else ""
+        flags += "" if s.event.value in self.laid.onto else ", clear_accum=True"
+        self.put(depth, f"T.wgmma_gemm({a}, {b}, {self.registers[s.writes[0].cell][0]}{flags})")
+
+    def operand_of(self, node: Node) -> tuple[str, tuple[str, ...]]:
+        """The registers or the ring's slot behind an operand, and its axes in the order of dimensions."""
+        name = self.laid.held.get(node)
+        if name is None:
+            text, axes = self.operand_of(node.args[0])
+            a = node["axis"] if node.op is Op.TWIN else ""
+            swap = {a: a + "'", a + "'": a} if a else {}
+            return text, tuple(swap.get(x, x) for x in axes)
+        if self.cell(name) in self.registers:
+            return self.registers[self.cell(name)]
+        lies = self.rings[self.across(name)]
+        return lies.slot(0, self.c), lies.order

@@ -1,0 +1,181 @@
+"""Prints a kernel of cooperating roles as TileLang: what each does in a chunk, in the order of its plan (protocol.py).
+
+Every synchronisation printed here is an operation of the plan. TileLang adds none: its pass that places barriers is off (it
+would put them into roles), and what a role's own threads write to shared memory none of them reads. A product's rows fill the
+four warps of one warpgroup: TileLang would fence twice the registers of a product over two.
+"""
+from __future__ import annotations
+
+from itertools import groupby
+
+from gdn_ir.backends.base import Kernel, Reason
+from gdn_ir.backends.linearize import listed
+from gdn_ir.backends.tilelang.role_steps import Lies, RoleSteps
+from gdn_ir.backends.tilelang.rules import DTYPES, where
+from gdn_ir.nodes import IRError, Node, Op
+from gdn_ir.schedules.events import Step
+from gdn_ir.schedules.protocol import Sync
+from gdn_ir.schedules.roles import REGISTERS, Role
+
+ROWS = 64                                                  # of a product of one warpgroup
+# where an element of 16 x 8 blocks, transposed, lies: its thread, and its place among the registers of that
+ACROSS = ("lambda c, r: r // 16 * 32 + r % 8 * 4 + c % 8 // 2", "lambda c, r: c // 8 * 4 + r % 16 // 8 * 2 + c % 2")
+
+
+def supports(kernel: Kernel, arch: str) -> Reason | None:
+    """Why a kernel's role schedule cannot be printed, if so."""
+    if arch != "sm_90":
+        return Reason(f"roles are printed for sm_90, not for {arch}")
+    if kernel.parallel or kernel.splits or len(kernel.program.scans()) != 1:
+        return Reason("roles: one scan a kernel, that carries something, V whole")
+    try:
+        RolePrinter(kernel).check()
+    except IRError as e:
+        return Reason(str(e))
+    return None
+
+
+class RolePrinter(RoleSteps):
+    imports = ("import tilelang", "import tilelang.language as T")
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.roles.warps
+
+    def check(self) -> None:
+        """Raises IRError where a product has no form here."""
+        for r in self.roles.roles:
+            products = [e.value for e in r.events if e.do == "issue"]
+            if products and (r.warps != 4 or self.size(r, r.rows) != ROWS):
+                raise IRError(f"roles: {r.name} issues products: it must have 4 warps and {ROWS} rows, not {r.warps} and "
+                              f"{self.size(r, r.rows)}")
+            for e in r.events:
+                if e.late and e.do in ("load", "store"):
+                    raise IRError(f"roles: {r.name}: {e}: only what touches no tensor can be late")
+        self.source()
+
+    # -- the kernel
+
+    def work(self, depth: int) -> None:
+        self.put(depth, f"chunks = T.ceildiv({self.length}, {self.kernel.chunk})")
+        self.buffers["chunks"] = 'T.alloc_var("int32")'
+        for slots, cells in self.plan.rings.values():
+            for cell in cells:
+                self.lay(cell, slots)
+        for name, b in self.plan.barriers.items():
+            self.buffers[name] = f"T.alloc_barrier([{', '.join([str(b.arrivals)] * b.slots)}])"
+        self.put(depth, "tx = T.get_thread_binding()")
+        last, groups = 0, self.roles.warpgroups()
+        instances = iter([(r, name, i) for r in self.roles.roles for i, name in enumerate(self.laid.instances(r))])
+        for g, group in enumerate(groups):
+            self.put(depth, ("if" if g == 0 else "elif") + f" tx < {last + 128}:" if g + 1 < len(groups) else "else:")
+            more = group[0].registers >= REGISTERS // self.threads
+            self.put(depth + 1, f"T.set_max_nreg({group[0].registers}, {int(more)})")
+            for r in group:                                # no elif: TileLang nests them, and Python has 20 levels
+                if len(group) > 1:
+                    self.put(depth + 1, f"if T.And(tx >= {last}, tx < {last + 32 * r.warps}):")
+                last += 32 * r.warps
+                self.do(*next(instances), depth + 1 + (len(group) > 1))
+
+    def lay(self, cell: str, slots: int) -> None:
+        """Shared memory for a cell of a ring."""
+        name = next(a.value for ss in self.laid.steps.values() for s in ss for a in s.writes if a.cell == cell)
+        order, kind = self.order_of(name), DTYPES[self.value(name).type.dtype]
+        shape = self.shape(order, self.laid.owner[name]) or ["1"]
+        apart = self.crosses(name)
+        texts = [self.linear.fresh(f"{cell}_ring{i if apart else ''}") for i in range(slots if apart else 1)]
+        for text in texts:
+            self.buffers[text] = f'T.alloc_shared({listed(shape if apart else [str(slots), *shape])}, "{kind}")'
+        if apart:
+            self.put(2, f"T.annotate_layout({{{', '.join(f'{t}: tilelang.layout.make_swizzled_layout({t})' for t in texts)}}})")
+        self.rings[cell] = Lies(tuple(texts), slots, order, apart)
+
+    def do(self, r: Role, instance: str, copy: int, depth: int) -> None:
+        """A role, from its registers to its last store."""
+        self.put(depth, f"# {instance}")
+        self.role, self.instance, self.part, self.registers, self.said = r, instance, copy, {}, ""
+        ops, steps = self.plan.ops[instance], self.laid.steps[instance]
+        for a in {a.cell: a for s in steps for a in (*s.reads, *s.writes) if not a.ring}.values():
+            self.allocate_registers(a.cell, a.value, depth)
+        for s in steps:                                    # matrices that only pass through registers
+            if s.event.do == "compute" and self.cell(s.event.value) not in self.registers and len(s.node.axes) == 2:
+                self.allocate_registers(self.cell(s.event.value), s.event.value, depth)
+        carries = [c for c in self.scan.carry_nodes() if self.laid.owner[c["name"]] is r]
+        for c in carries:
+            start = self.scan.inits[self.scan.carries.index(c["name"])]
+            self.put(self.over_rows(c, depth), f"{self.element(c, self.here(c.axes))} = {self.from_memory(start)}")
+        self.put(depth, f"for i_{self.scan.axis} in T.serial(chunks):")
+        if any(self.placed(s) for s in steps):
+            self.chunk(self.scan, depth + 1)
+        here = f"i_{self.scan.axis}"
+        for late, run in groupby(ops, key=lambda x: x.late):
+            self.c = f"({here} - 1)" if late else here
+            if late:
+                self.put(depth + 1, f"if {here} > 0:")
+            self.run(list(run), depth + 1 + late)
+        behind = [x for x in ops if x.late]
+        if behind:
+            self.c = "(chunks - 1)"
+            self.put(depth, "if chunks > 0:")
+            self.run(behind, depth + 1)
+        for c in carries:
+            for store in (n for n in self.kernel.program.roots if n.op is Op.STORE):
+                if store.args[0].op is Op.FINAL and store.args[0]["i"] == self.scan.carries.index(c["name"]):
+                    self.say(c, depth)
+                    to, _ = where(store, self.in_memory(c.axes), self.kernel)
+                    self.put(self.over_rows(c, depth), f"{to} = {self.element(c, self.here(c.axes))}")
+
+    def allocate_registers(self, cell: str, name: str, depth: int) -> None:
+        node, r = self.value(name), self.role
+        moved = name in self.laid.rings and self.crosses(name)
+        order = self.order_of(name) if moved else self.ordered(node, r)
+        text = self.linear.fresh(self.laid.homes.get(name, name) + (f"_{self.part}" if r.copies > 1 else ""))
+        self.registers[cell] = text, order
+        where_ = "T.alloc_fragment" if order else "T.alloc_local"
+        self.put(depth, f'{text} = {where_}({listed(self.shape(order, r) or ["1"])}, "{DTYPES[node.type.dtype]}")')
+        if moved:
+            self.put(depth, f"T.annotate_layout({{{text}: T.Fragment({listed(self.shape(order, r))}, "
+                            f"forward_thread_fn={ACROSS[0]}, forward_index_fn={ACROSS[1]})}})")
+
+    def placed(self, s: Step) -> bool:
+        """Whether a step must know its chunk's place, or where its sequence ends."""
+        def walk(n: Node) -> bool:
+            return n.op in (Op.LOAD, Op.VALID) or any(walk(a) for a in n.args if a not in self.laid.held)
+        return s.event.do in ("load", "store") or (s.event.do == "compute" and walk(s.node))
+
+    # -- synchronisation
+
+    def run(self, ops: list[Step | Sync], depth: int) -> None:
+        """Operations of a plan in order; arrivals in a row are one lane's."""
+        rest = list(ops)
+        while rest:
+            x = rest.pop(0)
+            if isinstance(x, Step):
+                self.say(x.node.args[0] if x.node.op is Op.STORE else x.node, depth)
+                fences = []
+                while x.event.do == "load" and rest and isinstance(rest[0], Sync) and rest[0].kind == "fence":
+                    fences.append(rest.pop(0))
+                self.event(x, bool(fences), depth)
+            elif x.kind == "wait":
+                self.put(depth, f"T.barrier_wait({self.at_barrier(x)}, {self.parity(x)})")
+            elif x.kind == "fence":
+                self.put(depth, "T.fence_proxy_async()")
+            elif x.kind == "drain" and x.engine == "tensor":
+                self.put(depth, f"T.wait_wgmma({x.most})")
+            elif x.kind == "arrive":
+                self.put(depth, "T.sync_warp()")
+                self.put(depth, "if tx % 32 == 0:")
+                self.put(depth + 1, f"T.barrier_arrive({self.at_barrier(x)})")
+                while rest and isinstance(y := rest[0], Sync) and y.kind == "arrive":
+                    self.put(depth + 1, f"T.barrier_arrive({self.at_barrier(y)})")
+                    rest.pop(0)
+
+    def at_barrier(self, x: Sync) -> str:
+        return f"{x.barrier}[{self.c} % {self.plan.barriers[x.barrier].slots}]"
+
+    def parity(self, x: Sync) -> str:
+        turn = f"{self.c} // {self.plan.barriers[x.barrier].slots}"
+        return f"({turn} + {x.flip}) % 2" if x.flip else f"{turn} % 2"
+
+
+__all__ = ["RolePrinter", "supports"]

@@ -1,0 +1,259 @@
+"""A role schedule laid over a program: each event becomes a step that says which node it is of and what memory it touches.
+
+A step touches cells: registers of its role, or a ring in shared memory. What it reads is found by walking the node's arguments
+down to values that other events make; all between is computed where it is used. Three rules decide where a value lies:
+
+- a value that another role reads lies in its ring (and in registers too where its own role reads it again);
+- a product that is used once, in x + product, is added onto x: both lie in the registers of x;
+- such an x lies where the one product or carry lies that it is made of, element by element.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gdn_ir.nodes import FUNCTIONS, IRError, Node, Op
+from gdn_ir.program import Program, ScanView, uses
+from gdn_ir.schedules.roles import Event, Role, Roles
+
+
+class IllegalRoles(IRError):
+    """A role schedule that this program does not allow; names the event and why."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """A cell and the value that is in it: of this chunk, or (ahead: 1) of the next. ring: the cell is a ring's."""
+    cell: str
+    value: str
+    ring: bool = False
+    ahead: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One event of one copy of a role. engine: who touches memory: the role's threads, the tensor cores or the copy engine;
+    part: which part of a split axis it is of (None: of all). A product's accesses are its issue's; `complete` has none."""
+    event: Event
+    node: Node
+    engine: str
+    reads: tuple[Access, ...] = ()
+    writes: tuple[Access, ...] = ()
+    part: int | None = None
+
+    @property
+    def late(self) -> bool:
+        return self.event.late
+
+    def __str__(self) -> str:
+        return str(self.event)
+
+
+def expressions(program: Program, names: tuple[tuple[str, str], ...] = ()) -> dict[str, Node]:
+    """Every value of a program by what it is written as, in which those of `names` go by their names."""
+    found: dict[str, Node] = {}
+    text: dict[Node, str] = {}
+    table = {expression: name for name, expression in names}
+    for n in program.nodes():
+        parts = [text[a] for a in n.args]
+        match n.op:
+            case Op.CONST:
+                text[n] = repr(n["value"])
+            case Op.LOAD:
+                text[n] = n["tensor"].name
+            case Op.CARRY | Op.PARAM:
+                text[n] = n["name"]
+            case Op.DOT:
+                text[n] = " . ".join(parts)
+            case Op.ELEM if FUNCTIONS[n["fn"]].symbol and len(parts) == 2:
+                left, right = (f"({p})" if " " in p and "(" not in p.split(" ")[0] else p for p in parts)
+                text[n] = f"{left} {FUNCTIONS[n['fn']].symbol} {right}"
+            case Op.ELEM:
+                text[n] = f"{n['fn']}({', '.join(parts)})"
+            case Op.CAST:
+                text[n] = parts[0] if n["dtype"] in ("f32", "real") else f"{n['dtype']}({parts[0]})"
+            case Op.SELECT if padding(n):
+                text[n] = parts[1]
+            case Op.TWIN | Op.BROADCAST:
+                text[n] = parts[0]
+            case _:
+                text[n] = f"{n.op.name.lower()}({', '.join(parts)})"
+        text[n] = table.get(text[n], program.name_of(n) or text[n])
+        if n.op not in (Op.TWIN, Op.BROADCAST, Op.STORE) and not (n.op is Op.CAST and text[n] in found):
+            found[text[n]] = n
+    return found
+
+
+def padding(n: Node) -> bool:
+    """Whether a node masks rows past the end of a sequence, and does nothing else."""
+    c = n.args[0]
+    return n.op is Op.SELECT and c.op is Op.ELEM and c["fn"] == "lt" and c.args[0].op is Op.INDEX and c.args[1].op is Op.VALID
+
+
+class Laid:
+    """A role schedule over a program. `steps`: those of each role's copies, by name ("state0", "aux"), in order."""
+
+    def __init__(self, program: Program, roles: Roles) -> None:
+        self.program, self.roles = program, roles
+        self.named = expressions(program, roles.names)
+        for name, expression in roles.names:
+            if name not in self.named:
+                raise IllegalRoles(f"names: {program.name} computes no {expression!r} (for {name}); it computes "
+                                   f"{', '.join(sorted(self.named))}")
+        (self.scan,) = (ScanView.of(s) for s in program.scans())
+        self.stores = {n["tensor"].name: n for n in self.scan.effects if n.op is Op.STORE}
+        self.axes = {r.rows: r.copies for r in roles.roles if r.copies > 1}
+        self.rings = {v: ring for ring in roles.rings for v in ring.values}
+        self.held: dict[Node, str] = {}                    # nodes that events make, by the value's name
+        self.owner: dict[str, Role] = {}
+        self.onto: dict[str, str] = {}                     # a product -> the value it is added onto
+        self.users = uses(program.nodes())
+        for r in roles.roles:
+            for e in r.events:
+                if e.do in ("load", "compute", "issue"):
+                    self.make(r, e)
+        self.carried()
+        self.homes = self.lie()
+        self.steps = {name: tuple(self.of(r, name, i)) for r in roles.roles for i in range(r.copies)
+                      for name in [f"{r.name}{i}" if r.copies > 1 else r.name]}
+        for r in roles.roles:
+            for name in self.instances(r):
+                self.check(name)
+
+    # -- which event makes what
+
+    def make(self, r: Role, e: Event) -> None:
+        node = self.node(r, e)
+        if e.value in self.owner:
+            raise IllegalRoles(f"{r.name}: {e}: {self.owner[e.value].name} makes {e.value} already")
+        if (node.op is Op.DOT) != (e.do == "issue") or (e.do == "load" and node.op is not Op.LOAD):
+            raise IllegalRoles(f"{r.name}: {e}: {self.program.describe(node)} is not what one can {e.do}")
+        self.owner[e.value] = r
+        users = self.users.get(node, [])
+        if node.op is Op.DOT and len(users) == 1 and users[0].op is Op.ELEM and users[0]["fn"] == "add":
+            (x,) = (a for a in users[0].args if a is not node)
+            base = next((name for name, n in self.named.items() if n is x), None)
+            if base is not None and any(o == Event("compute", base) for o in r.events):
+                self.onto[e.value], node = base, users[0]
+        self.held[node] = e.value
+
+    def carried(self) -> None:
+        """The carry's next value must be one product added onto what is left of it, in the role that keeps it."""
+        self.carry: dict[str, str] = {}                    # the product that ends a chunk -> the carry's name
+        for c in self.scan.carry_nodes():
+            step = self.scan.nexts[self.scan.carries.index(c["name"])]
+            last = self.held.get(step)
+            if last not in self.onto:
+                raise IllegalRoles(f"the carry {c['name']} must end as x + product, where one role computes x and issues the "
+                                   f"product; it ends as {self.program.describe(step)}")
+            self.carry[str(last)] = c["name"]
+            self.held[c], self.owner[c["name"]] = c["name"], self.owner[str(last)]
+
+    def lie(self) -> dict[str, str]:
+        """The registers that hold each value, by the name of the value that they are named for."""
+        homes: dict[str, str] = {}
+        for product, base in self.onto.items():
+            x = self.named[base]
+            same = [v for v in self.inputs(x) if self.owner[v] is self.owner[base] and self.value(v).type == x.type]
+            if len(same) != 1:
+                raise IllegalRoles(f"{base} must scale one product or carry, element by element: {product} is added onto it")
+            homes[base] = same[0]
+        for product, base in self.onto.items():
+            homes[product] = homes[base]
+        return homes
+
+    def value(self, name: str) -> Node:
+        return next(n for n, v in self.held.items() if v == name)
+
+    def node(self, r: Role, e: Event) -> Node:
+        table = self.stores if e.do == "store" else self.named
+        if e.value not in table:
+            raise IllegalRoles(f"{r.name}: {e}: no value is called {e.value}; there are {', '.join(sorted(table))}")
+        return table[e.value]
+
+    def inputs(self, node: Node) -> tuple[str, ...]:
+        """The values that events make, of which a node is computed."""
+        found: dict[str, None] = {}
+
+        def walk(n: Node) -> None:
+            if n in self.held:
+                found.setdefault(self.held[n])
+            else:
+                for a in n.args:
+                    walk(a)
+        for a in node.args:
+            walk(a)
+        return tuple(found)
+
+    # -- what a step touches
+
+    def instances(self, r: Role) -> list[str]:
+        return [f"{r.name}{i}" for i in range(r.copies)] if r.copies > 1 else [r.name]
+
+    def split(self, name: str) -> int:
+        """How many parts a value is in."""
+        axes = self.value(name).axes
+        return next((count for axis, count in self.axes.items() if axis in axes), 1)
+
+    def registers(self, role: str, name: str, ahead: int = 0) -> Access:
+        return Access(f"{role}:{self.homes.get(name, name)}", name, False, ahead)
+
+    def ring(self, name: str, part: int | None) -> Access:
+        return Access(name if part is None else f"{name}_{part}", name, True)
+
+    def of(self, r: Role, instance: str, copy: int) -> Iterator[Step]:
+        here = {e.value for e in r.events if e.do != "load"}
+
+        def source(name: str, part: int | None) -> Access:
+            if name in here or name in self.scan.carries:
+                return self.registers(instance, name)
+            if name not in self.rings:
+                raise IllegalRoles(f"{instance} reads {name}, which {self.owner[name].name} makes: it needs a ring")
+            return self.ring(name, part if self.split(name) > 1 else None)
+
+        for e in r.events:
+            node = self.node(r, e)
+            what = self.held[node.args[0]] if e.do == "store" else e.value
+            if e.do == "complete" and Event("issue", e.value) not in r.events:
+                raise IllegalRoles(f"{instance}: {e}: it is not issued here")
+            parts: list[int | None] = [copy] if r.copies > 1 else [*range(self.split(what))] if self.split(what) > 1 else [None]
+            for part in parts:
+                kept = self.registers(instance, e.value, int(e.value in self.carry))
+                across = self.ring(e.value, part if e.value in self.owner and self.split(e.value) > 1 else None)
+                again = any(e.value in self.inputs(self.node(r, o)) for o in r.events if o.do in ("compute", "issue"))
+                match e.do:
+                    case "load":
+                        yield Step(e, node, "copy", (), (across,), part)
+                    case "store":
+                        yield Step(e, node, "copy", (source(what, part),), (), part)
+                    case "read":
+                        yield Step(e, node, "threads", (across,), (kept,), part)
+                    case "complete":
+                        yield Step(e, node, "threads", (), (), part)
+                    case _:
+                        reads = tuple(source(n, part) for n in self.inputs(node))
+                        reads += (self.registers(instance, self.onto[e.value]),) if e.value in self.onto else ()
+                        writes = (*((across,) if e.value in self.rings else ()),
+                                  *((kept,) if again or e.value not in self.rings or e.value in self.onto else ()))
+                        if e.do == "issue":
+                            writes = (kept if e.value not in self.carry else Access(kept.cell, self.carry[e.value], False, 1),)
+                        yield Step(e, node, "tensor" if e.do == "issue" else "threads", reads, writes, part)
+
+    def check(self, instance: str) -> None:
+        """What a chunk issues it must complete; a ring's events in one role are all late or none."""
+        steps = self.steps[instance]
+        issued = [s.event.value for s in steps if s.event.do == "issue"]
+        if issued:
+            ends = [i for i, s in enumerate(steps) if s.event.do == "complete"]
+            last = max(i for i, s in enumerate(steps) if s.event.do == "issue")
+            after = [s.event.value for s in steps[last:] if s.event.do == "complete"]
+            if not ends or not any(v == issued[-1] for v in after):
+                raise IllegalRoles(f"{instance}: issue {issued[-1]} is not completed in its chunk")
+        by_ring: dict[str, set[bool]] = {}
+        for s in steps:
+            for a in (*s.reads, *s.writes):
+                if a.ring:
+                    by_ring.setdefault(a.cell, set()).add(s.late)
+        for cell, late in by_ring.items():
+            if len(late) > 1:
+                raise IllegalRoles(f"{instance}: events that touch {cell} must all be late, or none")

@@ -1,0 +1,177 @@
+"""A role schedule: which warps of a block compute which values, and in what order. Plain data; nobody writes a barrier.
+
+A role is some warps that run the same events, in order, once a chunk. A value that one role makes and another reads crosses
+by a ring in shared memory. All synchronisation follows from the events' order and the rings' depths (protocol.py).
+
+Events, as they are written in JSON:
+
+    load x          ask for a tile of a tensor (by TMA); it is complete when its ring says so
+    read x          copy a value from its ring to registers
+    compute x       compute a value, element by element
+    issue x         start the product x; its left operand lies in registers or in a ring, the right one in a ring
+    complete x      wait until x is computed (and what was issued before it)
+    store x         copy a value from its ring to the tensor x, and wait until its slot has been read
+
+An event that ends with " late" works on the chunk before: it runs under the next one's products.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+DO = ("load", "read", "compute", "issue", "complete", "store")
+REGISTERS = 65536                                          # of a multiprocessor
+
+
+@dataclass(frozen=True)
+class Event:
+    """do: one of DO. late: for the chunk before."""
+    do: str
+    value: str
+    late: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.do} {self.value}{' late' if self.late else ''}"
+
+    @staticmethod
+    def of(text: str) -> Event:
+        words = str(text).split()
+        late = words[2:] == ["late"]
+        if len(words) != 2 + late or words[0] not in DO:
+            raise ValueError(f"event: got {text!r}; accepts '{' | '.join(DO)}', a value's name, and 'late' or nothing")
+        return Event(words[0], words[1], late)
+
+
+@dataclass(frozen=True)
+class Role:
+    """warps: how many; registers: of each thread (a multiple of 8, the same for all roles of a warpgroup). rows: the axis
+    that lies on the rows of its products. copies: so many of it, of which each owns a part of the axis `rows`: its values
+    that have this axis are parts too."""
+    name: str
+    events: tuple[Event, ...]
+    warps: int = 1
+    registers: int = 24
+    rows: str = ""
+    copies: int = 1
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Values that cross roles together (one producer, one pair of barriers for each of `depth` slots)."""
+    values: tuple[str, ...]
+    depth: int = 2
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Roles that alternate: `before` of the role `second` waits for `after` of `first`, which waits for it, `depth` chunks
+    later."""
+    first: str
+    after: Event
+    second: str
+    before: Event
+    depth: int = 1
+
+
+@dataclass(frozen=True)
+class Roles:
+    """names: (name, expression) of values that the program does not name, in terms of those it does, of tensors that are loaded
+    and of names before it: "k . S16" is a product, "bf16(S)" a cast; casts to float32, twins and padding are not written."""
+    roles: tuple[Role, ...]
+    rings: tuple[Ring, ...]
+    names: tuple[tuple[str, str], ...] = ()
+    turns: tuple[Turn, ...] = ()
+
+    def __post_init__(self) -> None:
+        seen = [r.name for r in self.roles]
+        crossing = [v for r in self.rings for v in r.values]
+        for what, listed in (("roles", seen), ("rings", crossing)):
+            twice = sorted({x for x in listed if listed.count(x) > 1})
+            if twice:
+                raise ValueError(f"Roles.{what}: {', '.join(twice)} twice")
+        for r in self.roles:
+            if r.warps not in (1, 2, 4) or r.registers % 8 or not 24 <= r.registers <= 240 or r.copies < 1:
+                raise ValueError(f"Roles.roles[{r.name}]: got {r.warps} warps, {r.registers} registers, {r.copies} copies; "
+                                 "accepts 1, 2 or 4 warps (a warpgroup), 24 to 240 registers in steps of 8, 1 copy or more")
+            if r.copies > 1 and not r.rows:
+                raise ValueError(f"Roles.roles[{r.name}]: copies own parts of the axis `rows`, which it lacks")
+        for ring in self.rings:
+            if ring.depth < 1 or not ring.values:
+                raise ValueError(f"Roles.rings: got {ring}; accepts values, and a depth from 1 on")
+        for t in self.turns:
+            if t.depth < 1 or t.after.late or t.before.late:
+                raise ValueError(f"Roles.turns: got {t}; accepts a depth from 1 on and events that are not late")
+        for group in self.warpgroups():
+            if sum(r.warps for r in group) != 4 or len({r.registers for r in group}) > 1:
+                raise ValueError(f"Roles.roles: {', '.join(r.name for r in group)} share a warpgroup; accepts roles, in order, "
+                                 "that fill 4 warps and have the same registers")
+        used = sum(128 * group[0].registers for group in self.warpgroups())
+        if used > REGISTERS:
+            raise ValueError(f"Roles.roles: {used} registers in all; there are {REGISTERS}")
+
+    def warpgroups(self) -> list[list[Role]]:
+        """The roles (a role once for each of its copies) by the warpgroup that they are in."""
+        groups: list[list[Role]] = []
+        for r in self.roles:
+            for _ in range(r.copies):
+                if not groups or sum(x.warps for x in groups[-1]) >= 4:
+                    groups.append([])
+                groups[-1].append(r)
+        return groups
+
+    @property
+    def warps(self) -> int:
+        return sum(r.warps * r.copies for r in self.roles)
+
+    def data(self) -> dict[str, Any]:
+        """As JSON has it."""
+        plain = asdict(Role("", ()))
+        roles = [{n: v for n, v in vars(r).items() if n in ("name", "warps", "registers") or v != plain[n]}
+                 | {"events": [str(e) for e in r.events]} for r in self.roles]
+        turns = [{**vars(t), "after": str(t.after), "before": str(t.before)} for t in self.turns]
+        rings = [{"values": list(r.values), "depth": r.depth} for r in self.rings]
+        return {"names": dict(self.names), "roles": roles, "rings": rings, **({"turns": turns} if turns else {})}
+
+    @staticmethod
+    def of(data: object) -> Roles:
+        """What `data` wrote. Raises ValueError naming the field that is missing, unknown or out of range."""
+        d = known(Roles, data, "roles", ("roles", "rings"))
+        roles = [known(Role, r, "roles.roles", ("name", "events")) for r in d["roles"]]
+        rings = [known(Ring, r, "roles.rings", ("values",)) for r in d["rings"]]
+        turns = [known(Turn, t, "roles.turns", ("first", "after", "second", "before")) for t in d.get("turns", [])]
+        return Roles(tuple(Role(**{**r, "events": tuple(Event.of(e) for e in r["events"])}) for r in roles),
+                     tuple(Ring(**{**r, "values": tuple(r["values"])}) for r in rings),
+                     tuple((n, text) for n, text in d.get("names", {}).items()),
+                     tuple(Turn(**{**t, "after": Event.of(t["after"]), "before": Event.of(t["before"])}) for t in turns))
+
+
+def known(kind: type, data: object, name: str, needed: tuple[str, ...]) -> Mapping[str, Any]:
+    """An object with fields of the dataclass, those needed among them."""
+    names = [f.name for f in fields(kind)]
+    if not isinstance(data, dict) or set(data) - set(names) or set(needed) - set(data):
+        raise ValueError(f"{name}: got {data!r}; accepts an object with {', '.join(names)} (at least {', '.join(needed)})")
+    return data
+
+
+# The scan of the plan "solve". With the state transposed V lies on the rows of its products, so each left operand is made of
+# what the same warpgroup has in registers. ptxas takes all from an issue to the next wait for every product as one stage, in
+# which nothing else may touch an accumulator: each copy of `state` has three a chunk.
+SOLVED = Roles.of({
+    "names": {"gamma": "exp(G)", "rest": "exp(total - G)", "whole": "exp(total)", "S16": "bf16(S)", "SK": "k . S16",
+              "R": "bf16(v - (gamma * SK))", "QS": "q . S16", "decayed": "whole * S", "W": "bf16(rest * u)", "u16": "bf16(u)",
+              "P": "bf16(D * qk)", "entering": "gamma * QS", "inside": "P . u16", "written": "k . W", "o16": "bf16(o)"},
+    "roles": [
+        {"name": "state", "copies": 2, "rows": "V", "warps": 4, "registers": 208, "events": [
+            "compute S16", "issue SK", "compute o16 late", "read v", "complete SK",
+            "issue QS", "compute R", "issue u", "compute decayed", "complete u",
+            "compute W", "issue written", "compute u16", "compute entering", "issue inside", "complete inside"]},
+        {"name": "aux", "rows": "C", "warps": 4, "registers": 64, "events": ["issue qk", "complete qk", "compute P"]},
+        {"name": "load", "registers": 32, "events": ["load k", "load q"]},
+        {"name": "load_values", "registers": 32, "events": ["load v", "load A_beta"]},
+        {"name": "sums", "registers": 32, "events": ["compute G", "compute gamma", "compute rest", "compute whole"]},
+        {"name": "store", "registers": 32, "events": ["store o"]}],
+    "rings": [{"values": ["q"], "depth": 2}, {"values": ["k"], "depth": 3}, {"values": ["v"], "depth": 2},
+              {"values": ["A_beta"], "depth": 2}, {"values": ["G", "gamma", "rest", "whole"], "depth": 3},
+              {"values": ["P"], "depth": 2}, {"values": ["o16"], "depth": 1}],
+})

@@ -1,0 +1,167 @@
+"""Runs an emitted role kernel on the CPU: its text, as Python, once for each role and block, each in a thread of its own.
+
+One thread stands for all of a role; barriers, rings and registers are as on the GPU; bfloat16 rounds. Products run when they
+are issued or, with `late`, when they are waited for: both are what tensor cores may do. What lies past a tensor's end is NaN.
+"""
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import ml_dtypes                                           # TileLang brings it
+import numpy as np
+import torch
+
+from gdn_ir.backends.base import Call, Kernel, Source, blocks
+from gdn_ir.backends.tilelang import emit
+
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "int32": np.int32}
+SECONDS = 60
+
+
+class Buffer(np.ndarray):                                  # type: ignore[type-arg]
+    """A tile that can be a key, as the text has it."""
+    __hash__ = object.__hash__                             # type: ignore[assignment]
+
+
+class Slot:
+    """A barrier: phases that have ended, and arrivals in this one."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.ended, self.arrived, self.changed = count, 0, 0, threading.Condition()
+
+
+class Language:
+    """What the emitted text calls T, for one role of a block. first: its first thread; made: what the block has allocated."""
+
+    def __init__(self, sizes: Mapping[str, int], block: int, first: int, warps: int, made: dict[int, Any], late: bool) -> None:
+        self.sizes, self.block, self.first, self.warps, self.made, self.late = sizes, block, first, warps, made, late
+        self.allocated, self.running = itertools.count(), []  # type: ignore[var-annotated]
+
+    prim_func = staticmethod(lambda f: f)
+    cast, exp = staticmethod(lambda x, dtype: DTYPES[dtype](x)), staticmethod(np.exp)
+    truncmod, truncdiv = staticmethod(lambda a, b: a % b), staticmethod(lambda a, b: a // b)
+    ceildiv = staticmethod(lambda a, b: -(-a // b))
+    min, max, serial = staticmethod(min), staticmethod(max), staticmethod(range)
+    And = staticmethod(lambda a, b: a and b)
+    if_then_else = Select = staticmethod(lambda condition, yes, no: yes if condition else no)
+    infinity = staticmethod(lambda dtype: np.float32(np.inf))
+    float32, int32 = float, int
+
+    def nothing(self, *_: Any, **__: Any) -> None:
+        """What has no counterpart here."""
+    Tensor = alloc_var = annotate_layout = Fragment = set_max_nreg = sync_warp = fence_proxy_async = nothing
+
+    def dynamic(self, names: str) -> tuple[int, ...]:
+        return tuple(self.sizes[n] for n in names.split(", "))
+
+    @contextmanager
+    def Kernel(self, blocks: int, threads: int) -> Iterator[int]:
+        yield self.block
+
+    def get_thread_binding(self) -> int:
+        return self.first
+
+    def Parallel(self, *extents: int) -> Any:
+        return itertools.product(*map(range, extents)) if len(extents) > 1 else range(*extents)
+
+    # -- memory
+
+    def alloc_fragment(self, shape: tuple[int, ...], dtype: str) -> Any:
+        return np.full(shape, np.nan, DTYPES[dtype]).view(Buffer)
+    alloc_local = alloc_fragment
+
+    def alloc_shared(self, shape: tuple[int, ...], dtype: str) -> Any:
+        return self.made.setdefault(next(self.allocated), self.alloc_fragment(shape, dtype))
+
+    def copy(self, source: Any, to: Any) -> None:
+        to[...] = source
+
+    def tma_copy(self, source: Any, to: Any, barrier: Slot) -> None:
+        to[...] = source
+
+    # -- synchronisation and products
+
+    def alloc_barrier(self, counts: list[int]) -> Any:
+        return self.made.setdefault(next(self.allocated), [Slot(c) for c in counts])
+
+    def barrier_arrive(self, b: Slot) -> None:
+        with b.changed:
+            b.arrived += self.warps
+            assert b.arrived <= b.count
+            if b.arrived == b.count:
+                b.ended, b.arrived = b.ended + 1, 0
+                b.changed.notify_all()
+
+    def barrier_wait(self, b: Slot, parity: int) -> None:
+        with b.changed:
+            assert b.changed.wait_for(lambda: b.ended % 2 != parity, SECONDS), "deadlock"
+
+    def wgmma_gemm(self, a: Any, b: Any, to: Any, transpose_A: bool = False, transpose_B: bool = False,
+                   clear_accum: bool = False) -> None:
+        def product() -> None:
+            left, right = (x.T if flip else x for x, flip in ((a, transpose_A), (b, transpose_B)))
+            to[...] = left.astype(np.float32) @ right.astype(np.float32) + (0 if clear_accum else to)
+        self.running.append(product)
+        if not self.late:
+            self.wait_wgmma(0)
+
+    def wait_wgmma(self, most: int) -> None:
+        while len(self.running) > most:
+            self.running.pop(0)()
+
+
+def array(x: torch.Tensor, beyond: int) -> Any:
+    """A tensor as numpy has it, with NaN behind its end."""
+    kind = DTYPES[str(x.dtype).removeprefix("torch.")]
+    flat = x.view(torch.int16).numpy().view(kind) if x.dtype is torch.bfloat16 else x.numpy()
+    if kind is np.int32:
+        return flat
+    return np.concatenate([flat, np.full((beyond, *flat.shape[1:]), np.nan, kind)])
+
+
+def run(kernel: Kernel, source: Source, memory: Mapping[str, torch.Tensor], scale: float, call: Call, late: bool) -> None:
+    """Run a kernel of roles; its outputs are written to `memory`."""
+    assert kernel.options.roles is not None
+    text = "\n".join(line for line in source.text.splitlines() if not line.startswith("import "))
+    sizes = {"tokens": call.tokens, "sequences": call.sequences, "slots": call.slots(kernel.chunk), **call.heads,
+             "boundaries": call.sequences + 1}
+    arrays = {f"{t.name}_": array(memory[t.name], kernel.chunk) for t in kernel.tensors()}
+    given = {**arrays, "scale": np.float32(scale), "L": call.length, "N": call.sequences, **call.heads}
+    given |= {"block0": 0, "blocks": 0}
+    if call.cu_seqlens is not None:
+        given["cu"] = call.cu_seqlens.numpy()
+    warps = [r.warps for r in kernel.options.roles.roles for _ in range(r.copies)]
+    failed: list[BaseException] = []
+
+    def role(block: int, i: int, made: dict[int, Any]) -> None:
+        language = Language(sizes, block, 32 * sum(warps[:i]), warps[i], made, late)
+        space: dict[str, Any] = {"T": language, "tilelang": Layouts}
+        try:
+            exec(compile(text, f"{kernel.name}, role {i}", "exec"), space)
+            with np.errstate(all="ignore"):
+                space[kernel.name](*(given[n] for n in emit.signature(kernel)))
+            assert not language.running, "a product was never waited for"
+        except BaseException as e:
+            failed.append(e)
+    for block in range(blocks(kernel, call)):
+        made: dict[int, Any] = {}
+        threads = [threading.Thread(target=role, args=(block, i, made)) for i in range(len(warps))]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        if failed:
+            raise failed[0]
+    for name in kernel.program.written():
+        found = arrays[f"{name}_"][:len(memory[name])].astype(np.float32)
+        memory[name].copy_(torch.from_numpy(found))
+
+
+class Layouts:
+    """tilelang.layout: where bytes lie does not matter here."""
+    class layout:
+        make_swizzled_layout = staticmethod(lambda x: None)

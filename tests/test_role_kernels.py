@@ -1,0 +1,158 @@
+"""Role kernels in TileLang: the CUDA synchronises what the plan holds, in its order; nvcc leaves products asynchronous."""
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from gdn_ir.bench import inputs
+from gdn_ir.bench.errors import relative
+from gdn_ir.backends import BACKENDS
+from gdn_ir.backends.base import TORCH, Kernel
+from gdn_ir.backends.tilelang.roles import RolePrinter
+from gdn_ir.backends.tilelang.runtime import compiler, lowered
+from gdn_ir.cache import load_source
+from gdn_ir.cli import app
+from gdn_ir.compiler import Instance, Unsupported, variant
+from gdn_ir.programs.gated_delta import Switches
+from gdn_ir.reference import recurrence
+from gdn_ir.schedules.defaults import of_roles
+from gdn_ir.schedules.plans import plan
+from gdn_ir.schedules.protocol import Plan, Step, Sync, derive
+from gdn_ir.schedules.schedule import Schedule
+from tests import emulated
+
+TILELANG = BACKENDS["tilelang"]
+SHARED = 232448                                            # bytes that a block can have
+TOKENS = re.compile(r"(?P<barrier>\w+)\[(?P<slot>[^\]]*)\]\.(?P<what>wait|arrive)\((?P<parity>.*)\);"
+                    r"|(?P<fence>fence_proxy_async)|wait_wgmma<(?P<most>\d+)>|(?P<stored>tma_store_wait)|(?P<other>__sync_?thread|bar\.sync|mbarrier)")
+
+
+@lru_cache(maxsize=4)
+def scan(varlen: bool = True, states: bool = True) -> tuple[Kernel, str, int]:
+    """The kernel, its CUDA and its shared memory."""
+    i = Instance(Switches(initial_state=states, final_state=states), 128, 128, "bf16", "bf16", varlen)
+    chosen = variant(i, of_roles(), "tilelang", "sm_90")
+    kernel, source = chosen.compiled.kernels[1], chosen.sources[1]
+    function = getattr(load_source("tilelang", source.kernel, source.hash, source.text), source.kernel)
+    return kernel, *lowered(function, "sm_90", TILELANG.flags(kernel))
+
+
+def planned(p: Plan) -> list[Sync]:
+    """All that a plan synchronises, in the order of the text: what is late stands in the loop and behind it."""
+    found: list[Sync] = []
+    for ops in p.ops.values():
+        syncs = [x for x in ops if isinstance(x, Sync)]
+        found += [*syncs, *(x for x in syncs if x.late)]
+    return found
+
+
+def evaluated(text: str, chunk: int, late: bool) -> int:
+    """An expression of C over the loop's counter (or the number of chunks) in that chunk."""
+    text = re.sub(r"\bi_X(_\d+)?\b", str(chunk + late), text)
+    text = re.sub(r"\bchunks(_\d+)?\b", str(chunk + 1), text)
+    return int(eval(text.replace("/", "//")))
+
+
+@pytest.mark.parametrize(("varlen", "states"), [(True, True), (False, False)])
+def test_cuda_synchronises_as_planned(varlen: bool, states: bool) -> None:
+    kernel, cuda, shared = scan(varlen, states)
+    assert shared <= SHARED
+    p = derive(RolePrinter(kernel).laid)
+    init, body = cuda.split("fence_barrier_init();", 1)
+    for name, b in p.barriers.items():
+        assert re.findall(rf"\b{name}\[\d+\]\.init\((\d+)\)", init) == [str(b.arrivals)] * b.slots
+    body = body.replace("__syncthreads();", "", 1)         # after the barriers are made
+    # TileLang's own, of the one thread that asks for a tile
+    body = re.sub(r"(expect_transaction\(\d+\);\s*)tl::fence_proxy_async\(\);", r"\1", body)
+    expected = planned(p)
+    for found in TOKENS.finditer(body):
+        assert not found["other"], found[0]
+        x = expected.pop(0)
+        if found["barrier"]:
+            assert (x.kind, x.barrier) == (found["what"], found["barrier"]), found[0]
+            slots = p.barriers[x.barrier].slots
+            for c in range(12):
+                assert evaluated(found["slot"], c, x.late) == c % slots, found[0]
+                assert x.kind == "arrive" or evaluated(found["parity"], c, x.late) % 2 == (c // slots + x.flip) % 2, found[0]
+        else:
+            what = ("fence", "") if found["fence"] else ("drain", "copy") if found["stored"] else ("drain", "tensor")
+            assert (x.kind, x.engine) == what and (not found["most"] or x.most == int(found["most"])), found[0]
+    assert not expected
+
+
+def test_products() -> None:
+    """Of a state: five, their left operands from registers; of aux one, from shared memory."""
+    kernel, cuda, _ = scan()
+    steps = [x for ops in derive(RolePrinter(kernel).laid).ops.values() for x in ops if isinstance(x, Step)]
+    issues = [x for x in steps if x.event.do == "issue"]
+    assert cuda.count("tl::wgmma_rs<") == 10 and cuda.count("tl::wgmma_ss<") == 1 and len(issues) == 11
+    assert "atomic" not in cuda and cuda.count("tl::tma_store(") == 2
+
+
+def test_nvcc_serialises_nothing(tmp_path: Path) -> None:
+    """ptxas makes every product of a kernel wait for itself, with only a note, where a stage runs short of registers."""
+    compiler()
+    from tilelang.contrib import nvcc
+    from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH
+    if shutil.which(nvcc.get_nvcc_compiler()) is None:
+        pytest.skip("no nvcc")
+    (tmp_path / "scan.cu").write_text(scan()[1])
+    command = [nvcc.get_nvcc_compiler(), "-std=c++20", "-O3", "--use_fast_math", "-gencode", "arch=compute_90a,code=sm_90a",
+               f"-I{TILELANG_TEMPLATE_PATH}", f"-I{CUTLASS_INCLUDE_DIR}", "-Xptxas", "-v", "-cubin", "-o", "x", "scan.cu"]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    notes = said.stdout + said.stderr
+    assert not re.search(r"C75\d\d", notes)
+    (stored,) = re.findall(r"(\d+) bytes spill stores", notes)
+    assert int(stored) <= 16                               # of aux, where there is time
+
+
+def test_asked_for_by_a_schedule(tmp_path: Path) -> None:
+    path = tmp_path / "roles.json"
+    ask = ["emit", "--backend", "tilelang", "--schedule"]
+    path.write_text(CliRunner().invoke(app, [*ask, "roles", "--json"]).output)
+    assert Schedule.from_json(path.read_text()) == of_roles()
+    said = CliRunner().invoke(app, [*ask, str(path), "--kernel", "scan"])
+    assert said.exit_code == 0 and "T.barrier_wait(k_full[i_X % 3], i_X // 3 % 2)" in said.output
+
+
+def test_declines() -> None:
+    i = Instance(Switches(final_state=True), 128, 128, "bf16", "bf16", True)
+    wide = Instance(Switches(), 128, 256, "bf16", "bf16", True)
+    for instance, arch, backend, why in ((i, "sm_80", "tilelang", "for sm_90, not for sm_80"),
+                                         (i, "sm_90", "triton", "no roles"), (wide, "sm_90", "tilelang", "64 rows")):
+        with pytest.raises(Unsupported, match=why):
+            variant(instance, of_roles(), backend, arch)
+    assert "roles" not in json.loads(Schedule("x").to_json())["kernels"]["*"]
+
+
+@pytest.mark.parametrize(("late", "varlen", "states", "lengths"), [
+    (False, True, True, [130, 0, 64]), (True, True, False, [70]), (True, False, True, [65])])
+def test_emitted_text_computes_the_rule(late: bool, varlen: bool, states: bool, lengths: list[int]) -> None:
+    """The emitted text itself, executed role by role, against float64: ragged tails, an empty sequence, initial states, value
+    heads that share a key head; all behind the last sequence is NaN, and stays as it was."""
+    i = Instance(Switches(initial_state=states, final_state=True), 128, 128, "bf16", "bf16", varlen)
+    steps = Schedule("solve", steps=plan("solve", sums=True))
+    first, second = variant(i, steps, "torch", "torch"), variant(i, of_roles(), "tilelang", "sm_90")
+    x = inputs.make(lengths, 1, 2, device="cpu")
+    ends, total, more = x["cu_seqlens"], sum(lengths), 10 * varlen
+    want = recurrence(*(x[n][None] for n in ("q", "k", "v", "g", "beta")),
+                      initial_state=x["initial_state"] if states else None, cu_seqlens=ends)
+    memory = {n: torch.cat([t, torch.full((more, *t.shape[1:]), float("nan"), dtype=t.dtype)])
+              for n, t in x.items() if n in ("q", "k", "v", "g", "beta")}
+    memory |= {"initial_state": x["initial_state"], "o": torch.full_like(memory["v"], 7.0),
+               "final_state": torch.full_like(x["initial_state"], float("nan"))}
+    call = second.call_of(memory, len(lengths), ends if varlen else None)
+    memory |= first.compiled.launches[0](memory, {"scale": 1.0}, call) or {}
+    memory = {n: t.to(TORCH[second.compiled.kernels[1].program.tensors()[n].dtype]) if n in ("A_beta", "G", "total") else t
+              for n, t in memory.items()}
+    emulated.run(second.compiled.kernels[1], second.sources[1], memory, 128 ** -0.5, call, late)
+    assert relative(memory["o"][:total], want[0][0]) < 4.5e-3 and relative(memory["final_state"], want[1]) < 4.5e-3
+    assert bool((memory["o"][total:] == 7).all())
