@@ -10,8 +10,8 @@ from gdn_ir.schedules.roles import Roles
 @dataclass(frozen=True)
 class KernelOptions:
     """How one kernel of the plan runs. v_tile: columns of V a block owns (None: all); the rest goes to the grid. follows:
-    whether it starts beside the scan before it and takes each chunk as soon as that has stored it (`gdn_ir.follow`). roles: what
-    its warps do, where they do not all do the same (then it decides their number, and how far loads run ahead)."""
+    whether it starts beside the scan before it and takes each chunk as soon as that has stored it (`gdn_ir.follow`). roles:
+    what its warps do, where they do not all do the same (then it decides their number, and how far loads run ahead)."""
     v_tile: int | None = None
     num_warps: int = 4
     num_stages: int = 2
@@ -33,11 +33,10 @@ class KernelOptions:
                 raise ValueError(f"KernelOptions.{name}: got {value!r}; accepts a power of two "
                                  "(v_tile also None; num_warps to 16; num_stages is any number from 1 to 8)")
 
-
     def data(self) -> dict[str, object]:
-        """As JSON has it: without roles where there are none."""
+        """As JSON has it: without what is not asked for."""
         plain = {"v_tile": self.v_tile, "num_warps": self.num_warps, "num_stages": self.num_stages}
-        return plain | ({"roles": self.roles.data()} if self.roles else {})
+        return plain | ({"follows": True} if self.follows else {}) | ({"roles": self.roles.data()} if self.roles else {})
 
 
 def _power_of_two(n: object) -> bool:
