@@ -1,10 +1,10 @@
 """Checks and times role kernels on the GPU at hand: the scan of the plan "solve", derived from a schedule of roles.
 
-    python -m gdn_ir.bench.roles --out DIR --commit HASH [--rings '{"q": 3}' ...] [--roles FILE ...] [--solve tilelang]
+    python -m gdn_ir.bench.roles --out DIR --commit HASH [--variants shipped,turns,...] [--roles FILE ...] [--solve tilelang]
 
-Each variant (the shipped roles; with --rings, those with other depths; with --roles, those of a file) is checked against the
-float64 recurrence and our own Triton kernels, and timed only if it passes: the kernel that inverts, the scan, and both. All
-that runs on the GPU runs in a child process with a time limit: roles that wait for each other for ever would hang it.
+Each variant (some are named here; --roles reads one from a file) is checked against the float64 recurrence and our own Triton
+kernels, and timed only if it passes: the kernel that inverts, the scan, and both. All that runs on the GPU runs in a child
+process with a time limit: roles that wait for each other for ever would hang it.
 """
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from gdn_ir.compiler import Instance, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.reference import recurrence
 from gdn_ir.schedules.defaults import default, of_roles
-from gdn_ir.schedules.roles import SOLVED, Ring, Roles
+from gdn_ir.schedules.roles import SOLVED, Event, Ring, Roles, Turn
 from gdn_ir.schedules.schedule import KernelOptions
 
 Tensors = dict[str, torch.Tensor]
@@ -184,17 +184,38 @@ def compile_all(roles: Roles, solve: str) -> str:
     return "compiled"
 
 
-def deeper(depths: dict[str, int]) -> Roles:
-    """The shipped roles with other depths of rings, by a value in them."""
-    return replace(SOLVED, rings=tuple(Ring(r.values, next((d for v, d in depths.items() if v in r.values), r.depth))
-                                       for r in SOLVED.rings))
+def with_rings(**depths: int) -> Roles:
+    """The shipped roles with other depths of rings, by the first value in them."""
+    return replace(SOLVED, rings=tuple(Ring(r.values, depths.get(r.values[0], r.depth)) for r in SOLVED.rings))
+
+
+def with_events(role: str, *events: str) -> Roles:
+    """The shipped roles, of which one does other things, or in another order."""
+    new = tuple(map(Event.of, events))
+    return replace(SOLVED, roles=tuple(replace(r, events=new) if r.name == role else r for r in SOLVED.roles))
+
+
+VARIANTS = {
+    "shipped": SOLVED,
+    "deeper": with_rings(q=3, A_beta=3, v=3, o16=2),
+    # the states take turns at the tensor cores: one multiplies by its state while the other computes what it writes
+    "turns": replace(SOLVED, turns=(Turn("state0", Event.of("issue u"), "state1", Event.of("issue SK")),)),
+    # as the experiment's: less runs under products
+    "plain": with_events("state", "compute S16", "issue SK", "compute o16 late", "read v", "complete SK", "compute R",
+                         "issue u", "issue QS", "compute decayed", "complete QS", "compute u16", "compute W",
+                         "compute entering", "issue written", "issue inside", "complete inside"),
+    # both products by the state at once, what is left of it under them
+    "early": with_events("state", "compute o16 late", "compute S16", "issue SK", "issue QS", "read v", "compute decayed",
+                         "complete QS", "compute R", "issue u", "compute entering", "complete u", "compute W", "issue written",
+                         "compute u16", "issue inside", "complete inside"),
+}
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, help="a folder: results go to OUT/GPU/role_kernels.json")
     p.add_argument("--commit", help="what is measured")
-    p.add_argument("--rings", action="append", type=json.loads, default=[], help="depths of rings as JSON; may be repeated")
+    p.add_argument("--variants", default="shipped", help=f"of {', '.join(VARIANTS)}, or all")
     p.add_argument("--roles", action="append", type=Path, default=[], help="a file with roles as JSON; may be repeated")
     p.add_argument("--solve", choices=tuple(SOLVE), default="triton", help="whose kernel inverts")
     p.add_argument("--only", choices=("check", "time"))
@@ -208,7 +229,7 @@ def main() -> None:
     if not a.out or not a.commit:
         p.error("--out and --commit are required")
     gpu = torch.cuda.get_device_name()
-    variants = {"shipped": SOLVED} | {json.dumps(d): deeper(d) for d in a.rings}
+    variants = {n: VARIANTS[n] for n in (VARIANTS if a.variants == "all" else a.variants.split(","))}
     variants |= {f.name: Roles.of(json.loads(f.read_text())) for f in a.roles}
     page: dict[str, Any] = {"commit": a.commit, "gpu": gpu, "torch": torch.__version__, "solve": a.solve, "variants": []}
     path = a.out / slug(gpu) / "role_kernels.json"

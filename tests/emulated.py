@@ -46,6 +46,7 @@ class Language:
     truncmod, truncdiv = staticmethod(lambda a, b: a % b), staticmethod(lambda a, b: a // b)
     ceildiv = staticmethod(lambda a, b: -(-a // b))
     min, max, serial = staticmethod(min), staticmethod(max), staticmethod(range)
+    And = staticmethod(lambda a, b: a and b)
     if_then_else = Select = staticmethod(lambda condition, yes, no: yes if condition else no)
     infinity = staticmethod(lambda dtype: np.float32(np.inf))
     float32, int32 = float, int

@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import pytest
 
+from gdn_ir.bench.roles import VARIANTS
 from gdn_ir.backends import BACKENDS
 from gdn_ir.backends.base import Kernel
 from gdn_ir.compiler import Instance, lower
@@ -140,6 +141,11 @@ def test_runs(chunks: int, ragged: bool) -> None:
     execute(derive(laid()), chunks, ragged, seeds=20)
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_run(name: str) -> None:
+    execute(derive(laid(VARIANTS[name])), 7, True)
+
+
 @pytest.mark.parametrize("depth", [1, 4])
 def test_runs_with_other_depths(depth: int) -> None:
     execute(derive(laid(replace(SOLVED, rings=tuple(Ring(r.values, depth) for r in SOLVED.rings)))), 9, True)
@@ -180,7 +186,7 @@ def test_faults_say_what_is_wrong() -> None:
     def without(role: str, sync: str) -> Plan:
         return replace(p, ops={**p.ops, role: tuple(x for x in p.ops[role] if str(x) != sync)})
     for mutant, why in (
-            (without("aux", "fence"), "not visible: state0's issue inside"), (without("load", "wait k_free"), "race"),
+            (without("aux", "fence"), "not visible: state.'s issue inside"), (without("load", "wait k_free"), "race"),
             (without("state1", "arrive P_free"), "deadlock: "), (without("state0", "drain tensor 0"), "race|stale")):
         with pytest.raises(Fault, match=why):
             for ragged, _ in itertools.product((False, True), range(2)):
@@ -195,5 +201,5 @@ def test_registers_of_a_running_product() -> None:
         execute(derive(laid(with_events("state", *early))), 3)
 
 
-def test_roles_are_of_data_only() -> None:
+def test_roles_are_data() -> None:
     assert isinstance(SOLVED.roles[0], Role) and hash(SOLVED) == hash(Roles.of(SOLVED.data()))
