@@ -156,21 +156,22 @@ def known(kind: type, data: object, name: str, needed: tuple[str, ...]) -> Mappi
 
 # The scan of the plan "solve". With the state transposed V lies on the rows of its products, so each left operand is made of
 # what the same warpgroup has in registers. ptxas takes all from an issue to the next wait for every product as one stage, in
-# which nothing else may touch an accumulator: each copy of `state` has three a chunk.
+# which nothing else may touch an accumulator: each copy of `state` has three a chunk. Roles with the longest text come first:
+# each after them is printed two levels deeper.
 SOLVED = Roles.of({
     "names": {"gamma": "exp(G)", "rest": "exp(total - G)", "whole": "exp(total)", "S16": "bf16(S)", "SK": "k . S16",
               "R": "bf16(v - (gamma * SK))", "QS": "q . S16", "decayed": "whole * S", "W": "bf16(rest * u)", "u16": "bf16(u)",
               "P": "bf16(D * qk)", "entering": "gamma * QS", "inside": "P . u16", "written": "k . W", "o16": "bf16(o)"},
     "roles": [
+        {"name": "load", "registers": 32, "events": ["load k", "load q"]},
+        {"name": "load_values", "registers": 32, "events": ["load v", "load A_beta"]},
+        {"name": "sums", "registers": 32, "events": ["compute G", "compute gamma", "compute rest", "compute whole"]},
+        {"name": "store", "registers": 32, "events": ["store o"]},
         {"name": "state", "copies": 2, "rows": "V", "warps": 4, "registers": 208, "events": [
             "compute S16", "issue SK", "compute o16 late", "read v", "complete SK",
             "issue QS", "compute R", "issue u", "compute decayed", "complete u",
             "compute W", "issue written", "compute u16", "compute entering", "issue inside", "complete inside"]},
-        {"name": "aux", "rows": "C", "warps": 4, "registers": 64, "events": ["issue qk", "complete qk", "compute P"]},
-        {"name": "load", "registers": 32, "events": ["load k", "load q"]},
-        {"name": "load_values", "registers": 32, "events": ["load v", "load A_beta"]},
-        {"name": "sums", "registers": 32, "events": ["compute G", "compute gamma", "compute rest", "compute whole"]},
-        {"name": "store", "registers": 32, "events": ["store o"]}],
+        {"name": "aux", "rows": "C", "warps": 4, "registers": 64, "events": ["issue qk", "complete qk", "compute P"]}],
     "rings": [{"values": ["q"], "depth": 2}, {"values": ["k"], "depth": 3}, {"values": ["v"], "depth": 2},
               {"values": ["A_beta"], "depth": 2}, {"values": ["G", "gamma", "rest", "whole"], "depth": 3},
               {"values": ["P"], "depth": 2}, {"values": ["o16"], "depth": 1}],

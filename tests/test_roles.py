@@ -186,7 +186,7 @@ def test_faults_say_what_is_wrong() -> None:
     def without(role: str, sync: str) -> Plan:
         return replace(p, ops={**p.ops, role: tuple(x for x in p.ops[role] if str(x) != sync)})
     for mutant, why in (
-            (without("aux", "fence"), "not visible: state0's issue inside"), (without("load", "wait k_free"), "race"),
+            (without("aux", "fence"), "not visible: state.'s issue inside"), (without("load", "wait k_free"), "race"),
             (without("state1", "arrive P_free"), "deadlock: "), (without("state0", "drain tensor 0"), "race|stale")):
         with pytest.raises(Fault, match=why):
             for ragged, _ in itertools.product((False, True), range(2)):
@@ -201,5 +201,5 @@ def test_registers_of_a_running_product() -> None:
         execute(derive(laid(with_events("state", *early))), 3)
 
 
-def test_roles_are_of_data_only() -> None:
+def test_roles_are_data() -> None:
     assert isinstance(SOLVED.roles[0], Role) and hash(SOLVED) == hash(Roles.of(SOLVED.data()))

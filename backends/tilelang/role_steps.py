@@ -90,7 +90,7 @@ class RoleSteps(TileLangPrinter):
         if cell in self.registers:
             text, order = self.registers[cell]
             return f"{text}[{', '.join(at[a] for a in order) or '0'}]"
-        return self.rings[self.across(name)].element(0, self.c, at)
+        return self.ring_of(name).element(0, self.c, at)
 
     def expression(self, node: Node, at: Mapping[str, str]) -> str:
         """A choice between values that are at hand is no branch: then TileLang computes several elements at once."""
@@ -105,9 +105,12 @@ class RoleSteps(TileLangPrinter):
     def cell(self, name: str) -> str:
         return f"{self.instance}:{self.laid.homes.get(name, name)}"
 
-    def across(self, name: str) -> str:
-        """The ring of a value, or of the part of it that is at hand."""
-        return f"{name}_{self.part}" if self.laid.split(name) > 1 else name
+    def ring_of(self, name: str) -> Lies:
+        """Where a value that another role makes lies, or the part of it that is at hand."""
+        found = self.rings[f"{name}_{self.part}" if self.laid.split(name) > 1 else name]
+        if len(found.buffers) > 1:
+            raise IRError(f"roles: {self.instance} uses {name} where it lies, but its slots are apart: it needs `read {name}`")
+        return found
 
     # -- statements
 
@@ -131,7 +134,7 @@ class RoleSteps(TileLangPrinter):
         """What is done with a ring's slot; written once for each where slots are buffers of their own."""
         count = len(ring.buffers)
         for i in range(count):
-            if count > 1:                                  # no elif: TileLang nests them, and Python has 20 levels
+            if count > 1:                                  # no elif: it nests, and Python has 20 levels
                 self.put(depth, "else:" if count == 2 and i == 1 else f"if {self.c} % {count} == {i}:")
             write(i, depth + (count > 1))
 
@@ -256,5 +259,5 @@ class RoleSteps(TileLangPrinter):
             return text, tuple(swap.get(x, x) for x in axes)
         if self.cell(name) in self.registers:
             return self.registers[self.cell(name)]
-        lies = self.rings[self.across(name)]
+        lies = self.ring_of(name)
         return lies.slot(0, self.c), lies.order
