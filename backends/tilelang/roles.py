@@ -71,10 +71,10 @@ class RolePrinter(RoleSteps):
             self.put(depth, ("if" if g == 0 else "elif") + f" tx < {last + 128}:" if g + 1 < len(groups) else "else:")
             more = group[0].registers >= REGISTERS // self.threads
             self.put(depth + 1, f"T.set_max_nreg({group[0].registers}, {int(more)})")
-            for r in group:                                # no elif: TileLang nests them, and Python has 20 levels
-                if len(group) > 1:
-                    self.put(depth + 1, f"if T.And(tx >= {last}, tx < {last + 32 * r.warps}):")
+            for i, r in enumerate(group):
                 last += 32 * r.warps
+                if len(group) > 1:
+                    self.put(depth + 1, ("if" if i == 0 else "elif") + f" tx < {last}:" if i + 1 < len(group) else "else:")
                 self.do(*next(instances), depth + 1 + (len(group) > 1))
 
     def lay(self, cell: str, slots: int) -> None:
