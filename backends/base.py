@@ -247,6 +247,9 @@ class Backend(Protocol):
     def reads_tf32(self, arch: str) -> bool:
         """Whether its products of float32 are tf32 at best, so that better ones must be made of several."""
 
+    def joins(self, options: KernelOptions, block: int, size: int) -> bool:
+        """Whether it makes an inverse of `size` rows from those of blocks itself, in a kernel with these options."""
+
     def emit(self, kernel: Kernel, arch: str) -> Source:
         """The source, readable on its own."""
 

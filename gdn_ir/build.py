@@ -112,10 +112,13 @@ def eye(axis: str = "C") -> Node:
     return select(elem("eq", index(axis), index(twin(axis))), 1.0, 0.0)
 
 
-def tri_solve(m: Node, r: Node, axis: str = "C", block: int | None = None, transpose: bool = False) -> Node:
+def tri_solve(m: Node, r: Node, axis: str = "C", block: int | None = None, transpose: bool = False,
+              merges: tuple[int, int, str] | None = None) -> Node:
     """u with (I + M) u = r along `axis`, M strictly lower on [axis, axis']. With `block`, only the diagonal blocks of
-    that size take part; with `transpose`, (I + M)^T u = r."""
-    return make(Op.TRI_SOLVE, (m, r), axis=axis, block=block, **({"transpose": True} if transpose else {}))
+    that size take part; with `transpose`, (I + M)^T u = r. merges, where r is the identity: how the inverse is made, from those
+    of blocks of so many rows, up to so many, by products of this dtype (`gdn_ir.inverse.doubled`)."""
+    more = {n: x for n, x in (("transpose", transpose), ("merges", merges)) if x}
+    return make(Op.TRI_SOLVE, (m, r), axis=axis, block=block, **more)
 
 
 # ---- the tracer -----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from gdn_ir.artifacts import NotCompiled
 from gdn_ir.autodiff import backward
 from gdn_ir.backends.base import TORCH, Backend, Call, Kernel, Launch, Source
 from gdn_ir.follow import clears, ready
+from gdn_ir.inverse import doubled
 from gdn_ir.legalize import collapse, small_products, split_products, ungrouped
 from gdn_ir.nodes import IRError, Tensor
 from gdn_ir.padding import pad
@@ -128,7 +129,7 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
     kernels: list[Kernel] = []
     for i, p in enumerate(pipeline):
         options = schedule.options(p.name)
-        p = small_products(p, extents)
+        p = small_products(doubled(p, partial(backend.joins, options)), extents)
         p = precision(storage(p, **dtypes), products, rest)
         p = split_products(p) if backend.reads_tf32(arch) else p
         p = simplify(p)

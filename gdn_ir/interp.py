@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 
 from gdn_ir.nodes import At, IRError, Member, Members, Node, Op, Rows, Slot, Tensor, Tile, Turn, base, make, stored_axes
+from gdn_ir.inverse import doubled
 from gdn_ir.program import Program, ScanView, Scopes, token_chains
 
 Array = torch.Tensor
@@ -76,6 +77,7 @@ class Sizes:
 def run(program: Program, inputs: Mapping[str, Array], sizes: Sizes, params: Mapping[str, float] | None = None,
         faithful: bool = False, padded: bool = False) -> dict[str, Array]:
     """Run a program; returns every tensor it writes, in float64. Unwritten places hold NaN."""
+    program = doubled(program) if faithful else program    # ideally the inverse is what it is, however it is made
     return _Run(program, dict(inputs), sizes, dict(params or {}), faithful, padded).all()
 
 

@@ -36,7 +36,7 @@ class Op(Enum):
     REDUCE = auto()     # attr fn, over
     CUMSUM = auto()     # attr axis, reverse
     TWIN = auto()       # attr axis: swaps the names axis and axis' (axis may be a twin itself: C' and C'')
-    TRI_SOLVE = auto()  # u with (I + M) u = r; attr axis, block (only diagonal blocks of that size), transpose (or absent)
+    TRI_SOLVE = auto()  # u with (I + M) u = r; attr axis, block, transpose, merges (or absent): build.py says what
     CARRY = auto()      # what a scan carries into an iteration; attr name, scan, axes
     SCAN = auto()       # args inits, nexts, effects; attr axis, chain, tile, carries, reverse, group (absent where it steps
                         # through chunks; else the grid axis whose points' members, along `axis`, it steps through)

@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 from gdn_ir.analysis import needs
-from gdn_ir.build import cast, dot, elem, eye, floordiv, index, product, select, tri_solve
-from gdn_ir.nodes import REAL, Node, Op, twin
+from gdn_ir.build import dot, elem, eye, tri_solve
+from gdn_ir.nodes import Node, Op, twin
 from gdn_ir.program import Program
 from gdn_ir.schedules.pipeline import Pipeline, find, put, refuse, replace_node, step
 from gdn_ir.verify import verify
@@ -32,11 +32,8 @@ def invert(pipeline: Pipeline, name: str, inverse: str) -> Pipeline:
 
 @step
 def merge(pipeline: Pipeline, inverse: str, size: int, block: int, dtype: str = "tf32") -> Pipeline:
-    """The inverse of I + M from those of its diagonal blocks, doubled by [[A, 0], [-B X A, B]] up to `size` rows.
-
-    Products only ever join two finished blocks. (The product (I - M)(I + M^2)... is exact on paper and ruinous in
-    float32; this is not it.) The products' operands are rounded to `dtype`.
-    """
+    """The inverse of I + M from those of its diagonal blocks, joined two by two up to `size` rows, by products whose operands
+    are rounded to `dtype` (`gdn_ir.inverse.doubled` says how)."""
     _, p, inv = _solve("merge", pipeline, inverse)
     m, r = inv.args
     a = inv["axis"]
@@ -44,17 +41,7 @@ def merge(pipeline: Pipeline, inverse: str, size: int, block: int, dtype: str = 
         raise refuse("merge", p, inv, f"{inverse} is not the inverse of a whole I + M; invert the solve first")
     if block < 1 or size % block or (size // block) & (size // block - 1):
         raise refuse("merge", p, inv, f"blocks of {block} do not double up to {size} rows")
-
-    def times(x: Node, y: Node) -> Node:
-        return cast(product(cast(x, dtype), cast(y, dtype), a), REAL)
-    row, col = index(a), index(twin(a))
-    x = tri_solve(m, r, a, block=block) if block > 1 else r
-    while block < size:
-        same = elem("eq", floordiv(row, 2 * block), floordiv(col, 2 * block))
-        below = elem("gt", floordiv(row, block), floordiv(col, block))
-        corner = select(elem("and", same, below), m, 0.0)
-        x = x - times(times(x, corner), x)
-        block *= 2
+    x = tri_solve(m, r, a, merges=(block, size, dtype))
     return tuple(verify(replace_node(q, inv, x)) if inv in set(q.nodes()) else q for q in pipeline)
 
 

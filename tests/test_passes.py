@@ -13,6 +13,7 @@ from gdn_ir.build import (Tensor, Tracer, cumsum, dot, elem, exp, index, log, re
                           tri_solve, zeros)
 from gdn_ir.compiler import lower
 from gdn_ir.interp import Sizes, run
+from gdn_ir.inverse import doubled
 from gdn_ir.legalize import collapse, small_products, split_products
 from gdn_ir.nodes import FLOATS, Node, Op
 from gdn_ir.padding import pad
@@ -78,7 +79,7 @@ def test_rounding_costs_what_bf16_costs() -> None:
 def test_casts_of_a_step_stand() -> None:
     """A product whose operands a step rounded keeps that rounding, whatever the schedule says of the others."""
     (kernel,) = apply(build(), plan("fused", io="f32"))
-    t = precision(storage(kernel, io="bf16", beta="bf16"), "bf16")
+    t = precision(storage(doubled(kernel), io="bf16", beta="bf16"), "bf16")
     assert {n.args[0].type.dtype for n in t.nodes() if n.op is Op.DOT} == {"bf16", "tf32x3"}
     assert set(FLOATS) >= {n.type.dtype for n in t.nodes()} - {"real", "int", "bool", "effect"}
 

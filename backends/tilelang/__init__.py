@@ -15,6 +15,7 @@ from gdn_ir.backends.tilelang import roles
 from gdn_ir.backends.tilelang.roles import RolePrinter
 from gdn_ir.backends.tilelang.statements import SM_80, SM_90, C
 from gdn_ir.cache import load_source
+from gdn_ir.schedules.schedule import KernelOptions
 from gdn_ir.nodes import Op
 
 TARGETS = {"cpu": C, "sm_80": SM_80, "sm_90": SM_90}
@@ -64,6 +65,9 @@ class TileLang:
 
     def reads_tf32(self, arch: str) -> bool:
         return arch != "cpu"
+
+    def joins(self, options: KernelOptions, block: int, size: int) -> bool:
+        return False
 
     def emit(self, kernel: Kernel, arch: str) -> Source:
         return RolePrinter(kernel).source() if kernel.options.roles else printer.emit(kernel, TARGETS[arch])

@@ -10,6 +10,7 @@ from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, heads, in
 from gdn_ir.backends.torch import emit as printer
 from gdn_ir.backends.torch.runtime import Memory
 from gdn_ir.cache import load_source
+from gdn_ir.schedules.schedule import KernelOptions
 
 
 class Torch:
@@ -30,6 +31,9 @@ class Torch:
         return "f64" if io == "f64" else "f32"
 
     def reads_tf32(self, arch: str) -> bool:
+        return False
+
+    def joins(self, options: KernelOptions, block: int, size: int) -> bool:
         return False
 
     def emit(self, kernel: Kernel, arch: str) -> Source:

@@ -17,6 +17,7 @@ from gdn_ir.backends.triton.denylist import denied
 from gdn_ir.backends.triton.driver import Batch, Image, about, arguments, sizes
 from gdn_ir.backends.triton.runtime import BESIDE
 from gdn_ir.cache import load_source
+from gdn_ir.schedules.schedule import KernelOptions
 from gdn_ir.nodes import Op
 
 TARGETS = ("sm_80", "sm_90")
@@ -64,6 +65,10 @@ class Triton:
 
     def reads_tf32(self, arch: str) -> bool:
         return False
+
+    def joins(self, options: KernelOptions, block: int, size: int) -> bool:
+        # by several warps, products of 16 rows are where Triton is not to be trusted (denylist.py)
+        return size // block in (2, 4) and block >= 16 and options.num_warps == 1
 
     def emit(self, kernel: Kernel, arch: str) -> Source:
         return printer.emit(kernel)

@@ -89,6 +89,10 @@ def tri_solve(l: Linear, n: Node) -> str:
     m, r = n.args
     size = l.kernel.tile(n["axis"])
     plain = r.args[0] if r.op is Op.CAST else r
+    merges = dict(n.attr).get("merges")
+    if merges:
+        block, whole, dtype = merges
+        return f'inverse_of_{whole // block}({l.text(m)}, {block}, "{"ieee" if dtype == "f32" else dtype}")'
     if n["block"] and plain is eye(n["axis"]):
         return f"inverse_of_blocks({l.text(m)}, {size}, {n['block']})"
     return f"solve_rows({l.text(m)}, {l.text(r)}, {size}, {n['block'] or size})"

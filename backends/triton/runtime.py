@@ -100,24 +100,74 @@ def solve_rows(m, r, SIZE: tl.constexpr, BLOCK: tl.constexpr):
         u = tl.where(row[:, None] == i, u - u_i[None, :], u)
     return u
 ''',
+    "inverse_of_4": '''
+@triton.jit
+def inverse_of_4(m, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + M)^-1 of four blocks of rows: those on the diagonal by substitution, all at once, then joined two by two."""
+    a, ca, b = quarters(m, 2 * BLOCK)
+    a0, c0, a1 = quarters(a, BLOCK)
+    b0, c1, b1 = quarters(b, BLOCK)
+    four = tl.permute(tl.join(tl.join(a0, a1), tl.join(b0, b1)), [3, 2, 0, 1])
+    x = substitute(tl.reshape(four, [4, BLOCK, BLOCK]), 4, BLOCK)
+    first, second = tl.split(tl.permute(tl.reshape(x, [2, 2, BLOCK, BLOCK]), [2, 3, 1, 0]))
+    a0, a1 = tl.split(first)
+    b0, b1 = tl.split(second)
+    a, b = join(a0, c0, a1, BLOCK, PRECISION), join(b0, c1, b1, BLOCK, PRECISION)
+    return join(a, ca, b, 2 * BLOCK, PRECISION)
+''',
+    "inverse_of_2": '''
+@triton.jit
+def inverse_of_2(m, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + M)^-1 of two blocks of rows: those on the diagonal by substitution, both at once, then joined."""
+    a, c, b = quarters(m, BLOCK)
+    x = substitute(tl.permute(tl.join(a, b), [2, 0, 1]), 2, BLOCK)
+    a, b = tl.split(tl.permute(x, [1, 2, 0]))
+    return join(a, c, b, BLOCK, PRECISION)
+''',
+    "join": '''
+@triton.jit
+def join(a, c, b, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """[[A, 0], [-B C A, B]], the inverse of [[A^-1, 0], [C, B^-1]]."""
+    d = -tl.dot(b, tl.dot(c, a, input_precision=PRECISION), input_precision=PRECISION)
+    x = tl.join(tl.join(a, d), tl.join(tl.zeros_like(a), b))
+    return tl.reshape(tl.permute(x, [2, 0, 3, 1]), [2 * SIZE, 2 * SIZE])
+''',
+    "quarters": '''
+@triton.jit
+def quarters(m, SIZE: tl.constexpr):
+    """The blocks of [[a, .], [c, b]]: a, c, b."""
+    left, right = tl.split(tl.permute(tl.reshape(m, [2, SIZE, 2, SIZE]), [1, 3, 0, 2]))
+    a, c = tl.split(left)
+    _, b = tl.split(right)
+    return a, c, b
+''',
     "inverse_of_blocks": '''
 @triton.jit
 def inverse_of_blocks(m, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """(I + M)^-1 of each diagonal block, by substitution in all blocks at once; zero outside the blocks."""
     COUNT: tl.constexpr = SIZE // BLOCK
-    block, row = tl.arange(0, COUNT), tl.arange(0, BLOCK)
+    block = tl.arange(0, COUNT)
     diagonal = (block[:, None] == block[None, :])[:, :, None, None]
     tiles = tl.permute(tl.reshape(m, [COUNT, BLOCK, COUNT, BLOCK]), [0, 2, 1, 3])
-    below = tl.sum(tl.where(diagonal & (row[:, None] > row[None, :])[None, None, :, :], tiles, 0.0), axis=1)
+    x = substitute(tl.sum(tl.where(diagonal, tiles, 0.0), axis=1), COUNT, BLOCK)
+    spread = tl.where(diagonal, x[:, None, :, :], 0.0)
+    return tl.reshape(tl.permute(spread, [0, 2, 1, 3]), [SIZE, SIZE])
+''',
+    "substitute": '''
+@triton.jit
+def substitute(m, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """(I + M)^-1 of each of some blocks, row after row; M counts below the diagonal only."""
+    row = tl.arange(0, BLOCK)
+    below = tl.where((row[:, None] > row[None, :])[None, :, :], m, 0.0)
     x = tl.where((row[:, None] == row[None, :])[None, :, :], 1.0, tl.zeros([COUNT, BLOCK, BLOCK], tl.float32))
     for i in range(1, BLOCK):
         this = (row == i)[None, :, None]
         m_i = tl.sum(tl.where(this, below, 0.0), axis=1)
         x_i = tl.sum(m_i[:, :, None] * x, axis=1)
         x = tl.where(this, x - x_i[:, None, :], x)
-    spread = tl.where(diagonal, x[:, None, :, :], 0.0)
-    return tl.reshape(tl.permute(spread, [0, 2, 1, 3]), [SIZE, SIZE])
+    return x
 ''',
 }
 BESIDE = {"start_follower", "wait_for_followed", "count_stored", "await_count"}      # where one kernel runs beside another
-NEEDS = {"locate": ("bounds",), "locate_or_tail": ("locate", "bounds")}
+NEEDS = {"locate": ("bounds",), "locate_or_tail": ("locate", "bounds"), "inverse_of_blocks": ("substitute",),
+         "inverse_of_2": ("quarters", "substitute", "join"), "inverse_of_4": ("quarters", "substitute", "join")}
