@@ -34,6 +34,7 @@ A100 = Rates(Device("NVIDIA A100-SXM4-80GB", 108, "sm_80"), 2.04e12, 312e12, 1.4
 H100 = Rates(Device("NVIDIA H100 80GB HBM3", 132, "sm_90"), 3.35e12, 990e12, 1.98e9)
 REACHED_BYTES, REACHED_FLOPS = 0.8, 0.25                   # parts of the rates, as kernels on an H100 did
 TURN = 2200.0                                              # clocks of a turn's dependent products and exchanges
+SOLVE = 3900.0                                             # clocks of a multiprocessor for an inverse of 64 rows made of blocks
 LAUNCH = 3e-6                                              # seconds
 FEW, MANY = 8, 512                                         # scans
 
@@ -50,7 +51,7 @@ def sharers(kernel: Kernel, memory: Node, tile: Node, call: Call) -> float:
 
 def kernel_seconds(kernel: Kernel, call: Call, rates: Rates) -> float:
     """Seconds of one kernel."""
-    moved = products = 0.0
+    moved = products = solves = 0.0
     scopes = Scopes(kernel.program.roots)
     for n in kernel.program.nodes():
         times = math.prod(call.heads[s.axis] / call.heads[s.group] for s in kernel.groups if s.axis in scopes[n])
@@ -59,12 +60,15 @@ def kernel_seconds(kernel: Kernel, call: Call, rates: Rates) -> float:
             if any(isinstance(t, Members) and t.grid for t in n["index"]):     # one for each value head of a key head
                 times *= call.heads["HV"] / call.heads["H"]
             moved += times * size(kernel, tile) * BYTES[n["tensor"].dtype] / sharers(kernel, n, tile, call)
+        if n.op is Op.TRI_SOLVE and "merges" in dict(n.attr):
+            solves += SOLVE * (kernel.tile(n["axis"]) / 64) ** 2
         if n.op is Op.DOT:
             half = n.args[0].type.dtype in ("bf16", "f16")
             products += times * 2.0 * size(kernel, n) * kernel.tile(n["over"]) * (1 if half else 2)
     count, units = blocks(kernel, call), rates.device.units
     if not scans(kernel):
-        return LAUNCH + count * max(moved / (REACHED_BYTES * rates.bytes), products / (REACHED_FLOPS * rates.flops))
+        return LAUNCH + count * max(moved / (REACHED_BYTES * rates.bytes), products / (REACHED_FLOPS * rates.flops),
+                                    solves / (units * rates.clock))
     turns = -(-call.tokens // max(1, call.sequences) // kernel.chunk)
     busy = min(count, units)
     turn = max(TURN / rates.clock, moved * busy / (REACHED_BYTES * rates.bytes),

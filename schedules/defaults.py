@@ -39,8 +39,9 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
     width = scan_width(arch, instance, sequences * heads)
     chosen = {k: o for k, o in options(arch, instance, width).items() if erase or k != "solve"}      # nothing to solve
     schedule = Schedule(f"states-{width}", steps=steps).with_options(**chosen)
+    beside = "; the output starts beside them" if chosen["output"].follows else ""
     return schedule, (f"{arch}: chunks in parallel but for the state; {sequences * heads} serial scans, each cut into "
-                      f"{-(-instance.V // width)} tiles of {width} columns to fill {MULTIPROCESSORS[arch]} multiprocessors")
+                      f"{-(-instance.V // width)} tiles of {width} columns to fill {MULTIPROCESSORS[arch]} multiprocessors{beside}")
 
 
 def of_tilelang(arch: str, instance: Instance, steps: Steps) -> tuple[Schedule, str]:
