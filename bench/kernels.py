@@ -63,7 +63,7 @@ def main() -> None:
     p.add_argument("--commit", required=True)
     a = p.parse_args()
     about = {"commit": a.commit, "gpu": torch.cuda.get_device_name(), "backend": BACKENDS["triton"].version(),
-             "what": "milliseconds of each kernel alone, by CUDA-graph replay; errors of what ships, against our float32 kernels"}
+             "what": "milliseconds of each kernel alone, by CUDA-graph replay; errors against our float32 kernels"}
     rows = []
     for lengths, H, HV in FORWARD_CORE:
         rows.append(measure(lengths, H, HV))

@@ -41,7 +41,8 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
     schedule = Schedule(f"states-{width}", steps=steps).with_options(**chosen)
     beside = "; the output starts beside them" if chosen["output"].follows else ""
     return schedule, (f"{arch}: chunks in parallel but for the state; {sequences * heads} serial scans, each cut into "
-                      f"{-(-instance.V // width)} tiles of {width} columns to fill {MULTIPROCESSORS[arch]} multiprocessors{beside}")
+                      f"{-(-instance.V // width)} tiles of {width} columns to fill {MULTIPROCESSORS[arch]} multiprocessors"
+                      f"{beside}")
 
 
 def of_tilelang(arch: str, instance: Instance, steps: Steps) -> tuple[Schedule, str]:
