@@ -69,6 +69,28 @@ def test_packed(dtype: torch.dtype, v_first: bool) -> None:
     assert error(o, want_o) <= BOUNDS[dtype] and error(S.mT if v_first else S, want_S) <= BOUNDS[dtype]
 
 
+@pytest.mark.parametrize("initial", [False, True])
+def test_as_many_heads_as_multiprocessors(initial: bool, backend: str) -> None:
+    """Where TileLang has roles and Triton a follower: ragged tails, an empty sequence, rows of nobody, again to the bit."""
+    lengths = [300, 0, 64, 129, 1, 63]
+    x = make(1, sum(lengths) + 70, 16, 32, 128, 128, torch.bfloat16, "cuda")
+    ends = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    state = 0.1 * torch.randn(len(lengths), 32, 128, 128, device="cuda") if initial else None
+
+    def call() -> tuple[torch.Tensor, torch.Tensor | None]:
+        with torch.no_grad():
+            return chunk_gated_delta_rule(**x, initial_state=state, output_final_state=True, cu_seqlens=ends)
+    o, S = call()
+    want_o, want_S = recurrence(*(x[n].cpu() for n in ("q", "k", "v", "g", "beta")), None,
+                                None if state is None else state.cpu(), ends.cpu())
+    bounds = BOUNDS[torch.bfloat16]
+    assert S is not None and error(o[:, :sum(lengths)], want_o[:, :sum(lengths)]) <= bounds and error(S, want_S) <= bounds
+    assert not o[:, sum(lengths):].any()
+    for _ in range(20):
+        again, state_again = call()
+        assert torch.equal(again, o) and state_again is not None and torch.equal(state_again, S)
+
+
 def test_no_tokens() -> None:
     S0 = torch.randn(2, 2, 32, 32, device="cuda")
     o, S = chunk_gated_delta_rule(**make(B=2, T=0, device="cuda"), initial_state=S0, output_final_state=True)
