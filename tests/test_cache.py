@@ -117,14 +117,15 @@ def test_a_damaged_source_is_written_again(folder: Path) -> None:
 
 def test_keys_hold_everything_that_changes_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     i = Instance(Switches(final_state=True), 64, 64, "bf16", "bf16", True)
-    base = default("sm_90", i, 1, 32, 8192)[0]
+    base = default("sm_90", i, 1, 32, 8192)[0].with_options(output=KernelOptions(64, 4, 2))
 
     def recipe(instance: Instance = i, options: KernelOptions | None = None, arch: str = "sm_90") -> str:
         chosen = variant(instance, base if options is None else base.with_options(output=options), "triton", arch)
         kernel, source = chosen.compiled.kernels[-1], chosen.sources[-1]
         return digest(BACKENDS["triton"].recipe(kernel, source, arch))
     keys = [recipe(), recipe(options=KernelOptions(64, 4, 1)), recipe(options=KernelOptions(64, 8, 2)), recipe(arch="sm_80"),
-            recipe(replace(i, beta="f32")), recipe(replace(i, io="f16", beta="f16")), recipe(replace(i, K=128))]
+            recipe(replace(i, beta="f32")), recipe(replace(i, io="f16", beta="f16")), recipe(replace(i, K=128)),
+            recipe(options=KernelOptions(64, 4, 2, follows=True))]
     assert len(set(keys)) == len(keys) - 1 and keys[0] == keys[4]              # the output kernel does not read beta
     assert BACKENDS["triton"].toolchain("sm_90") == {"triton": __import__("triton").__version__}
     ptxas = tmp_path / "ptxas"
