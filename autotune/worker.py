@@ -36,7 +36,7 @@ def compile_(job: Json, say: Callable[[Json], None]) -> Json:
     from gdn_ir import artifacts
     chosen, start = lowered(job), time.perf_counter()
     c, i = chosen.compiled, job["kernel"]
-    launch = artifacts.obtain(c.backend, c.kernels[i], c.sources[i], job["arch"]).launch
+    launch = artifacts.obtain(c.makers[i], c.kernels[i], c.sources[i], job["arch"]).launch
     return {"seconds": round(time.perf_counter() - start, 3)} | ({"shared": launch["shared"]} if "shared" in launch else {})
 
 

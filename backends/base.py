@@ -37,7 +37,7 @@ class Kernel:
     padded, smaller where it is split over the grid. varlen: sequences are found through cu_seqlens, else all have length T.
     counts: of a scan that is followed, where it counts a chunk's columns that are stored; awaits: of its follower, those counts
     and how high they must be, and whether the scan goes backwards; clears: of a kernel before such a scan, the counts that it
-    sets to zero (`gdn_ir.follow`).
+    sets to zero (`gdn_ir.follow`). sweeps: stores of another kernel's outputs, whose rows past the last sequence it clears.
     """
     name: str
     program: Program
@@ -49,6 +49,7 @@ class Kernel:
     counts: Tensor | None = None
     awaits: tuple[Tensor, int, bool] | None = None
     clears: Tensor | None = None
+    sweeps: tuple[Node, ...] = ()
 
     @cached_property
     def parallel(self) -> ScanView | None:
@@ -80,7 +81,7 @@ class Kernel:
     @cached_property
     def owns_tail(self) -> bool:
         """Whether this kernel itself writes zeros to the rows past the last sequence: one that runs all chunks at once."""
-        return self.varlen and self.parallel is not None and bool(self.row_outputs)
+        return self.varlen and self.parallel is not None and bool(self.row_outputs or self.sweeps)
 
     @cached_property
     def splits(self) -> tuple[str, ...]:
@@ -100,7 +101,8 @@ class Kernel:
         return self.extents[base(axis)] % self.tile(axis) != 0
 
     def tensors(self) -> tuple[Tensor, ...]:
-        more = [t for t in (self.clears, self.awaits[0] if self.awaits else None, self.counts) if t]
+        swept = {n["tensor"].name: n["tensor"] for n in self.sweeps}
+        more = [*swept.values(), *(t for t in (self.clears, self.awaits[0] if self.awaits else None, self.counts) if t)]
         return (*self.program.tensors().values(), *more)
 
     def header(self, *more: str) -> str:

@@ -51,6 +51,18 @@ def shipped(arch: str = "sm_90", backend: str = "triton") -> Iterator[tuple[Cell
             cell = Cell(f"{K} x {V}, {io}", FULL, io, replace(PACKED, K=K, V=V))
             if serves(backend, arch, cell):
                 yield cell, 8
+    if tilelang and arch == "sm_90":
+        yield from ((cell, 512) for cell in crowded())
+
+
+def crowded() -> Iterator[Cell]:
+    """Where there are sequences and heads enough for roles (`gdn_ir.schedules.defaults.roles_fit`)."""
+    layouts = {"packed": PACKED, "dense": Layout((200, 200), H=1, HV=3, K=128, V=128)}
+    switches = {"": Switches(final_state=True), ", initial state": FULL,
+                ", negative eigenvalues": Switches(beta_sigmoid=True, neg_eigval=True, final_state=True)}
+    for layout, lay in layouts.items():
+        for name, s in switches.items():
+            yield Cell(f"roles, {layout}{name}, bf16", s, "bf16", lay)
 
 
 def decoding(arch: str) -> Iterator[tuple[Cell, Schedule]]:
@@ -136,6 +148,9 @@ def main() -> None:
     for io in DTYPES if a.backend == "triton" else ("bf16", "f16"):
         cell = Cell(f"accuracy, {io}", replace(FULL, initial_state=False), io, PEERS)
         jobs += [(cell, default(a.arch, cell.instance, 1, 4, 768, a.backend)[0], kind) for kind in inputs.KINDS]
+    if (a.backend, a.arch) == ("tilelang", "sm_90"):
+        cell = Cell("accuracy of roles, bf16", replace(FULL, initial_state=False), "bf16", PEERS)
+        jobs += [(cell, default(a.arch, cell.instance, 1, 512, 768, a.backend)[0], kind) for kind in inputs.KINDS]
     for io in (DTYPES if a.backend == "triton" else ("bf16", "f16")) if a.arch == "sm_90" else ():
         jobs += [(Cell(f"naive {k} x {k}, {io}", FULL, io, replace(PACKED, K=k, V=k)), Schedule("naive"), "model")
                  for k in (64, 128)]

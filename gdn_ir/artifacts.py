@@ -163,6 +163,13 @@ def packed(recipe: Mapping[str, Any]) -> bool:
     return any((pack.root / digest(recipe)).is_dir() for pack in PACKS)
 
 
+def at_hand(backend: Backend, kernel: Kernel, source: Source, arch: str) -> bool:
+    """Whether `obtain` would give a kernel: from a loaded pack, or by compiling, where that is allowed and possible."""
+    if backend.functional or packed(backend.recipe(kernel, source, arch)):
+        return True
+    return os.environ.get("GDN_IR_NO_JIT") != "1" and backend.toolchain(arch) is not None
+
+
 def obtain(backend: Backend, kernel: Kernel, source: Source, arch: str) -> Artifact:
     """A kernel's artifact: from a loaded pack, else from the cache, else built now and kept. Raises NotCompiled where it would
     have to be built and may not (GDN_IR_NO_JIT=1) or cannot be."""

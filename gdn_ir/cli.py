@@ -91,7 +91,8 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch")]
     if kernel and kernel not in sources:
         raise ValueError(f"--kernel: got {kernel!r}; this schedule has {', '.join(sources)}")
     if generated:
-        sources = {k.name: BACKENDS[backend].generated(k, s, arch) for k, s in zip(chosen.compiled.kernels, chosen.sources)
+        made = chosen.compiled
+        sources = {k.name: b.generated(k, s, arch) for b, k, s in zip(made.makers, made.kernels, made.sources)
                    if kernel in ("", k.name)}
     print("\n\n".join([sources[kernel]] if kernel else sources.values()), end="")
 

@@ -5,7 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from gdn_ir.ahead import not_compiled
 from gdn_ir.artifacts import NotCompiled
 from gdn_ir.autodiff import backward
-from gdn_ir.backends.base import TORCH, Backend, Call, Kernel, Launch, Source
+from gdn_ir.backends.base import TORCH, Backend, Call, Kernel, Launch, Source, in_order
 from gdn_ir.follow import clears, ready
 from gdn_ir.inverse import doubled
 from gdn_ir.legalize import collapse, small_products, split_products, ungrouped
@@ -25,7 +25,7 @@ from gdn_ir.program import Program, tile_axes, token_chains
 from gdn_ir.programs.gated_delta import Switches, build
 from gdn_ir.rewrite import simplify
 from gdn_ir.schedules import steps
-from gdn_ir.schedules.schedule import Schedule
+from gdn_ir.schedules.schedule import KernelOptions, Schedule
 from gdn_ir.split import parts
 
 NAMES = {v: k for k, v in TORCH.items()}
@@ -97,7 +97,6 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
     storage names ("io" first of all). Raises IllegalStep or IRError naming the node that a step or a pass refuses."""
     io = dtypes["io"]
     rest = "f64" if io == "f64" else "f32"
-    products = rest if rest == "f64" else schedule.dot if schedule.dot != "io" else backend.products(io, arch)
     tokens = set(token_chains(program.nodes()))
     extents = {**sizes, **{a: schedule.chunk for a in tokens}}
     for a in tile_axes(program):
@@ -114,11 +113,12 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
     if stray:
         raise steps.IllegalStep(f"kernels: no kernel is called {', '.join(sorted(stray))}; the plan makes "
                                 f"{', '.join(p.name for p in pipeline)}")
-    whole = {a: e if a in tokens else backend.tile(a, e, arch) for a, e in extents.items()}
+    makers = {p.name: maker(schedule.options(p.name), backend) for p in pipeline}
+    whole = {n: {a: e if a in tokens else b.tile(a, e, arch) for a, e in extents.items()} for n, b in makers.items()}
     split = {}
     for p in pipeline:
         tile = schedule.options(p.name).v_tile
-        if backend.splits_grid and tile is not None and "V" in tile_axes(p) and tile < whole["V"]:
+        if makers[p.name].splits_grid and tile is not None and "V" in tile_axes(p) and tile < whole[p.name]["V"]:
             split[p.name] = tile
     pipeline = parts(pipeline, "V", split)
     for p in pipeline:
@@ -129,11 +129,13 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
     kernels: list[Kernel] = []
     for i, p in enumerate(pipeline):
         options = schedule.options(p.name)
-        p = small_products(doubled(p, partial(backend.joins, options)), extents)
+        b = makers.get(p.name, backend)                    # another kernel may have come to sum up parts
+        products = rest if rest == "f64" else schedule.dot if schedule.dot != "io" else b.products(io, arch)
+        p = small_products(doubled(p, partial(b.joins, options)), extents)
         p = precision(storage(p, **dtypes), products, rest)
-        p = split_products(p) if backend.reads_tf32(arch) else p
+        p = split_products(p) if b.reads_tf32(arch) else p
         p = simplify(p)
-        tiles = whole | ({"V": split[p.name]} if p.name in split else {})
+        tiles = whole.get(p.name, next(iter(whole.values()))) | ({"V": split[p.name]} if p.name in split else {})
         padded = {a for a in tile_axes(p) if a in tokens or extents[a] % tiles[a]}
         p = pad(p, frozenset(padded))
         awaits: tuple[Tensor, int, bool] | None = None
@@ -142,7 +144,23 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
             awaits = followed[i], -(-extents["V"] // last.columns) * last.columns, bool(pipeline[i - 1].roots[0]["reverse"])
         kernels.append(Kernel(p.name, p, extents, tiles, options, varlen, origin, followed.get(i + 1), awaits,
                               cleared.get(i)))
-    return tuple(kernels)
+    return swept(tuple(kernels))
+
+
+def maker(options: KernelOptions, backend: Backend) -> Backend:
+    """Which backend makes a kernel with these options, in a pipeline of `backend`'s."""
+    from gdn_ir.backends import BACKENDS
+    if options.backend and options.backend not in BACKENDS:
+        raise Unsupported(f"backend: got {options.backend!r}; accepts {', '.join(BACKENDS)}")
+    return BACKENDS[options.backend] if options.backend else backend
+
+
+def swept(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+    """The pipeline, in which the rows past the last sequence of what a serial kernel stores are cleared by the kernel of
+    another backend that takes all chunks at once, if there is one: it need only start one block more for them."""
+    left = tuple(s for k in kernels if k.varlen and not k.owns_tail for s in k.row_outputs)
+    able = next((k for k in kernels if k.parallel and k.options.backend), None)
+    return tuple(replace(k, sweeps=left) if k is able else k for k in kernels) if left else kernels
 
 
 @lru_cache(maxsize=64)
@@ -159,24 +177,33 @@ class Compiled:
     arch: str
 
     @cached_property
+    def makers(self) -> tuple[Backend, ...]:
+        """The backend of each kernel."""
+        return tuple(maker(k.options, self.backend) for k in self.kernels)
+
+    @cached_property
     def sources(self) -> tuple[Source, ...]:
-        return tuple(self.backend.emit(k, self.arch) for k in self.kernels)
+        return tuple(b.emit(k, self.arch) for b, k in zip(self.makers, self.kernels, strict=True))
 
     @cached_property
     def launches(self) -> tuple[Launch, ...]:
         if os.environ.get("GDN_IR_PRINT") == "1":
             print(*(s.text for s in self.sources), sep="\n", file=sys.stderr)
-        return tuple(self.backend.compile(k, s, self.arch) for k, s in zip(self.kernels, self.sources, strict=True))
+        every = zip(self.makers, self.kernels, self.sources, strict=True)
+        return tuple(b.compile(k, s, self.arch) for b, k, s in every)
 
     @cached_property
     def joined(self) -> Launch:
         """All launches as one."""
-        return self.backend.join(self.kernels, self.launches)
+        alike = all(b is self.backend for b in self.makers)
+        return self.backend.join(self.kernels, self.launches) if alike else in_order(self.kernels, self.launches)
 
     @cached_property
     def tails(self) -> tuple[str, ...]:
         """Outputs whose rows past the last sequence no kernel clears."""
-        return tuple({n["tensor"].name: None for k in self.kernels if not k.owns_tail for n in k.row_outputs})
+        cleared = {n["tensor"].name for k in self.kernels for n in k.sweeps}
+        left = {n["tensor"].name: None for k in self.kernels if not k.owns_tail for n in k.row_outputs}
+        return tuple(n for n in left if n not in cleared)
 
     def __call__(self, memory: Mapping[str, torch.Tensor], params: Mapping[str, float], call: Call) -> None:
         """Run the kernels in order. memory: contiguous tensors by name, outputs too."""
@@ -271,7 +298,7 @@ def variant(instance: Instance, schedule: Schedule, backend: str, arch: str) -> 
     origin = f"{instance}\nschedule {schedule}"
     kernels = lower(instance.program, schedule, b, arch, instance.sizes, instance.dtypes, instance.varlen, origin)
     for k in kernels:
-        reason = b.supports(k, arch)
+        reason = maker(k.options, b).supports(k, arch)
         if reason is not None:
             raise Unsupported(str(reason))
     return Variant(backend, instance, schedule, arch, Compiled(kernels, b, arch))

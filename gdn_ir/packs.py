@@ -72,7 +72,7 @@ class Pack:
 
 def keys_of(made: Variant) -> tuple[str, ...]:
     c = made.compiled
-    return tuple(digest(c.backend.recipe(k, s, made.arch)) for k, s in zip(c.kernels, c.sources, strict=True))
+    return tuple(digest(b.recipe(k, s, made.arch)) for b, k, s in zip(c.makers, c.kernels, c.sources, strict=True))
 
 
 def load_pack(path: str | Path) -> Pack:

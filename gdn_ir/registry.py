@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from gdn_ir import policy, providers
+from gdn_ir.artifacts import at_hand
 from gdn_ir.autotune.lookup import schedule_for
 from gdn_ir.compiler import NAMES, Instance, Unsupported, Variant, variant
 from gdn_ir.explanation import Choice, Explanation
 from gdn_ir.policy import forbid, use
 from gdn_ir.providers import Offered
 from gdn_ir.programs.gated_delta import Switches
+from gdn_ir.schedules.defaults import default, roles_fit
 
 PREFERENCE = {"cuda": ("triton", "tilelang", "torch"), "cpu": ("tilelang", "torch", "triton")}
 
@@ -65,12 +67,24 @@ def unseen(instance: Instance, backend: str, arch: str) -> str | None:
     return part and f"{backend}'s {part} has not run on all it ships for on {arch}"
 
 
+def ordered(kind: str, instance: Instance, arch: str, sequences: int, heads: int, tokens: int) -> tuple[str, ...]:
+    """The backends, the preferred one first: roles, which tilelang has, where they are fastest and their kernels can be had."""
+    usual = PREFERENCE[kind]
+    if not roles_fit(arch, instance, sequences, heads):
+        return usual
+    made = variant(instance, default(arch, instance, sequences, heads, tokens, "tilelang")[0], "tilelang", arch)
+    c = made.compiled
+    if not all(at_hand(b, k, s, arch) for b, k, s in zip(c.makers, c.kernels, c.sources, strict=True)):
+        return usual
+    return ("tilelang", *(n for n in usual if n != "tilelang"))
+
+
 @lru_cache(maxsize=4096)
 def options(instance: Instance, arch: str, sequences: int, heads: int, tokens: int) -> tuple[Option, ...]:
     """Every backend's answer, the preferred one first. heads: HV; tokens: of all sequences together."""
     kind = "cpu" if arch == "cpu" else "cuda"
     found = []
-    for name in PREFERENCE[kind]:
+    for name in ordered(kind, instance, arch, sequences, heads, tokens):
         target = "torch" if name == "torch" else arch       # it has one schedule, wherever it runs
         if (why := unseen(instance, name, arch)) and os.environ.get("GDN_IR_UNVERIFIED") != "1":
             found.append(Option(name, None, f"{why} (GDN_IR_UNVERIFIED=1 lets it)"))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gdn_ir.compiler import Instance
 
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132}
+CROWDED = 48                                               # sequences x heads from which blocks of roles were faster on an H100
 
 
 def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: int, backend: str = "triton") \
@@ -34,6 +35,10 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
     if arch not in MULTIPROCESSORS:
         raise ValueError(f"arch: got {arch!r}; accepts cpu, {', '.join(MULTIPROCESSORS)}")
     steps = plan("states", erase, io, sums=instance.switches.decay != "none")
+    if backend == "tilelang" and roles_fit(arch, instance, sequences, heads):
+        return of_roles(SOLVED, KernelOptions(None, 1, 1, backend="triton")), \
+            f"{arch}: roles in one block for each of {sequences * heads} sequences and heads, beside each other on " \
+            f"{MULTIPROCESSORS[arch]} multiprocessors; the inverses before, by triton"
     if backend == "tilelang":
         return of_tilelang(arch, instance, steps)
     width = scan_width(arch, instance, sequences * heads)
@@ -60,9 +65,19 @@ def of_tilelang(arch: str, instance: Instance, steps: Steps) -> tuple[Schedule, 
 
 def of_roles(roles: Roles = SOLVED, solve: KernelOptions | None = None) -> Schedule:
     """The plan "solve" with its scan as cooperating roles, for TileLang on Hopper, bfloat16, K = V = 128; the log decay's sums
-    are hoisted too. Nothing chooses it yet."""
+    are hoisted too."""
     return Schedule("roles", steps=plan("solve", sums=True)).with_options(scan=KernelOptions(roles=roles),
                                                                           solve=solve or KernelOptions(None, 4, 1))
+
+
+def roles_fit(arch: str, instance: Instance, sequences: int, heads: int) -> bool:
+    """Whether the forward as roles serves a call, and is the fastest there: one block takes a whole sequence and head, so there
+    must be enough of these to be busy beside each other."""
+    s = instance.switches
+    fits = arch == "sm_90" and instance.io == "bf16" and (instance.K, instance.V) == (128, 128) and not instance.grads \
+        and not instance.recurrent
+    return fits and s.decay == "scalar" and s.erase and s.final_state and not s.l2norm and not s.state_v_first \
+        and sequences * heads >= CROWDED
 
 
 def scan_width(arch: str, instance: Instance, scans: int) -> int:

@@ -11,15 +11,18 @@ from gdn_ir.schedules.roles import Roles
 class KernelOptions:
     """How one kernel of the plan runs. v_tile: columns of V a block owns (None: all); the rest goes to the grid. follows:
     whether it starts beside the scan before it and takes each chunk as soon as that has stored it (`gdn_ir.follow`). roles:
-    what its warps do, where they do not all do the same (then it decides their number, and how far loads run ahead)."""
+    what its warps do, where they do not all do the same (then it decides their number, and how far loads run ahead). backend:
+    which makes this kernel, where it is another than makes the rest."""
     v_tile: int | None = None
     num_warps: int = 4
     num_stages: int = 2
     follows: bool = False
     roles: Roles | None = None
+    backend: str = ""
 
     def __str__(self) -> str:
         tile = f", V in tiles of {self.v_tile}" if self.v_tile else ""
+        tile += f", by {self.backend}" if self.backend else ""
         if self.roles:
             return f"roles {', '.join(r.name for r in self.roles.roles)}{tile}"
         more = tile + (", follows the scan before it" if self.follows else "")
@@ -35,8 +38,10 @@ class KernelOptions:
 
     def data(self) -> dict[str, object]:
         """As JSON has it: without what is not asked for."""
-        plain = {"v_tile": self.v_tile, "num_warps": self.num_warps, "num_stages": self.num_stages}
-        return plain | ({"follows": True} if self.follows else {}) | ({"roles": self.roles.data()} if self.roles else {})
+        plain: dict[str, object] = {"v_tile": self.v_tile, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        plain |= {"follows": True} if self.follows else {}
+        plain |= {"backend": self.backend} if self.backend else {}
+        return plain | ({"roles": self.roles.data()} if self.roles else {})
 
 
 def _power_of_two(n: object) -> bool:

@@ -9,7 +9,7 @@ from gdn_ir.backends.printer import Printer
 from gdn_ir.backends.triton.rules import RULES, pointer
 from gdn_ir.backends.triton.runtime import HELPERS, NEEDS
 from gdn_ir.follow import TOGETHER
-from gdn_ir.nodes import Node, Tensor
+from gdn_ir.nodes import Node, Tensor, base
 from gdn_ir.program import ScanView
 
 
@@ -22,6 +22,8 @@ class TritonPrinter(Printer):
     def __init__(self, kernel: Kernel) -> None:
         own = {"tl", "triton", "n", "slot", "t0", "first", "length", "pid", "start"}
         super().__init__(kernel, RULES, own | set(signature(kernel)) | {f"i_{h}" for h in heads(kernel)} | set(HELPERS))
+        swept = {base(a) for s in kernel.sweeps for a in s.args[0].axes}
+        self.axes = sorted({*self.axes, *swept})
         self.slots |= bool(kernel.counts or kernel.awaits or kernel.clears)
 
     def source(self) -> Source:
@@ -81,7 +83,7 @@ class TritonPrinter(Printer):
             self.chunk(k.parallel, 1)
         if k.owns_tail:
             self.put(1, "if n == N:  # rows that no sequence owns")
-            self.clear([s for s in k.row_outputs if not any(s in scan.effects for scan in k.groups)], 2)
+            self.clear([*k.sweeps, *(s for s in k.row_outputs if not any(s in scan.effects for scan in k.groups))], 2)
             for scan in k.groups:
                 own = [s for s in k.row_outputs if s in scan.effects]
                 if own:

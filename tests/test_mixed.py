@@ -1,0 +1,65 @@
+"""Pipelines of two backends' kernels: the inverse by Triton before a scan of roles by TileLang, and when that serves."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+import gdn_ir
+from gdn_ir import registry
+from gdn_ir.compiler import Instance, Unsupported, variant
+from gdn_ir.programs.gated_delta import Switches
+from gdn_ir.schedules.defaults import CROWDED, default, roles_fit
+from gdn_ir.schedules.schedule import KernelOptions, Schedule
+
+PACKED = Instance(Switches(final_state=True), 128, 128, "bf16", "bf16", True)
+
+
+def roles(instance: Instance = PACKED) -> Schedule:
+    return default("sm_90", instance, 8, 32, 8192, "tilelang")[0]
+
+
+def test_each_kernel_is_made_by_its_own_backend() -> None:
+    chosen = variant(PACKED, roles(), "tilelang", "sm_90")
+    assert [b.name for b in chosen.compiled.makers] == ["triton", "tilelang"]
+    assert "import triton" in chosen.sources[0].text and "tilelang" in chosen.sources[1].text
+    assert Schedule.from_json(roles().to_json()) == roles()
+    assert str(roles().options("solve")) == "1 warp, 1 stage, by triton"
+    with pytest.raises(Unsupported, match="backend: got 'cuda'; accepts"):
+        variant(PACKED, roles().with_options(solve=KernelOptions(backend="cuda")), "tilelang", "sm_90")
+
+
+def test_rows_of_no_sequence_are_cleared_by_the_kernel_that_has_a_block_for_each_chunk() -> None:
+    """What torch would else read and write whole."""
+    made = variant(PACKED, roles(), "tilelang", "sm_90").compiled
+    solve, scan = made.kernels
+    assert solve.owns_tail and not scan.owns_tail and made.tails == ()
+    assert [t.name for t in solve.tensors()].count("o") == 1
+    clears = made.sources[0].text.partition("# rows that no sequence owns")[2].splitlines()
+    assert clears[1].strip().startswith("tl.store(o_ptr + ") and "0.0, mask=in_C" in clears[1] and clears[2].strip() == "return"
+    dense = replace(PACKED, varlen=False)
+    made = variant(dense, roles(dense), "tilelang", "sm_90").compiled
+    assert not made.kernels[0].sweeps and "o_ptr" not in made.sources[0].text
+
+
+def test_roles_serve_where_there_are_blocks_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    def served(sequences: int, HV: int = 32, **more: object) -> str:
+        said = gdn_ir.explain(H=8, HV=HV, T=8192, sequences=sequences, arch="sm_90", **({"final_state": True} | more))    # type: ignore[arg-type]
+        return next(c.backend for c in said.choices if c.state == "chosen")
+    registry.forget()
+    assert served(8) == "tilelang" and served(1) == "triton" and served(1, 64) == "tilelang"
+    for other in ({"l2norm": True}, {"final_state": False}, {"K": 64}, {"dtype": "f16"}, {"recurrent": True}, {"decay": "none"},
+                  {"state_v_first": True}):
+        assert served(8, **other) == "triton", other
+    with gdn_ir.use("triton"):
+        assert served(8) == "triton"
+    with gdn_ir.forbid("tilelang"):
+        assert served(8) == "triton"
+    said = str(gdn_ir.explain(H=8, HV=32, T=8192, sequences=8, arch="sm_90", final_state=True))
+    assert "roles in one block for each of 256 sequences and heads" in said
+    registry.forget()
+    monkeypatch.setenv("GDN_IR_NO_JIT", "1")               # and no pack has them
+    assert served(8) == "triton"
+    registry.forget()
+    assert roles_fit("sm_90", PACKED, 1, CROWDED) and not roles_fit("sm_90", PACKED, 1, CROWDED - 1)
+    assert not roles_fit("sm_80", PACKED, 8, 64)
