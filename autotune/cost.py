@@ -35,6 +35,7 @@ H100 = Rates(Device("NVIDIA H100 80GB HBM3", 132, "sm_90"), 3.35e12, 990e12, 1.9
 REACHED_BYTES, REACHED_FLOPS = 0.8, 0.25                   # parts of the rates, as kernels on an H100 did
 TURN = 2200.0                                              # clocks of a turn's dependent products and exchanges
 SOLVE = 3900.0                                             # clocks of a multiprocessor for an inverse of 64 rows made of blocks
+FILL = 4                                                   # turns until a serial kernel's loads are ahead of it
 LAUNCH = 3e-6                                              # seconds
 FEW, MANY = 8, 512                                         # scans
 
@@ -69,7 +70,7 @@ def kernel_seconds(kernel: Kernel, call: Call, rates: Rates) -> float:
     if not scans(kernel):
         return LAUNCH + count * max(moved / (REACHED_BYTES * rates.bytes), products / (REACHED_FLOPS * rates.flops),
                                     solves / (units * rates.clock))
-    turns = -(-call.tokens // max(1, call.sequences) // kernel.chunk)
+    turns = FILL + -(-call.tokens // max(1, call.sequences) // kernel.chunk)
     busy = min(count, units)
     turn = max(TURN / rates.clock, moved * busy / (REACHED_BYTES * rates.bytes),
                products * units / (REACHED_FLOPS * rates.flops))
