@@ -96,9 +96,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Slot:
-    """One place for each chunk of each sequence (packed over sequences)."""
+    """One place for each chunk of each sequence (packed over sequences). inner: scan axes that step through the chunks of one
+    place: then it is one for each segment of chunks."""
     chain: tuple[str, ...]
     tile: str
+    inner: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -296,7 +298,8 @@ def _memory(op: str, tensor: Tensor, index: tuple[Term, ...]) -> tuple[str, ...]
     if len(index) != len(tensor.dims):
         raise IRError(f"{op} {tensor.name}: {len(index)} index terms for {len(tensor.dims)} dimensions {tensor.dims}")
     for term, dim in zip(index, tensor.dims, strict=True):
-        wanted = {Tile: base(getattr(term, "axis", "")), Rows: "T", Slot: "X"}.get(type(term))
+        segments = isinstance(term, Slot) and term.inner
+        wanted = {Tile: base(getattr(term, "axis", "")), Rows: "T", Slot: "X"}.get(type(term)) if not segments else term.chain[-1]
         if wanted is not None and wanted != base(dim):
             raise IRError(f"{op} {tensor.name}: dimension {dim} cannot be indexed by {term}")
     axes = term_axes(index)

@@ -183,7 +183,9 @@ class Scopes:
                 case Op.INDEX | Op.BROADCAST if exact:
                     axes = n["axes"] if n.op is Op.BROADCAST else (n["axis"],)
                     deps = deps.union(*(tokens.get(base(a), ()) for a in axes))
-                case Op.SCAN:
+                case Op.SCAN:                              # how often an inner one runs depends on those around it
+                    chain = n["chain"]
+                    deps |= set(chain[:chain.index(n["axis"])] if n["axis"] in chain else ())
                     deps -= {n["axis"]}
             self.of[n] = deps
 
