@@ -43,6 +43,9 @@ class Op(Enum):
     FINAL = auto()      # what a scan carries out; attr i
 
 
+RUNS_ALONG = {Op.DOT: "over", Op.REDUCE: "over", Op.CUMSUM: "axis", Op.TRI_SOLVE: "axis"}     # the attribute that names the axis
+
+
 def twin(axis: str) -> str:
     """The other name of the same tokens: C -> C', C' -> C."""
     return axis[:-1] if axis.endswith("'") else axis + "'"

@@ -9,10 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gdn_ir.build import broadcast, eye, select
-from gdn_ir.nodes import IRError, Node, Op, base, make, twin
+from gdn_ir.nodes import RUNS_ALONG, IRError, Node, Op, base, make, twin
 from gdn_ir.program import Note, Program, ScanView, spread, toposort
-
-RUNS_ALONG = {Op.DOT: "over", Op.REDUCE: "over", Op.CUMSUM: "axis", Op.TRI_SOLVE: "axis"}
 
 
 @dataclass(frozen=True)
