@@ -105,6 +105,9 @@ class Slot:
     tile: str
     inner: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:                             # programs are known by their text
+        return f"Slot(chain={self.chain!r}, tile={self.tile!r}{f', inner={self.inner!r}' if self.inner else ''})"
+
 
 @dataclass(frozen=True)
 class Turn:
