@@ -152,7 +152,8 @@ class Call:
 
 
 def blocks(kernel: Kernel, call: Call) -> int:
-    """How many blocks a call takes: tiles of split axes, heads, then chunks or segments (where they run at once) or sequences."""
+    """How many blocks a call takes: tiles of split axes, heads, then chunks or segments (where they run at once) or
+    sequences."""
     found: int | None = call.memo.get(kernel.name)
     if found is None:
         found = call.memo[kernel.name] = _blocks(kernel, call)

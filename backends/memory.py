@@ -1,7 +1,7 @@
 """Addresses and masks, shared by the printers: where a load or store lies, as text over names that a printer defines.
 
 The names: `t0` the first token of the chunk, `slot` its place among all chunks, `n` the sequence, `i_HV` a grid axis,
-`i_H` a grid axis shared by heads, `C`, `K`, `V` the coordinates along tile axes; `slot_Y` the segment's place among all segments.
+`i_H` a grid axis shared by heads, `C`, `K`, `V` the coordinates along tile axes; `slot_Y` a segment's place among all segments.
 """
 from __future__ import annotations
 

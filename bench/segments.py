@@ -66,9 +66,9 @@ class Check:
         return [tokens + 300] * 2 if self.dense else [2 * tokens + 300, 0, tokens, 129, tokens + 1, 70]
 
 
-CHECKS = (Check("packed"), Check("dense", dense=True), Check("no decay", kind="no_decay"), Check("correlated", kind="correlated"),
-          Check("hardly decays", kind="real"), Check("without states", Switches()), Check("float16", io="f16"),
-          Check("float32", io="f32"), Check("no decay at all", replace(STATES, decay="none")),
+CHECKS = (Check("packed"), Check("dense", dense=True), Check("no decay", kind="no_decay"),
+          Check("correlated", kind="correlated"), Check("hardly decays", kind="real"), Check("without states", Switches()),
+          Check("float16", io="f16"), Check("float32", io="f32"), Check("no decay at all", replace(STATES, decay="none")),
           Check("no erase", replace(STATES, erase=False)), Check("neither", replace(STATES, decay="none", erase=False)),
           Check("K = 64, V = 96", K=64, V=96))
 
@@ -131,9 +131,8 @@ def checked(c: Check, segment: int) -> dict[str, Any]:
         x |= {n: x[n][:-1].contiguous() for n in ("cu_seqlens", "initial_state")}
     cpu = {n: t.cpu() for n, t in x.items()}
     q, k, v, g, beta = (cpu[n][None] for n in ("q", "k", "v", "g", "beta"))
-    ends = cpu["cu_seqlens"]
-    o, S = recurrence(q, k, v, g if s.decay == "scalar" else None, beta, None, cpu["initial_state"] if s.initial_state else None,
-                      ends, erase=s.erase)
+    g, start, ends = g if s.decay == "scalar" else None, cpu["initial_state"] if s.initial_state else None, cpu["cu_seqlens"]
+    o, S = recurrence(q, k, v, g, beta, None, start, ends, erase=s.erase)
     want = {"o": o[0].cuda(), "final_state": S.cuda()}
     found: dict[str, Any] = {"check": c.name, "segment": segment, "errors": {}}
     for name, schedule in (("states", states(c.instance)), ("segments", segmented(ARCH, c.instance, segment))):

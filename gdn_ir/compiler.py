@@ -110,7 +110,8 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
         if name == "merge" and rest_of_step[1] != schedule.chunk:
             raise steps.IllegalStep(f"merge: doubles blocks up to {rest_of_step[1]} rows, but a chunk has {schedule.chunk}")
     pipeline = planned(program, schedule.steps)
-    extents |= {a: segments(schedule.steps) or 0 for p in pipeline for s in p.scans() for a in s["chain"][1:] if a not in extents}
+    inner = {a for p in pipeline for scan in p.scans() for a in scan["chain"][1:]} - extents.keys()
+    extents |= dict.fromkeys(inner, segments(schedule.steps) or 0)
     stray = {name for name, _ in schedule.kernels} - {p.name for p in pipeline} - {"*"}
     if stray:
         raise steps.IllegalStep(f"kernels: no kernel is called {', '.join(sorted(stray))}; the plan makes "

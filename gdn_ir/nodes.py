@@ -43,7 +43,7 @@ class Op(Enum):
     FINAL = auto()      # what a scan carries out; attr i
 
 
-RUNS_ALONG = {Op.DOT: "over", Op.REDUCE: "over", Op.CUMSUM: "axis", Op.TRI_SOLVE: "axis"}     # the attribute that names the axis
+RUNS_ALONG = {Op.DOT: "over", Op.REDUCE: "over", Op.CUMSUM: "axis", Op.TRI_SOLVE: "axis"}      # attributes that name an axis
 
 
 def twin(axis: str) -> str:
@@ -304,8 +304,9 @@ def _memory(op: str, tensor: Tensor, index: tuple[Term, ...]) -> tuple[str, ...]
     if len(index) != len(tensor.dims):
         raise IRError(f"{op} {tensor.name}: {len(index)} index terms for {len(tensor.dims)} dimensions {tensor.dims}")
     for term, dim in zip(index, tensor.dims, strict=True):
-        segments = isinstance(term, Slot) and term.inner
-        wanted = {Tile: base(getattr(term, "axis", "")), Rows: "T", Slot: "X"}.get(type(term)) if not segments else term.chain[-1]
+        wanted = {Tile: base(getattr(term, "axis", "")), Rows: "T", Slot: "X"}.get(type(term))
+        if isinstance(term, Slot) and term.inner:
+            wanted = term.chain[-1]
         if wanted is not None and wanted != base(dim):
             raise IRError(f"{op} {tensor.name}: dimension {dim} cannot be indexed by {term}")
     axes = term_axes(index)

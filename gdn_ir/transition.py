@@ -2,7 +2,7 @@
 the carry: the same body without the addends that need no carry.
 
 Along an axis of the carry that the body contracts (K, of a state [K, V]), P is a matrix: it lies on the axis and its twin. An
-axis along which the body only scales stays as it is; one along which nothing differs (V) is gone, for all its columns move alike.
+axis along which the body only scales stays as it is; one along which nothing differs (V) is gone: its columns move alike.
 """
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def transition(program: Program, view: ScanView, name: str) -> Transition:
     """The transition of the one carry of a scan, P being carried as `name`. Raises IRError naming the node in which the carry
     does not enter affinely, or along an axis that P cannot have."""
     if len(view.carries) != 1 or not view.carry_nodes():
-        raise IRError(f"transition: the scan over {view.axis} must carry one value, it carries {', '.join(view.carries) or 'none'}"
-                      f"\n  in {program.describe(view.node)}")
+        raise IRError(f"transition: the scan over {view.axis} must carry one value, it carries "
+                      f"{', '.join(view.carries) or 'none'}\n  in {program.describe(view.node)}")
     (carry,) = view.carry_nodes()
     d = _Derived(program, carry)
     extra = (twin(d.mixed),) if d.mixed else ()

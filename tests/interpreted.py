@@ -69,7 +69,8 @@ def of_cell(cell: Cell, schedule: Schedule | None = None, backend: str = BACKEND
 
 def of_plan(name: str, cell: Cell, chunk: int, segment: int = 32, tile: int | None = None) -> dict[str, Any]:
     s = cell.instance.switches
-    steps = plan(name, s.erase, cell.io, chunk, sums=name == "segments" and s.decay != "none", segment=segment) if chunk > 1 else ()
+    sums = name == "segments" and s.decay != "none"
+    steps = plan(name, s.erase, cell.io, chunk, sums=sums, segment=segment) if chunk > 1 else ()
     return of_cell(cell, Schedule(name, chunk, steps).with_options(**{"*": KernelOptions(tile)}))
 
 

@@ -31,7 +31,7 @@ def half(kernel: Kernel) -> bool:
 
 
 def outside_pipeline(kernel: Kernel) -> bool:
-    loops = kernel.parallel is None or len(kernel.parallel.chain) > 1      # over chunks: a segment's, where segments run at once
+    loops = kernel.parallel is None or len(kernel.parallel.chain) > 1          # over the chunks of a sequence or of a segment
     return half(kernel) and narrow(kernel) < 64 and (not loops or kernel.options.num_stages < 2)
 
 
