@@ -75,6 +75,15 @@ class Printer:
             at = f"({at} * {self.kernel.extents[a]} + i_{a})"
         return at
 
+    def idle(self, scan: ScanView) -> list[str]:
+        """When an inner scan does not run, as texts: in the first, the last iteration of the one around it."""
+        if not scan.idle:
+            return []
+        outer = scan.chain[0]
+        span = self.kernel.extents[scan.axis] * self.span(scan)
+        texts = {"first": f"i_{outer} == 0", "last": f"(i_{outer} + 1) * {span} >= length"}
+        return [texts[x] for x in scan.idle]
+
     def span(self, scan: ScanView) -> int:
         """Tokens that one iteration of a scan covers."""
         return self.kernel.span(scan)

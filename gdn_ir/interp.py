@@ -271,12 +271,20 @@ class _Run:
         around = view.chain[:view.chain.index(view.axis)] if not view.group else ()
         return self.chunk(around, env) if around else 0
 
+    def _idle(self, view: ScanView, env: _Env) -> bool:
+        if not view.idle:
+            return False
+        at, around = self._done(view, env), view.chain[:view.chain.index(view.axis)]
+        count = self.sizes.trips(self.point["N"], around[-1], view.chain, view.tile)
+        return ("first" in view.idle and at == 0) or ("last" in view.idle and at == count - 1)
+
     def _scan(self, n: Node, env: _Env) -> Array:
         view = ScanView.of(n)
         carries = {c["name"]: c for c in view.carry_nodes()}
         state = [self.value(i, env) for i in view.inits]
         trips = self.sizes.dim(view.axis) // self.sizes.dim(view.group) if view.group else \
             self.sizes.trips(self.point["N"], view.axis, view.chain, view.tile, self._done(view, env))
+        trips = 0 if self._idle(view, env) else trips
         for i in reversed(range(trips)) if view.reverse else range(trips):
             inner = _Env(env, view.axis, i)
             for name, value in zip(view.carries, state, strict=True):

@@ -39,7 +39,8 @@ class Op(Enum):
     TRI_SOLVE = auto()  # u with (I + M) u = r; attr axis, block (only diagonal blocks of that size), transpose (or absent)
     CARRY = auto()      # what a scan carries into an iteration; attr name, scan, axes
     SCAN = auto()       # args inits, nexts, effects; attr axis, chain, tile, carries, reverse, group (absent where it steps
-                        # through chunks; else the grid axis whose points' members, along `axis`, it steps through)
+                        # through chunks; else the grid axis whose points' members, along `axis`, it steps through), idle
+                        # (absent, or of an inner scan: "first", "last": iterations around it in which it does not run)
     FINAL = auto()      # what a scan carries out; attr i
 
 

@@ -12,7 +12,8 @@ from dataclasses import replace
 
 from gdn_ir.build import cast, dot, zeros
 from gdn_ir.nodes import REAL, At, IRError, Node, Op, Rows, Slot, Tensor, Term, Tile, make, twin
-from gdn_ir.program import Note, Program, ScanView, only, substitute
+from gdn_ir.program import Note, Program, ScanView, only, substitute, toposort
+from gdn_ir.rewrite import constant
 from gdn_ir.schedules.pipeline import IllegalStep, Pipeline, put, refuse, step
 from gdn_ir.transition import transition
 
@@ -42,8 +43,11 @@ def segment(pipeline: Pipeline, name: str, chunks: int, dtype: str = "tf32x3") -
     B, from_B = cut.memory(f"B_{name}", carry.axes)
     entering, start = cut.memory(f"{name}_in", carry.axes)
 
-    derived = view.with_parts(carries=(t.carry["name"],), inits=(t.init,), nexts=(t.step,), effects=())
-    from_zero = view.with_parts(inits=(zeros(*carry.axes),), effects=())
+    # what a sequence's last segment does to the state matters to its end alone; what the first does to zero, not at all
+    last = () if any(x.op is Op.FINAL for x in toposort(r for r in p.roots if r is not view.node)) else ("last",)
+    first = ("first",) if constant(init) == 0.0 else ()
+    derived = view.with_parts(carries=(t.carry["name"],), inits=(t.init,), nexts=(t.step,), effects=(), idle=(*first, *last))
+    from_zero = view.with_parts(inits=(zeros(*carry.axes),), effects=(), idle=last)
     before = [cut.at_once("offset", from_zero, B)]
     if moves:
         before.insert(0, cut.at_once("transition", derived, P, t.notes))

@@ -12,6 +12,7 @@ from gdn_ir.bench import inputs as model
 from gdn_ir.build import Node, Tensor, Tracer, broadcast, dot, elem, reduce_sum, select, zeros
 from gdn_ir.compiler import Instance, Unsupported, variant
 from gdn_ir.interp import Sizes, run, run_pipeline
+from gdn_ir.nodes import Op
 from gdn_ir.program import Program, ScanView
 from gdn_ir.programs.gated_delta import Switches, build
 from gdn_ir.reference import recurrence
@@ -21,6 +22,7 @@ from gdn_ir.schedules.plans import plan
 from gdn_ir.schedules.schedule import Schedule
 from gdn_ir.split import split
 from gdn_ir.transition import transition
+from gdn_ir.verify import VerifyError, verify
 from tests import inputs
 from tests.differential import interpreted
 
@@ -28,15 +30,16 @@ STATES = Switches(initial_state=True, final_state=True)
 BF16 = Instance(Switches(final_state=True), 128, 128, "bf16", "bf16", True)
 
 
-@pytest.mark.parametrize(("decay", "erase"), list(itertools.product(("scalar", "none"), (True, False))))
-def test_exact(decay: str, erase: bool) -> None:
+@pytest.mark.parametrize(("decay", "erase", "states"), [*itertools.product(("scalar", "none"), (True, False), (True,)),
+                                                        ("scalar", True, False)])
+def test_exact(decay: str, erase: bool, states: bool) -> None:
     """Against the recurrence: sequences of no chunk, of one, of whole segments and of a ragged one; V and P's columns whole,
-    then split over the grid."""
-    p = build(replace(STATES, decay=decay, erase=erase))
+    then split over the grid. Without states, the first segment's P is not used, nor what the last one does."""
+    p = build(replace(STATES if states else Switches(), decay=decay, erase=erase))
     axes, cu = {"C": 16, "K": 5, "V": 6, "H": 1, "HV": 2, "X": 2}, [0, 85, 85, 101, 165]
     x = inputs.make(1, cu[-1], 1, 2, 5, 6, torch.float64)
     x["g"] = None if decay == "none" else x["g"]                         # type: ignore[assignment]
-    S0 = torch.randn(4, 2, 5, 6, dtype=torch.float64)
+    S0 = states * torch.randn(4, 2, 5, 6, dtype=torch.float64)
     o, S = inputs.expected(x, S0, torch.tensor(cu), erase=erase)
     given = {n: t[0] for n, t in x.items() if t is not None} | {"initial_state": S0}
     taken = plan("segments", erase, "f64", 16, 4, sums=decay != "none", segment=2)
@@ -50,7 +53,9 @@ def test_exact(decay: str, erase: bool) -> None:
             tiles = {axis: 4} if axis else {}
             got |= run_pipeline([split(k, axis) if axis else k], got, Sizes(axes, cu, tiles), {"scale": 5 ** -0.5})
         assert inputs.error(got["o"], o[0]) < 1e-13
-        assert inputs.error(got["final_state"], S) < 1e-13
+        assert not states or inputs.error(got["final_state"], S) < 1e-13
+    idle = {k.name: s["idle"] for k in kernels for s in k.scans() if "idle" in dict(s.attr)}
+    assert idle == ({} if states else {"transition": ("first", "last"), "offset": ("last",)})
 
 
 def test_an_inner_scan_ends_with_its_sequence() -> None:
@@ -126,8 +131,8 @@ def test_refusals_of_segments() -> None:
 
 
 def test_by_triton() -> None:
-    """Packed, one sequence empty, states in and out, outputs poisoned; P's columns and V in tiles."""
-    found = interpreted([["plan", "segments", "initial state, f32", 16, 2, 32]])
+    """Packed, one sequence empty, outputs poisoned, with states in and out and without; P's columns and V in tiles."""
+    found = interpreted([["plan", "segments", f"{cell}, f32", 16, 2, 32] for cell in ("initial state", "no final state")])
     assert all(float(str(v.get("error", "nan"))) < 1e-6 for v in found.values()), found
 
 
@@ -139,6 +144,13 @@ def test_compiles_without_a_gpu(arch: str) -> None:
         built = cross_compile(kernel, source, arch)
         assert built.metadata.shared <= {"sm_80": 166912, "sm_90": 232448}[arch]
     assert 'input_precision="tf32x3"' in chosen.sources[3].text          # of the state, from segment to segment
+
+
+def test_an_idle_scan_stores_nothing() -> None:
+    p = next(k for k in steps.apply(build(), plan("segments")) if k.name == "scan")
+    idle = p.rebuild(lambda n, args: n.but(args, idle=("last",)) if n.op is Op.SCAN and n["axis"] == "X" else None)
+    with pytest.raises(VerifyError, match="is not stored in the iterations"):
+        verify(idle)
 
 
 @pytest.mark.parametrize("kind", ["no_decay", "correlated"])

@@ -106,6 +106,8 @@ class TorchPrinter(Printer):
         if not (self.kernel.varlen or inner) or scan.group or text == s.carries[i]:
             return text
         live = f"length > {self.trip(scan)} * {self.span(scan)}"
+        if scan.idle:
+            live = " & ".join(f"({x})" for x in (live, *(f"~({y})" for y in self.idle(scan))))
         return f"torch.where({aligned(live, (), node.axes)}, {text}, {s.carries[i]})"
 
     def trips(self, scan: ScanView) -> str:

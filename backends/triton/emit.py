@@ -137,7 +137,9 @@ class TritonPrinter(Printer):
         if at == 0:
             return whole
         most, around = self.kernel.extents[scan.axis], replace(scan, axis=scan.chain[at - 1])
-        return f"tl.minimum({most}, {whole} - {self.trip(around)} * {most})"
+        trips = f"tl.minimum({most}, {whole} - {self.trip(around)} * {most})"
+        idle = " | ".join(f"({x})" for x in self.idle(scan))
+        return f"tl.where({idle}, 0, {trips})" if idle else trips
 
 
 def emit(kernel: Kernel) -> Source:
