@@ -131,8 +131,8 @@ def checked(c: Check, segment: int) -> dict[str, Any]:
         x |= {n: x[n][:-1].contiguous() for n in ("cu_seqlens", "initial_state")}
     cpu = {n: t.cpu() for n, t in x.items()}
     q, k, v, g, beta = (cpu[n][None] for n in ("q", "k", "v", "g", "beta"))
-    g, start, ends = g if s.decay == "scalar" else None, cpu["initial_state"] if s.initial_state else None, cpu["cu_seqlens"]
-    o, S = recurrence(q, k, v, g, beta, None, start, ends, erase=s.erase)
+    start, ends = cpu["initial_state"] if s.initial_state else None, cpu["cu_seqlens"]
+    o, S = recurrence(q, k, v, g if s.decay == "scalar" else None, beta, None, start, ends, erase=s.erase)
     want = {"o": o[0].cuda(), "final_state": S.cuda()}
     found: dict[str, Any] = {"check": c.name, "segment": segment, "errors": {}}
     for name, schedule in (("states", states(c.instance)), ("segments", segmented(ARCH, c.instance, segment))):

@@ -117,7 +117,8 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
         raise steps.IllegalStep(f"kernels: no kernel is called {', '.join(sorted(stray))}; the plan makes "
                                 f"{', '.join(p.name for p in pipeline)}")
     whole = {a: e if a in tokens else backend.tile(a, e, arch) for a, e in extents.items()}
-    split, turned = {}, {}
+    split: dict[str, int] = {}                             # tiles of V, and of a matrix's columns, by kernel
+    turned: dict[str, int] = {}
     for p in pipeline:
         tile, axis = schedule.options(p.name).v_tile, columns(p, tokens)
         if backend.splits_grid and tile is not None and axis and tile < whole[base(axis)]:

@@ -211,9 +211,9 @@ class ScanView:
     @staticmethod
     def of(node: Node) -> ScanView:
         n = len(node["carries"])
-        a = node.args
+        a, attr = node.args, dict[str, Any](node.attr)
         return ScanView(node, node["axis"], node["chain"], node["tile"], node["carries"], node["reverse"],
-                        a[:n], a[n:2 * n], a[2 * n:], **{k: v for k, v in node.attr if k in ("group", "idle")})
+                        a[:n], a[n:2 * n], a[2 * n:], attr.get("group", ""), attr.get("idle", ()))
 
     def with_parts(self, **parts: Any) -> Node:
         """The same scan with some of carries, inits, nexts, effects (or reverse) replaced."""

@@ -129,8 +129,8 @@ def place(n: Node) -> tuple[tuple[int, ...], str, str]:
             case Rows(_, tile, single):
                 text, mask = "t", "rows > 0" if single else f"in_{base(tile)}"
             case Slot(chain, _, inner):
-                own, there = (f"slot_{chain[-1]}", f"in_{chain[-1]}") if inner else ("slot", "rows > 0")
-                text, mask = own + more, mask or there + more
+                at, there = (f"slot_{chain[-1]}", f"in_{chain[-1]}") if inner else ("slot", "rows > 0")
+                text, mask = at + more, mask or there + more
             case Turn(scan):
                 text = f"i_{scan}"
             case Members(grid):

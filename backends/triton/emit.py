@@ -138,7 +138,7 @@ class TritonPrinter(Printer):
             return whole
         most, around = self.kernel.extents[scan.axis], replace(scan, axis=scan.chain[at - 1])
         trips = f"tl.minimum({most}, {whole} - {self.trip(around)} * {most})"
-        idle = " | ".join(f"({x})" for x in self.idle(scan))
+        idle = " | ".join(f"({x})" if len(scan.idle) > 1 else x for x in self.idle(scan))
         return f"tl.where({idle}, 0, {trips})" if idle else trips
 
 
