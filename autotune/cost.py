@@ -56,7 +56,7 @@ def kernel_seconds(kernel: Kernel, call: Call, rates: Rates) -> float:
     scopes = Scopes(kernel.program.roots)
     for n in kernel.program.nodes():
         times = math.prod(call.heads[s.axis] / call.heads[s.group] for s in kernel.groups if s.axis in scopes[n])
-        if n.op in (Op.LOAD, Op.STORE) and {"T", "X"} & set(n["tensor"].dims):
+        if n.op in (Op.LOAD, Op.STORE) and {"T", "X", *kernel.segments} & set(n["tensor"].dims):
             tile = n if n.op is Op.LOAD else n.args[0]
             if any(isinstance(t, Members) and t.grid for t in n["index"]):     # one for each value head of a key head
                 times *= call.heads["HV"] / call.heads["H"]
@@ -70,7 +70,9 @@ def kernel_seconds(kernel: Kernel, call: Call, rates: Rates) -> float:
     if not scans(kernel):
         return LAUNCH + count * max(moved / (REACHED_BYTES * rates.bytes), products / (REACHED_FLOPS * rates.flops),
                                     solves / (units * rates.clock))
-    turns = FILL + -(-call.tokens // max(1, call.sequences) // kernel.chunk)
+    loop = scans(kernel)[0]
+    turns = -(-call.tokens // max(1, call.sequences) // kernel.span(loop))
+    turns = FILL + (min(turns, kernel.extents[loop.axis]) if kernel.parallel else turns)       # those of a segment
     busy = min(count, units)
     turn = max(TURN / rates.clock, moved * busy / (REACHED_BYTES * rates.bytes),
                products * units / (REACHED_FLOPS * rates.flops))

@@ -64,7 +64,8 @@ def size(kernel: Kernel, node: Node) -> int:
 
 def scans(kernel: Kernel) -> list[ScanView]:
     """The serial loops of a kernel."""
-    return [] if kernel.parallel else [ScanView.of(r) for r in kernel.program.roots if r.op is Op.SCAN]
+    views = [ScanView.of(s) for s in kernel.program.scans()]
+    return [v for v in views if not v.group and not (kernel.parallel and v.node is kernel.parallel.node)]
 
 
 def shared_bytes(kernel: Kernel) -> int:

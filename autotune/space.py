@@ -17,7 +17,7 @@ from gdn_ir.artifacts import digest
 from gdn_ir.compiler import Instance, planned
 from gdn_ir.follow import can_follow
 from gdn_ir.program import Program
-from gdn_ir.schedules.defaults import default
+from gdn_ir.schedules.defaults import default, segmented
 from gdn_ir.schedules.plans import Steps, backward_plan, plan
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
@@ -28,12 +28,13 @@ MODEST = KernelOptions(64, 4, 1)
 class Frame:
     """All of a schedule but its kernels' options. block: rows that the triangular solve substitutes before it merges blocks by
     products; sums: whether the log decay's running sums are hoisted beside the solve; dot: what products' operands are rounded
-    to."""
+    to; segment: chunks of a segment, in a plan that cuts sequences into such."""
     plan: str
     chunk: int = 64
     block: int = 16
     sums: bool = True
     dot: str = "io"
+    segment: int = 0
 
     def steps(self, instance: Instance) -> Steps:
         if self.plan == "recurrent":
@@ -41,12 +42,13 @@ class Frame:
         if instance.grads:
             return backward_plan(self.plan, instance.program, instance.io, self.chunk, self.block)
         sums = self.sums and instance.switches.decay != "none"
-        return plan(self.plan, instance.switches.erase, instance.io, self.chunk, self.block, sums)
+        return plan(self.plan, instance.switches.erase, instance.io, self.chunk, self.block, sums, self.segment)
 
     def __str__(self) -> str:
         sums = "" if self.sums else ", sums in the scan"
         dot = "" if self.dot == "io" else f", products in {self.dot}"
-        return f"{self.plan}, chunks of {self.chunk}, blocks of {self.block}{sums}{dot}"
+        cut = f", segments of {self.segment} chunks" if self.segment else ""
+        return f"{self.plan}, chunks of {self.chunk}, blocks of {self.block}{sums}{dot}{cut}"
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def space_of(backend: str, arch: str, instance: Instance) -> Space:
     frames += [Frame(p, sums=False) for p in ("states", "wy") if not back and instance.switches.decay != "none"]
     frames += [Frame(p) for p in ("grouped", "inside", "merged") if back and backend == "triton"]
     frames += [Frame("states", dot="tf32")] if f32 else []
+    frames += [Frame("segments", segment=n) for n in (16, 32, 64) if not back and backend == "triton" and instance.K <= 128]
     return Space(tuple(frames), (None, 16, 32, 64, 128), (1, 2, 4, 8), (1, 2, 3, 4))
 
 
@@ -140,6 +143,8 @@ def based(frame: Frame, backend: str, arch: str, instance: Instance, heads: int)
             known = {}
         if frame.plan in ("fused", "solve"):               # its scan does all the work
             known = {k: o for k, o in known.items() if k != "scan"}
+    if frame.segment and arch in ("sm_80", "sm_90"):
+        known = dict(segmented(arch, instance).kernels)
     behind = {p.name: before for before, p in zip(pipeline, pipeline[1:])}
     known = {n: o if not o.follows or (n in behind and can_follow(behind[n], next(p for p in pipeline if p.name == n)))
              else replace(o, follows=False) for n, o in known.items()}

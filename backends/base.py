@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from gdn_ir.artifacts import Built
-from gdn_ir.nodes import At, Member, Members, Node, Op, Tensor, base
+from gdn_ir.nodes import At, Member, Members, Node, Op, Slot, Tensor, base
 from gdn_ir.program import Program, ScanView, token_chains
 from gdn_ir.schedules.schedule import KernelOptions
 
@@ -81,7 +82,8 @@ class Kernel:
     @cached_property
     def owns_tail(self) -> bool:
         """Whether this kernel itself writes zeros to the rows past the last sequence: one that runs all chunks at once."""
-        return self.varlen and self.parallel is not None and bool(self.row_outputs or self.sweeps)
+        alone = self.parallel is not None and len(self.parallel.chain) == 1
+        return self.varlen and alone and bool(self.row_outputs or self.sweeps)
 
     @cached_property
     def splits(self) -> tuple[str, ...]:
@@ -93,8 +95,21 @@ class Kernel:
         """Those of V that a block owns."""
         return self.tile("V") if self.splits else self.extents["V"]
 
+    @cached_property
+    def segments(self) -> dict[str, int]:
+        """Dimensions with a place for each segment of chunks, and the tokens of a segment."""
+        slots = {t.chain[-1]: t for n in self.program.nodes() if n.op in (Op.LOAD, Op.STORE) for t in n["index"]
+                 if isinstance(t, Slot) and t.inner}
+        return {d: math.prod((self.extents[a] for a in t.inner), start=self.extents[t.tile]) for d, t in slots.items()}
+
+    def span(self, scan: ScanView) -> int:
+        """Tokens that one iteration of a scan covers."""
+        inner = scan.chain[scan.chain.index(scan.axis) + 1:]
+        return math.prod((self.extents[a] for a in inner), start=self.extents[scan.tile])
+
     def tile(self, axis: str) -> int:
-        return self.tiles.get(base(axis), self.extents[base(axis)])
+        """The extent of a tile; a twin may be split over the grid by itself."""
+        return self.tiles.get(axis, self.tiles.get(base(axis), self.extents[base(axis)]))
 
     def padded(self, axis: str) -> bool:
         """Whether a tile can reach past the end of an axis of fixed extent."""
@@ -147,12 +162,14 @@ class Call:
 
     def shape(self, kernel: Kernel, tensor: Tensor) -> tuple[int, ...]:
         """The extents of a tensor in this call."""
-        known = {"T": self.tokens, "N": self.sequences, "X": self.slots(kernel.chunk), **self.heads}
+        known = {"T": self.tokens, "N": self.sequences, "X": self.slots(kernel.chunk), **self.heads,
+                 **{d: self.slots(span) for d, span in kernel.segments.items()}}
         return tuple(known[d] if d in known else kernel.extents[base(d)] for d in tensor.dims)
 
 
 def blocks(kernel: Kernel, call: Call) -> int:
-    """How many blocks a call takes: tiles of split axes, heads, then chunks (where they run at once) or sequences."""
+    """How many blocks a call takes: tiles of split axes, heads, then chunks or segments (where they run at once) or
+    sequences."""
     found: int | None = call.memo.get(kernel.name)
     if found is None:
         found = call.memo[kernel.name] = _blocks(kernel, call)
@@ -160,15 +177,16 @@ def blocks(kernel: Kernel, call: Call) -> int:
 
 
 def _blocks(kernel: Kernel, call: Call) -> int:
-    if not kernel.parallel:
+    span = kernel.span(kernel.parallel) if kernel.parallel else 0
+    if not span:
         found = call.sequences
     elif kernel.varlen:
-        found = call.slots(kernel.chunk) + kernel.owns_tail           # the tail may need one more
+        found = call.slots(span) + kernel.owns_tail        # the tail may need one more
     else:
-        found = call.sequences * -(-call.length // kernel.chunk)
+        found = call.sequences * -(-call.length // span)
     for a in kernel.program.grid:
         if a.endswith("#"):
-            found *= -(-kernel.extents[a[:-1]] // kernel.tile(a[:-1]))
+            found *= -(-kernel.extents[base(a[:-1])] // kernel.tile(a[:-1]))
         elif a != "N":
             found *= call.heads[a]
     return found

@@ -1,7 +1,7 @@
 """Addresses and masks, shared by the printers: where a load or store lies, as text over names that a printer defines.
 
 The names: `t0` the first token of the chunk, `slot` its place among all chunks, `n` the sequence, `i_HV` a grid axis,
-`i_H` a grid axis shared by heads, `C`, `K`, `V` the coordinates along tile axes.
+`i_H` a grid axis shared by heads, `C`, `K`, `V` the coordinates along tile axes; `slot_Y` a segment's place among all segments.
 """
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def address(kernel: Kernel, node: Node) -> Address:
                 if not single:
                     strides[axis] = product(step)
                     bounds.append(axis)
-            case Slot():
-                scalar = "slot"
+            case Slot(chain, _, inner):
+                scalar = f"slot_{chain[-1]}" if inner else "slot"
             case Turn(scan):
                 scalar = f"i_{scan}"
             case Member(grid, scan, own):
@@ -91,6 +91,11 @@ def members(kernel: Kernel, node: Node) -> tuple[str, str] | None:
 def number(kernel: Kernel, grid: str) -> str:
     """Which tile of a split axis a block owns, as text."""
     return f"(start // {kernel.tile(grid[:-1])})"
+
+
+def coordinate(kernel: Kernel, axis: str) -> str:
+    """The name of the coordinates along an axis. A twin has those of its base, unless it alone is split over the grid."""
+    return axis.replace("'", "_") if axis in kernel.splits else base(axis)
 
 
 def index_suffix(axes: tuple[str, ...], to: tuple[str, ...]) -> str:

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 from gdn_ir.backends.base import Kernel
 from gdn_ir.backends.linearize import Assign, Linear, PLAIN, Loop, Stmt, Style, Table, Write
-from gdn_ir.nodes import At, Node, Op, Rows, Slot, base
+from gdn_ir.backends.memory import coordinate
+from gdn_ir.nodes import At, Node, Op, Rows, Slot
 from gdn_ir.program import ScanView
 
 INDENT = "    "
@@ -15,14 +16,15 @@ class Printer:
 
     def __init__(self, kernel: Kernel, table: Table, reserved: set[str], style: Style = PLAIN) -> None:
         self.kernel = kernel
-        self.axes = sorted({base(a) for n in kernel.program.nodes() for a in n.axes})
+        self.axes = sorted({coordinate(kernel, a) for n in kernel.program.nodes() for a in n.axes})
         names = reserved | set(self.axes) | {f"in_{a}" for a in self.axes}
         self.linear = Linear(kernel, table, frozenset(names), style)
         self.lines: list[str] = []
         self.said = ""
         memory = [n for n in kernel.program.nodes() if n.op in (Op.LOAD, Op.STORE)]
         self.terms = [t for n in memory for t in n["index"]]
-        self.slots = any(isinstance(t, Slot) for t in self.terms)
+        self.slots = any(isinstance(t, Slot) and not t.inner for t in self.terms)
+        self.outer = {t.chain[-1] for t in self.terms if isinstance(t, Slot) and t.inner}        # scans over segments
         self.rows = [t for t in self.terms if isinstance(t, Rows)]
         self.single = any(t.single for t in self.rows)
 
@@ -66,16 +68,22 @@ class Printer:
         return f"({scan.axis} // {scan.group})"
 
     def trip(self, scan: ScanView) -> str:
-        """The number of the chunk that nested scans have reached, as text."""
-        outer, *inner = scan.chain
+        """The number of the chunk that nested scans have reached, as text (of the segment, for a scan over those)."""
+        outer, *inner = scan.chain[:scan.chain.index(scan.axis) + 1]
         at = f"i_{outer}"
         for a in inner:
             at = f"({at} * {self.kernel.extents[a]} + i_{a})"
         return at
 
+    def idle(self, scan: ScanView) -> list[str]:
+        """When an inner scan does not run, as texts: in the first, the last iteration of the one around it."""
+        if not scan.idle:
+            return []
+        outer = scan.chain[0]
+        span = self.kernel.extents[scan.axis] * self.span(scan)
+        texts = {"first": f"i_{outer} == 0", "last": f"(i_{outer} + 1) * {span} >= length"}
+        return [texts[x] for x in scan.idle]
+
     def span(self, scan: ScanView) -> int:
-        """Tokens that one iteration of the outermost scan of the chain covers."""
-        size = self.kernel.extents[scan.tile]
-        for a in scan.chain[1:]:
-            size *= self.kernel.extents[a]
-        return size
+        """Tokens that one iteration of a scan covers."""
+        return self.kernel.span(scan)

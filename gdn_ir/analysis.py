@@ -4,14 +4,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gdn_ir.nodes import Node, Op, Rows, Slot, base
+from gdn_ir.nodes import RUNS_ALONG, Node, Op, Rows, Slot, base
 from gdn_ir.program import Program, ScanView, tile_axes, toposort
 
 
 def contracted_axes(program: Program) -> frozenset[str]:
     """Tile axes (base names) that something sums, runs or solves along."""
-    along = {Op.DOT: "over", Op.REDUCE: "over", Op.CUMSUM: "axis", Op.TRI_SOLVE: "axis"}
-    return frozenset(base(n[along[n.op]]) for n in program.nodes() if n.op in along)
+    return frozenset(base(n[RUNS_ALONG[n.op]]) for n in program.nodes() if n.op in RUNS_ALONG)
 
 
 def parallel_axes(program: Program) -> frozenset[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from typing import Any
@@ -18,7 +18,7 @@ from gdn_ir.backends.base import TORCH, Backend, Call, Kernel, Launch, Source, i
 from gdn_ir.follow import clears, ready
 from gdn_ir.inverse import doubled
 from gdn_ir.legalize import collapse, small_products, split_products, ungrouped
-from gdn_ir.nodes import IRError, Tensor
+from gdn_ir.nodes import RUNS_ALONG, IRError, Tensor, base
 from gdn_ir.padding import pad
 from gdn_ir.precision import precision, storage
 from gdn_ir.program import Program, tile_axes, token_chains
@@ -26,7 +26,9 @@ from gdn_ir.programs.gated_delta import Switches, build
 from gdn_ir.rewrite import simplify
 from gdn_ir.schedules import steps
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
+from gdn_ir.schedules.segments import segments
 from gdn_ir.split import parts
+from gdn_ir.split import split as split_axis
 
 NAMES = {v: k for k, v in TORCH.items()}
 LARGEST = 256                                              # of K and of V
@@ -109,18 +111,22 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
         if name == "merge" and rest_of_step[1] != schedule.chunk:
             raise steps.IllegalStep(f"merge: doubles blocks up to {rest_of_step[1]} rows, but a chunk has {schedule.chunk}")
     pipeline = planned(program, schedule.steps)
+    inner = {a for p in pipeline for scan in p.scans() for a in scan["chain"][1:]} - extents.keys()
+    extents |= dict.fromkeys(inner, segments(schedule.steps) or 0)
     stray = {name for name, _ in schedule.kernels} - {p.name for p in pipeline} - {"*"}
     if stray:
         raise steps.IllegalStep(f"kernels: no kernel is called {', '.join(sorted(stray))}; the plan makes "
                                 f"{', '.join(p.name for p in pipeline)}")
     makers = {p.name: maker(schedule.options(p.name), backend) for p in pipeline}
     whole = {n: {a: e if a in tokens else b.tile(a, e, arch) for a, e in extents.items()} for n, b in makers.items()}
-    split = {}
+    split: dict[str, int] = {}                             # tiles of V, and of a matrix's columns, by kernel
+    turned: dict[str, int] = {}
     for p in pipeline:
-        tile = schedule.options(p.name).v_tile
-        if makers[p.name].splits_grid and tile is not None and "V" in tile_axes(p) and tile < whole[p.name]["V"]:
-            split[p.name] = tile
+        tile, axis = schedule.options(p.name).v_tile, columns(p, tokens)
+        if makers[p.name].splits_grid and tile is not None and axis and tile < whole[p.name][base(axis)]:
+            (split if axis == "V" else turned)[p.name] = tile
     pipeline = parts(pipeline, "V", split)
+    pipeline = tuple(split_axis(p, str(columns(p, tokens))) if p.name in turned else p for p in pipeline)
     for p in pipeline:
         if any("V#" in p.tensors()[n].dims for n in p.written()):
             extents["V#"] = -(-extents["V"] // split[p.name])
@@ -136,6 +142,7 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
         p = split_products(p) if b.reads_tf32(arch) else p
         p = simplify(p)
         tiles = whole.get(p.name, next(iter(whole.values()))) | ({"V": split[p.name]} if p.name in split else {})
+        tiles |= {str(columns(p, tokens)): turned[p.name]} if p.name in turned else {}
         padded = {a for a in tile_axes(p) if a in tokens or extents[a] % tiles[a]}
         p = pad(p, frozenset(padded))
         awaits: tuple[Tensor, int, bool] | None = None
@@ -161,6 +168,15 @@ def swept(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     left = tuple(s for k in kernels if k.varlen and not k.owns_tail for s in k.row_outputs)
     able = next((k for k in kernels if k.parallel and k.options.backend), None)
     return tuple(replace(k, sweeps=left) if k is able else k for k in kernels) if left else kernels
+
+
+def columns(program: Program, tokens: Container[str]) -> str | None:
+    """The axis that a kernel's v_tile divides: V; where there is none, that of a matrix's columns, a twin that nothing sums."""
+    if "V" in tile_axes(program):
+        return "V"
+    twins = {a for n in program.nodes() for a in n.axes if a != base(a) and base(a) not in tokens}
+    run = {n[RUNS_ALONG[n.op]] for n in program.nodes() if n.op in RUNS_ALONG}
+    return min(twins - run, default=None)
 
 
 @lru_cache(maxsize=64)

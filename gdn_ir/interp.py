@@ -47,18 +47,21 @@ class Sizes:
         """Tokens that one iteration of the outermost scan of the chain covers."""
         return math.prod((self.axes[a] for a in chain[1:]), start=self.axes[tile])
 
-    def trips(self, n: int, axis: str, chain: tuple[str, ...], tile: str) -> int:
-        """How often a scan runs for sequence n: an outer one covers the sequence, an inner one has a fixed extent."""
-        length = self.cu[n + 1] - self.cu[n]
-        return -(-length // self.span(chain, tile)) if axis == chain[0] else self.axes[axis]
+    def trips(self, n: int, axis: str, chain: tuple[str, ...], tile: str, done: int = 0) -> int:
+        """How often a scan runs for sequence n: an outer one covers the sequence, an inner one has a fixed extent, but `done`
+        iterations of those around it are behind it and it ends with the sequence."""
+        at = chain.index(axis)
+        length, span = self.cu[n + 1] - self.cu[n], self.span(chain[at:], tile)
+        left = -(-length // span)
+        return left if at == 0 else max(0, min(self.axes[axis], left - done * self.axes[axis]))
 
-    def slot(self, n: int, chunk: int, tile: str) -> int:
-        """Where chunk `chunk` of sequence n lies among all chunks: distinct without a prefix sum over sequences,
-        because floor(a / C) + ceil(b / C) <= floor((a + b) / C) + 1."""
-        return self.cu[n] // self.axes[tile] + n + chunk
+    def slot(self, n: int, chunk: int, tile: str, inner: tuple[str, ...] = ()) -> int:
+        """Where chunk (or, with `inner`, segment) number `chunk` of sequence n lies among all: distinct without a prefix sum
+        over sequences, because floor(a / C) + ceil(b / C) <= floor((a + b) / C) + 1."""
+        return self.cu[n] // self.span(("", *inner), tile) + n + chunk
 
-    def slots(self, tile: str) -> int:
-        return self.cu[-1] // self.axes[tile] + self.sequences
+    def slots(self, tile: str, inner: tuple[str, ...] = ()) -> int:
+        return self.cu[-1] // self.span(("", *inner), tile) + self.sequences
 
     def dim(self, name: str) -> int:
         """The extent of a tensor's dimension."""
@@ -70,7 +73,7 @@ class Sizes:
             return self.slots("C")
         if name.endswith("#"):                             # how many tiles a split axis has
             a = name[:-1]
-            return -(-self.axes[a] // self.tiles.get(a, self.axes[a]))
+            return -(-self.axes[base(a)] // self.tiles.get(a, self.axes[base(a)]))
         return self.axes[base(name)]
 
 
@@ -125,7 +128,9 @@ class _Run:
             if n.op is Op.STORE:
                 t: Tensor = n["tensor"]
                 if t.name not in self.memory or t.name not in p.read():
-                    self.memory[t.name] = torch.full([self.sizes.dim(d) for d in t.dims], math.nan, dtype=torch.float64)
+                    shape = [self.sizes.slots(i.tile, i.inner) if isinstance(i, Slot) else self.sizes.dim(d)
+                             for i, d in zip(n["index"], t.dims, strict=True)]
+                    self.memory[t.name] = torch.full(shape, math.nan, dtype=torch.float64)
                 if n["sum"]:
                     self.memory[t.name].zero_()
         self.memory = {k: v.clone() if k in p.written() else v for k, v in self.memory.items()}
@@ -162,8 +167,7 @@ class _Run:
 
     def extent(self, axis: str, env: _Env) -> tuple[int, int]:
         """Of a tile axis: its first coordinate, and the extent of the tile."""
-        a = base(axis)
-        start, tile = self._split(a)
+        start, tile = self._split(axis)
         return start, tile if self.padded else self.valid(axis, env)
 
     def valid(self, axis: str, env: _Env) -> int:
@@ -171,11 +175,13 @@ class _Run:
         a = base(axis)
         if a in self.tokens:
             return self.rows(self.tokens[a], a, env)[1]
-        start, tile = self._split(a)
+        start, tile = self._split(axis)
         return min(tile, self.sizes.axes[a] - start)
 
     def _split(self, axis: str) -> tuple[int, int]:
-        tile = self.sizes.tiles.get(axis, self.sizes.axes[axis])
+        """Where a block's part of an axis starts, and its extent; a twin that is not split by itself goes with its base."""
+        axis = axis if axis + "#" in self.p.grid else base(axis)
+        tile = self.sizes.tiles.get(axis, self.sizes.axes[base(axis)])
         return (self.point[axis + "#"] * tile if axis + "#" in self.p.grid else 0), tile
 
     @cached_property
@@ -212,7 +218,7 @@ class _Run:
                 start, extent = self.extent(n["axis"], env)
                 return torch.arange(start, start + extent, dtype=torch.float64)
             case Op.VALID:
-                start = self._split(base(n["axis"]))[0]
+                start = self._split(n["axis"])[0]
                 return torch.tensor(float(start + self.valid(n["axis"], env)), dtype=torch.float64)
             case Op.LOAD:
                 return self._load(n, env)
@@ -262,12 +268,25 @@ class _Run:
         u: Array = torch.linalg.solve_triangular(eye + m, flat, upper=upper, unitriangular=True)
         return u.reshape(front.shape).movedim(0, dim)
 
+    def _done(self, view: ScanView, env: _Env) -> int:
+        """Iterations of the scans around one, counted as one scan."""
+        around = view.chain[:view.chain.index(view.axis)] if not view.group else ()
+        return self.chunk(around, env) if around else 0
+
+    def _idle(self, view: ScanView, env: _Env) -> bool:
+        if not view.idle:
+            return False
+        at, around = self._done(view, env), view.chain[:view.chain.index(view.axis)]
+        count = self.sizes.trips(self.point["N"], around[-1], view.chain, view.tile)
+        return ("first" in view.idle and at == 0) or ("last" in view.idle and at == count - 1)
+
     def _scan(self, n: Node, env: _Env) -> Array:
         view = ScanView.of(n)
         carries = {c["name"]: c for c in view.carry_nodes()}
         state = [self.value(i, env) for i in view.inits]
         trips = self.sizes.dim(view.axis) // self.sizes.dim(view.group) if view.group else \
-            self.sizes.trips(self.point["N"], view.axis, view.chain, view.tile)
+            self.sizes.trips(self.point["N"], view.axis, view.chain, view.tile, self._done(view, env))
+        trips = 0 if self._idle(view, env) else trips
         for i in reversed(range(trips)) if view.reverse else range(trips):
             inner = _Env(env, view.axis, i)
             for name, value in zip(view.carries, state, strict=True):
@@ -305,8 +324,8 @@ class _Run:
                         continue
                     where.append(slice(first, first + valid))
                     pad.append((self.sizes.axes[base(tile)] if self.padded else valid) - valid)
-                case Slot(chain, tile):
-                    where.append(self.sizes.slot(self.point["N"], self.chunk(chain, env), tile))
+                case Slot(chain, tile, inner):
+                    where.append(self.sizes.slot(self.point["N"], self.chunk(chain, env), tile, inner))
                 case Turn(scan):
                     where.append(self.chunk((scan,), env))
                 case Member(grid, scan, own):

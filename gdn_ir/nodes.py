@@ -39,8 +39,12 @@ class Op(Enum):
     TRI_SOLVE = auto()  # u with (I + M) u = r; attr axis, block, transpose, merges (or absent): build.py says what
     CARRY = auto()      # what a scan carries into an iteration; attr name, scan, axes
     SCAN = auto()       # args inits, nexts, effects; attr axis, chain, tile, carries, reverse, group (absent where it steps
-                        # through chunks; else the grid axis whose points' members, along `axis`, it steps through)
+                        # through chunks; else the grid axis whose points' members, along `axis`, it steps through), idle
+                        # (absent, or of an inner scan: "first", "last": iterations around it in which it does not run)
     FINAL = auto()      # what a scan carries out; attr i
+
+
+RUNS_ALONG = {Op.DOT: "over", Op.REDUCE: "over", Op.CUMSUM: "axis", Op.TRI_SOLVE: "axis"}      # attributes that name an axis
 
 
 def twin(axis: str) -> str:
@@ -96,9 +100,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Slot:
-    """One place for each chunk of each sequence (packed over sequences)."""
+    """One place for each chunk of each sequence (packed over sequences). inner: scan axes that step through the chunks of one
+    place: then it is one for each segment of chunks."""
     chain: tuple[str, ...]
     tile: str
+    inner: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:                             # programs are known by their text
+        return f"Slot(chain={self.chain!r}, tile={self.tile!r}{f', inner={self.inner!r}' if self.inner else ''})"
 
 
 @dataclass(frozen=True)
@@ -297,6 +306,8 @@ def _memory(op: str, tensor: Tensor, index: tuple[Term, ...]) -> tuple[str, ...]
         raise IRError(f"{op} {tensor.name}: {len(index)} index terms for {len(tensor.dims)} dimensions {tensor.dims}")
     for term, dim in zip(index, tensor.dims, strict=True):
         wanted = {Tile: base(getattr(term, "axis", "")), Rows: "T", Slot: "X"}.get(type(term))
+        if isinstance(term, Slot) and term.inner:
+            wanted = term.chain[-1]
         if wanted is not None and wanted != base(dim):
             raise IRError(f"{op} {tensor.name}: dimension {dim} cannot be indexed by {term}")
     axes = term_axes(index)

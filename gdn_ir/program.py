@@ -183,7 +183,9 @@ class Scopes:
                 case Op.INDEX | Op.BROADCAST if exact:
                     axes = n["axes"] if n.op is Op.BROADCAST else (n["axis"],)
                     deps = deps.union(*(tokens.get(base(a), ()) for a in axes))
-                case Op.SCAN:
+                case Op.SCAN:                              # how often an inner one runs depends on those around it
+                    chain = n["chain"]
+                    deps |= set(chain[:chain.index(n["axis"])] if n["axis"] in chain else ())
                     deps -= {n["axis"]}
             self.of[n] = deps
 
@@ -204,19 +206,20 @@ class ScanView:
     nexts: tuple[Node, ...]
     effects: tuple[Node, ...]
     group: str = ""            # of a scan over the members of a group: the grid axis whose points are the groups
+    idle: tuple[str, ...] = ()                             # iterations around it, "first" or "last", in which it does not run
 
     @staticmethod
     def of(node: Node) -> ScanView:
         n = len(node["carries"])
-        a = node.args
+        a, attr = node.args, dict[str, Any](node.attr)
         return ScanView(node, node["axis"], node["chain"], node["tile"], node["carries"], node["reverse"],
-                        a[:n], a[n:2 * n], a[2 * n:], str(dict(node.attr).get("group", "")))
+                        a[:n], a[n:2 * n], a[2 * n:], attr.get("group", ""), attr.get("idle", ()))
 
     def with_parts(self, **parts: Any) -> Node:
         """The same scan with some of carries, inits, nexts, effects (or reverse) replaced."""
         v = replace(self, **parts)
         return make(Op.SCAN, v.inits + v.nexts + v.effects, axis=v.axis, chain=v.chain, tile=v.tile,
-                    carries=v.carries, reverse=v.reverse, **({"group": v.group} if v.group else {}))
+                    carries=v.carries, reverse=v.reverse, **{k: x for k, x in (("group", v.group), ("idle", v.idle)) if x})
 
     def carry_nodes(self) -> tuple[Node, ...]:
         """The CARRY nodes of the body (those it uses), in the order of `carries`; absent ones are left out."""

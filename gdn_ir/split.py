@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 from dataclasses import replace
 
-from gdn_ir.nodes import At, IRError, Member, Members, Node, Op, Rows, Slot, Tensor, Term, make
+from gdn_ir.nodes import RUNS_ALONG, At, IRError, Member, Members, Node, Op, Rows, Slot, Tensor, Term, make
 from gdn_ir.program import Note, Program, ScanView, only
 from gdn_ir.verify import verify
 
@@ -101,7 +101,7 @@ def _kinds(program: Program, axis: str, partial: Container[str]) -> dict[Node, s
     for n in program.nodes():
         sums = [i for i, a in enumerate(n.args) if kind[a] == SUM]
         kind[n] = PART if axis in n.axes else SUM if n.op is Op.LOAD and n["tensor"].name in partial else WHOLE
-        over = {Op.DOT: "over", Op.REDUCE: "over", Op.CUMSUM: "axis", Op.TRI_SOLVE: "axis"}.get(n.op)
+        over = RUNS_ALONG.get(n.op)
         if over and n[over] == axis:
             if n.op not in (Op.DOT, Op.REDUCE) or (n.op is Op.REDUCE and n["fn"] != "sum"):
                 raise _refuse(program, axis, n, f"it runs along {axis}")

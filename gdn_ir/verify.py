@@ -85,6 +85,18 @@ def _carries_of(roots: tuple[Node, ...]) -> dict[str, None]:
 
 
 @rule
+def idle_scans_are_inner(program: Program) -> Iterator[Finding]:
+    """Only the second scan of a chain has a first and a last iteration around it that are those of the sequence. One that does
+    not run always has nothing to store."""
+    for scan in program.scans():
+        view = ScanView.of(scan)
+        if view.idle and (view.axis != (*view.chain, "")[1] or not set(view.idle) <= {"first", "last"}):
+            yield scan, f"is idle in iterations {view.idle} of no scan around it"
+        if view.idle and view.effects:
+            yield view.effects[0], f"is not stored in the iterations {view.idle} in which its scan is idle"
+
+
+@rule
 def scopes_close(program: Program) -> Iterator[Finding]:
     scopes = Scopes(program.roots)
     for root in program.roots:

@@ -5,6 +5,7 @@ an A100's shared memory, compiled and checked but not timed.
 """
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gdn_ir.schedules.plans import Steps, backward_plan, plan
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132}
 CROWDED = 48                                               # sequences x heads from which blocks of roles were faster on an H100
+SEGMENTS = False                                           # whether few long sequences are cut (docs/performance-log.md)
+SEGMENT = 64                                               # chunks of one
+LONG = 128                                                 # chunks of a sequence, on average, that is worth cutting
+FILLED = 0.9                                               # blocks of the scan for each multiprocessor that need no more
 
 
 def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: int, backend: str = "triton") \
@@ -41,6 +46,9 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
             f"{MULTIPROCESSORS[arch]} multiprocessors; the inverses before, by triton"
     if backend == "tilelang":
         return of_tilelang(arch, instance, steps)
+    if SEGMENTS and cuts(arch, instance, sequences, heads, tokens):
+        return segmented(arch, instance), (f"{arch}: {sequences * heads} serial scans would not fill {MULTIPROCESSORS[arch]} "
+                                           f"multiprocessors; each is cut into segments of {SEGMENT} chunks")
     width = scan_width(arch, instance, sequences * heads)
     chosen = {k: o for k, o in options(arch, instance, width).items() if erase or k != "solve"}      # nothing to solve
     schedule = Schedule(f"states-{width}", steps=steps).with_options(**chosen)
@@ -88,6 +96,28 @@ def scan_width(arch: str, instance: Instance, scans: int) -> int:
         return 64 if instance.io != "f32" and arch == "sm_90" else 32
     enough = 0.9 * MULTIPROCESSORS[arch]
     return 32 if scans * -(-instance.V // 32) >= enough else 16
+
+
+def cuts(arch: str, instance: Instance, sequences: int, heads: int, tokens: int) -> bool:
+    """Whether sequences should be cut into segments: the scan's blocks leave multiprocessors idle for long. (Composing holds a
+    float32 matrix over K x K in a block: up to 128.)"""
+    scans = sequences * heads
+    blocks = scans * -(-instance.V // scan_width(arch, instance, scans))
+    return instance.K <= 128 and blocks < FILLED * MULTIPROCESSORS[arch] and tokens >= LONG * 64 * sequences
+
+
+def segmented(arch: str, instance: Instance, segment: int = SEGMENT) -> Schedule:
+    """The plan "segments", with that many chunks to a segment."""
+    s, width = instance.switches, 32
+    steps = plan("segments", s.erase, instance.io, sums=s.decay != "none", segment=segment)
+    chosen = options(arch, instance, width)
+    chosen["output"] = replace(chosen["output"], follows=False)                # segments are stored beside each other
+    chosen |= {"transition": chosen["scan"], "offset": chosen["scan"],
+               "compose": KernelOptions(width, 8, 1) if arch == "sm_90" else KernelOptions(16, 8, 2)}
+    chosen = {k: o for k, o in chosen.items() if s.erase or k != "solve"}
+    if s.decay == "none" and not s.erase:                  # a state moves by what is added to it alone
+        del chosen["transition"]
+    return Schedule(f"segments-{segment}", steps=steps).with_options(**chosen)
 
 
 def options(arch: str, instance: Instance, width: int) -> dict[str, KernelOptions]:

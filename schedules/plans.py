@@ -5,8 +5,10 @@
     solve     the inverse, its columns scaled by beta, for all chunks at once; then one scan
     states    the inverse; a scan that only carries the state; the output for all chunks at once
     wy        as states, with both halves of u (it is affine in the state) computed for all chunks at once
+    segments  as states, with each sequence's scan cut into segments of chunks, which run at once: first for what they do to a
+              state (transition and offset), then, composed, from the state that each starts with
 
-The kernels are called solve, scan and output.
+The kernels are called solve, scan and output; and transition, offset and compose.
 
 The derived backward has plans of its own (`backward_plan`), of the same steps:
 
@@ -26,15 +28,16 @@ from gdn_ir.nodes import Node, Op
 from gdn_ir.program import Program, ScanView, toposort
 
 Steps = tuple[tuple[str | int, ...], ...]
-PLANS = {"forward": ("naive", "fused", "solve", "states", "wy"),
+PLANS = {"forward": ("naive", "fused", "solve", "states", "wy", "segments"),
          "backward": ("naive", "fused", "states", "grouped", "inside", "merged")}
 LESS: Steps = (("factor",), ("regroup",), ("exchange",), ("symmetric",))       # fewer products than reverse mode derives
 
 
-def plan(name: str, erase: bool = True, io: str = "bf16", chunk: int = 64, block: int = 16, sums: bool = False) -> Steps:
+def plan(name: str, erase: bool = True, io: str = "bf16", chunk: int = 64, block: int = 16, sums: bool = False,
+         segment: int = 32) -> Steps:
     """The steps of a plan. Without erase there is nothing to solve: what is left of the plan is where the output is computed.
     Float32 inputs merge the inverse's blocks in split tf32, others in tf32. sums: the running sums of the log decay are
-    computed beside the inverse, not in the serial scan. Raises ValueError for a name it lacks."""
+    computed beside the inverse, not in the serial scan. segment: chunks of a segment. Raises ValueError for a name it lacks."""
     merges = {"f64": "f64", "f32": "tf32x3"}.get(io, "tf32")
     invert: Steps = (("invert", "u", "A"), ("merge", "A", chunk, block, merges)) if erase else ()
     shared: Steps = (("hoist", "G", "f32", "solve"), ("hoist", "total", "f32", "solve")) if erase and sums else ()
@@ -50,6 +53,7 @@ def plan(name: str, erase: bool = True, io: str = "bf16", chunk: int = 64, block
         "states": (*scan, *invert, *hoist, *output, ("move_scales",)),
         "wy": (*scan, *invert, *(halves if erase else ()), *output, ("move_scales",)),
     }
+    table["segments"] = (*table["states"], ("segment", "S", segment, "f64" if io == "f64" else "tf32x3"))
     if name not in table:
         raise ValueError(f"plan: got {name!r}; accepts {', '.join(table)}")
     return table[name]

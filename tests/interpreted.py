@@ -67,6 +67,13 @@ def of_cell(cell: Cell, schedule: Schedule | None = None, backend: str = BACKEND
     return {"error": worst(errors) if clean else float("inf")}
 
 
+def of_plan(name: str, cell: Cell, chunk: int, segment: int = 32, tile: int | None = None) -> dict[str, Any]:
+    s = cell.instance.switches
+    sums = name == "segments" and s.decay != "none"
+    steps = plan(name, s.erase, cell.io, chunk, sums=sums, segment=segment) if chunk > 1 else ()
+    return of_cell(cell, Schedule(name, chunk, steps).with_options(**{"*": KernelOptions(tile)}))
+
+
 def of_backward(cell: Cell, tile: int | None = None, plan: str = "", heads: tuple[int, int] | None = None) -> dict[str, Any]:
     if heads:
         cell = replace(cell, layout=replace(cell.layout, H=heads[0], HV=heads[1]))
@@ -93,8 +100,8 @@ def of_correlated(schedule: Schedule, top: float) -> dict[str, Any]:
 
 def main() -> None:
     """Cases: ["program", name], ["cell", name], ["recurrent", cell's name], ["backward", cell's name] (also: V in tiles of a
-    number, a plan's name, heads), ["plan", plan's name, cell's name, chunk], ["mutant", number] or ["correlated", plan's name,
-    top of beta]."""
+    number, a plan's name, heads), ["plan", plan's name, cell's name, chunk] (also: chunks of a segment, and V in tiles of a
+    number), ["mutant", number] or ["correlated", plan's name, top of beta]."""
     cells = {c.name: c for c in table()}
     found = {}
     for case in json.loads(Path(sys.argv[3]).read_text()):
@@ -114,10 +121,8 @@ def main() -> None:
             elif case[0] == "correlated":
                 found[json.dumps(case)] = of_correlated(Schedule(case[1], steps=plan(case[1], io="f32")), case[2])
             else:
-                _, name, which, chunk = case
-                i: Instance = cells[which].instance
-                steps = plan(name, i.switches.erase, i.io, chunk) if chunk > 1 else ()
-                found[json.dumps(case)] = of_cell(cells[which], Schedule(name, chunk, steps))
+                _, name, which, chunk, *cut = case
+                found[json.dumps(case)] = of_plan(name, cells[which], chunk, *cut)
         except Exception:
             found[json.dumps(case)] = {"failed": traceback.format_exc(limit=-3)}
     Path(sys.argv[3]).write_text(json.dumps(found))

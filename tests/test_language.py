@@ -181,6 +181,18 @@ def member_of_no_group() -> Program:
     return p.rebuild(lambda n, args: n.but(args, index=index) if n.op is Op.LOAD else None)
 
 
+def idle_without_a_scan_around() -> Program:
+    p = traced(lambda t: t.store(Y, t.load(X)) and None)
+    return p.rebuild(lambda n, args: n.but(args, idle=("last",)) if n.op is Op.SCAN else None)
+
+
+def idle_and_stored() -> Program:
+    t = Tracer("broken", grid=("N", "HV"), chain=("Y", "X"))
+    with t.recording():
+        t.scan_chunks(lambda: t.store(Y, t.load(X)) and None)
+    return t.program().rebuild(lambda n, args: n.but(args, idle=("last",)) if n.op is Op.SCAN and n["axis"] == "X" else None)
+
+
 BREACHES = [
     (value_as_root, "roots_are_effects", "only stores and scans may be roots"),
     (declared_twice, "tensors_agree", "was declared as"),
@@ -192,6 +204,8 @@ BREACHES = [
     (chunks_on_one_place, "scopes_close", "is written in every iteration of scan X, always at the same place"),
     (unordered_memory, "memory_is_ordered", "have no order; give one of them the other as `after`"),
     (member_of_no_group, "members_are_of_groups", r"index Member\(grid=.N., scan=.X., own=False\) is of no scan"),
+    (idle_without_a_scan_around, "idle_scans_are_inner", r"is idle in iterations \('last',\) of no scan around it"),
+    (idle_and_stored, "idle_scans_are_inner", "is not stored in the iterations"),
     (unsummed, "sums_cover", "is written by every point of HV: say that they are summed"),
 ]
 

@@ -46,6 +46,8 @@ class TileLang:
                 return Reason(f"tilelang does not lower a store summed over {', '.join(n['sum'])} yet ({n['tensor'].name})")
         for scan in kernel.groups:
             return Reason(f"tilelang does not lower a loop over the {scan.axis} that share one {scan.group} yet")
+        if kernel.segments or any("idle" in dict(s.attr) for s in kernel.program.scans()):
+            return Reason("tilelang does not lower scans over segments of chunks yet")
         if kernel.options.roles:
             return roles.supports(kernel, arch)
         if len(kernel.splits) > 1 or (kernel.parallel and len(kernel.parallel.chain) > 1):

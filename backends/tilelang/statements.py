@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gdn_ir.backends.base import Kernel
 from gdn_ir.backends.linearize import Assign, Loop, Stmt, Style, Write, listed, paren
@@ -299,7 +299,11 @@ class Statements(Printer):
             self.pipelined(s, depth)
             return
         chunks = f"T.ceildiv({self.length}, {span})" if span > 1 else self.length
-        trips = chunks if scan.axis == scan.chain[0] else str(self.kernel.extents[scan.axis])
+        at = scan.chain.index(scan.axis) if not scan.group else 0
+        if at:                                             # it ends with the sequence
+            most, around = self.kernel.extents[scan.axis], replace(scan, axis=scan.chain[at - 1])
+            chunks = f"T.min({most}, {chunks} - {self.trip(around)} * {most})"
+        trips = chunks
         self.each(s, f"T.serial({trips})", trips, depth)
 
     def ring(self, s: Loop) -> int:

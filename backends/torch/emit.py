@@ -37,7 +37,7 @@ class TorchPrinter(Printer):
         """The coordinates of the grid, one batch dimension each, and of the tile's axes."""
         k, rank = self.kernel, len(self.batch)
         self.put(1, f"n, first, length, longest = run.bounds({'cu' if k.varlen else 'None'}, T, N, {rank}, {self.any}.device)")
-        if self.rows or self.slots:
+        if self.rows or self.slots or self.outer:
             self.put(1, f"tokens = {'T' if k.varlen else 'N * T'}")
         sizes = {"N": "N"}
         for i, a in enumerate(self.batch):
@@ -53,7 +53,16 @@ class TorchPrinter(Printer):
         for a in sorted(counted):
             self.put(1, f"{a} = torch.arange({k.tile(a)}, device=n.device)")
         if k.parallel:
-            self.chunk(k.parallel, 1)
+            self.reached(k.parallel, 1)
+
+    def reached(self, scan: ScanView, depth: int) -> None:
+        """At the start of an iteration: of a segment its slot and whether there is one, of a chunk all that is its own."""
+        if scan.axis in self.outer:
+            size, at = self.span(scan), self.trip(scan)
+            self.put(depth, f"in_{scan.axis} = length > {at} * {size}")
+            self.put(depth, f"slot_{scan.axis} = (first // {size} + n + {at}).clamp(max=tokens // {size} + N - 1)")
+        if scan.axis == scan.chain[-1]:
+            self.chunk(scan, depth)
 
     def chunk(self, scan: ScanView, depth: int) -> None:
         """At the start of a chunk: its tokens, its slot, which of its rows exist."""
@@ -78,8 +87,7 @@ class TorchPrinter(Printer):
         else:
             trips = self.trips(scan)
             self.put(depth, f"for i_{scan.axis} in {f'reversed(range({trips}))' if scan.reverse else f'range({trips})'}:")
-            if scan.axis == scan.chain[-1]:
-                self.chunk(scan, depth + 1)
+            self.reached(scan, depth + 1)
         self.block(s.body, depth + 1)
         if s.carries:
             self.say(scan.nexts[0], depth + 1)
@@ -94,9 +102,12 @@ class TorchPrinter(Printer):
         """The next value of a carry; a sequence that has ended keeps the one it has."""
         node = scan.nexts[i]
         text = self.tensor(node)
-        if not self.kernel.varlen or scan.group or scan.axis != scan.chain[0] or text == s.carries[i]:
+        inner = not scan.group and scan.axis != scan.chain[0]
+        if not (self.kernel.varlen or inner) or scan.group or text == s.carries[i]:
             return text
-        live = f"length > i_{scan.axis} * {self.span(scan)}"
+        live = f"length > {self.trip(scan)} * {self.span(scan)}"
+        if scan.idle:
+            live = " & ".join(f"({x})" for x in (live, *(f"~({y})" for y in self.idle(scan))))
         return f"torch.where({aligned(live, (), node.axes)}, {text}, {s.carries[i]})"
 
     def trips(self, scan: ScanView) -> str:

@@ -128,8 +128,9 @@ def place(n: Node) -> tuple[tuple[int, ...], str, str]:
                 text = ("n" if grid == "N" else f"i_{share or grid}") + more
             case Rows(_, tile, single):
                 text, mask = "t", "rows > 0" if single else f"in_{base(tile)}"
-            case Slot():
-                text, mask = "slot" + more, mask or "rows > 0" + more
+            case Slot(chain, _, inner):
+                at, there = (f"slot_{chain[-1]}", f"in_{chain[-1]}") if inner else ("slot", "rows > 0")
+                text, mask = at + more, mask or there + more
             case Turn(scan):
                 text = f"i_{scan}"
             case Members(grid):

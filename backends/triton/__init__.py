@@ -50,8 +50,8 @@ class Triton:
         both = set(kernel.program.read()) & set(kernel.program.written())
         if both:
             return Reason(f"triton: no barrier orders what one kernel writes and reads of {', '.join(sorted(both))}")
-        if len(kernel.splits) > 1 or (kernel.parallel and len(kernel.parallel.chain) > 1):
-            return Reason("triton: one split axis a kernel, and one scan where its iterations go to the grid")
+        if len(kernel.splits) > 1:
+            return Reason("triton: one split axis a kernel")
         if (kernel.counts or kernel.awaits) and arch != "sm_90" and not interpreting():
             return Reason("triton: one kernel follows another on sm_90 alone, which can start it beside the other")
         return None if interpreting() else denied(kernel, arch)

@@ -31,7 +31,8 @@ def half(kernel: Kernel) -> bool:
 
 
 def outside_pipeline(kernel: Kernel) -> bool:
-    return half(kernel) and narrow(kernel) < 64 and (kernel.parallel is not None or kernel.options.num_stages < 2)
+    loops = kernel.parallel is None or len(kernel.parallel.chain) > 1          # over the chunks of a sequence or of a segment
+    return half(kernel) and narrow(kernel) < 64 and (not loops or kernel.options.num_stages < 2)
 
 
 def sixteen_over_eight_warps(kernel: Kernel) -> bool:

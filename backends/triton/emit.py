@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from gdn_ir.backends.base import Kernel, Source, heads
 from gdn_ir.backends.linearize import Loop
 from gdn_ir.backends.printer import Printer
 from gdn_ir.backends.triton.rules import RULES, pointer
 from gdn_ir.backends.triton.runtime import HELPERS, NEEDS
+from gdn_ir.backends.memory import coordinate
 from gdn_ir.follow import TOGETHER
 from gdn_ir.nodes import Node, Tensor, base
 from gdn_ir.program import ScanView
@@ -22,8 +24,6 @@ class TritonPrinter(Printer):
     def __init__(self, kernel: Kernel) -> None:
         own = {"tl", "triton", "n", "slot", "t0", "first", "length", "pid", "start"}
         super().__init__(kernel, RULES, own | set(signature(kernel)) | {f"i_{h}" for h in heads(kernel)} | set(HELPERS))
-        swept = {base(a) for s in kernel.sweeps for a in s.args[0].axes}
-        self.axes = sorted({*self.axes, *swept})
         self.slots |= bool(kernel.counts or kernel.awaits or kernel.clears)
 
     def source(self) -> Source:
@@ -41,7 +41,8 @@ class TritonPrinter(Printer):
 
     def prologue(self) -> None:
         """Which tile, head, sequence and chunk this block owns."""
-        k, grid, chunk = self.kernel, self.kernel.program.grid, self.kernel.chunk
+        k, grid = self.kernel, self.kernel.program.grid
+        chunk = k.span(k.parallel) if k.parallel else 0    # or a segment of them
         self.put(1, "pid = tl.program_id(0)")
         if k.counts:
             self.put(1, "start_follower()")
@@ -53,7 +54,7 @@ class TritonPrinter(Printer):
         for a in reversed([g for g in grid if g != "N"]):
             if a.endswith("#"):
                 axis, tile = a[:-1], k.tile(a[:-1])
-                count = -(-k.extents[axis] // tile)
+                count = -(-k.extents[base(axis)] // tile)
                 self.put(1, f"start = (pid % {count}) * {tile}")
                 self.put(1, f"pid = pid // {count}")
             else:
@@ -74,13 +75,14 @@ class TritonPrinter(Printer):
         else:
             self.put(1, "n = pid.to(tl.int64)")
             self.put(1, "first, length = bounds(n, cu_ptr, T)" if k.varlen else "first, length = n * T, T")
-        for a in self.axes:
-            split = "start + " if a in k.splits else ""
-            self.put(1, f"{a} = {split}tl.arange(0, {k.tile(a)})")
-            if k.padded(a):
-                self.put(1, f"in_{a} = {a} < {k.extents[a]}")
+        swept = [a for store in k.sweeps for a in store.args[0].axes]
+        for axis in sorted({a if a in k.splits else base(a) for n in k.program.nodes() for a in n.axes} | {*swept}):
+            a, split = coordinate(k, axis), "start + " if axis in k.splits else ""
+            self.put(1, f"{a} = {split}tl.arange(0, {k.tile(axis)})")
+            if k.padded(axis):
+                self.put(1, f"in_{a} = {a} < {k.extents[base(axis)]}")
         if k.parallel:
-            self.chunk(k.parallel, 1)
+            self.reached(k.parallel, 1)
         if k.owns_tail:
             self.put(1, "if n == N:  # rows that no sequence owns")
             self.clear([*k.sweeps, *(s for s in k.row_outputs if not any(s in scan.effects for scan in k.groups))], 2)
@@ -108,6 +110,13 @@ class TritonPrinter(Printer):
             text, mask = pointer(self.linear, store, store.args[0].axes)
             self.put(depth, f"tl.store({text}, 0.0, mask={mask})" if mask else f"tl.store({text}, 0.0)")
 
+    def reached(self, scan: ScanView, depth: int) -> None:
+        """At the start of an iteration: of a segment its slot, of a chunk all that is its own."""
+        if scan.axis in self.outer:
+            self.put(depth, f"slot_{scan.axis} = first // {self.span(scan)} + n + {self.trip(scan)}")
+        if scan.axis == scan.chain[-1]:
+            self.chunk(scan, depth)
+
     def chunk(self, scan: ScanView, depth: int) -> None:
         """At the start of a chunk: its first token, its slot, which of its rows exist."""
         size, at = self.kernel.extents[scan.tile], self.trip(scan)
@@ -131,8 +140,8 @@ class TritonPrinter(Printer):
             self.put(depth + 1, f"i_{scan.axis} = {self.trips(scan)} - 1 - turn")
         else:
             self.put(depth, f"for i_{scan.axis} in range(0, {self.trips(scan)}):")
-        if scan.axis == scan.chain[-1] and not scan.group:
-            self.chunk(scan, depth + 1)
+        if not scan.group:
+            self.reached(scan, depth + 1)
         self.block(s.body, depth + 1)
         if self.kernel.counts and s.scan.axis == s.scan.chain[0] and not s.scan.group:
             at, last = f"i_{s.scan.axis}", f"{self.trips(s.scan)} - 1"
@@ -148,10 +157,15 @@ class TritonPrinter(Printer):
         return f"for i_{scan.axis} in range(i_{scan.group} * {each}, (i_{scan.group} + 1) * {each}):"
 
     def trips(self, scan: ScanView) -> str:
-        if scan.axis != scan.chain[0]:
-            return str(self.kernel.extents[scan.axis])
-        size = self.span(scan)
-        return f"tl.cdiv(length, {size})" if size > 1 else "length"
+        """How often a scan runs: it ends with the sequence."""
+        size, at = self.span(scan), scan.chain.index(scan.axis)
+        whole = f"tl.cdiv(length, {size})" if size > 1 else "length"
+        if at == 0:
+            return whole
+        most, around = self.kernel.extents[scan.axis], replace(scan, axis=scan.chain[at - 1])
+        trips = f"tl.minimum({most}, {whole} - {self.trip(around)} * {most})"
+        idle = " | ".join(f"({x})" if len(scan.idle) > 1 else x for x in self.idle(scan))
+        return f"tl.where({idle}, 0, {trips})" if idle else trips
 
 
 def emit(kernel: Kernel) -> Source:

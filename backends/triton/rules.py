@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 
 from gdn_ir.backends.linearize import Linear, Table, infix, paren
-from gdn_ir.backends.memory import address, index_suffix, members
+from gdn_ir.backends.memory import address, coordinate, index_suffix, members
 from gdn_ir.build import eye
 from gdn_ir.nodes import FUNCTIONS, Node, Op, base
 
@@ -103,9 +103,9 @@ def pointer(l: Linear, n: Node, axes: tuple[str, ...]) -> tuple[str, str]:
     at = address(l.kernel, n)
     text = f"{n['tensor'].name}_ptr + {at.start}"
     for axis, stride in at.strides:
-        place = base(axis) + index_suffix((axis,), axes)
+        place = coordinate(l.kernel, axis) + index_suffix((axis,), axes)
         text += f" + {place}" if stride == "1" else f" + {place} * ({stride})" if " " in stride else f" + {place} * {stride}"
-    mask = " & ".join(f"in_{base(a)}{index_suffix((a,), axes)}" for a in at.bounds)
+    mask = " & ".join(f"in_{coordinate(l.kernel, a)}{index_suffix((a,), axes)}" for a in at.bounds)
     return text, mask
 
 
@@ -123,7 +123,7 @@ def store(l: Linear, n: Node) -> str:
 
 
 RULES: Table = {
-    Op.CONST: const, Op.PARAM: lambda l, n: n["name"], Op.INDEX: lambda l, n: base(n["axis"]),
+    Op.CONST: const, Op.PARAM: lambda l, n: n["name"], Op.INDEX: lambda l, n: coordinate(l.kernel, n["axis"]),
     Op.VALID: lambda l, n: "rows" if base(n["axis"]) in l.tokens else str(l.kernel.extents[base(n["axis"])]),
     Op.ELEM: elem, Op.CAST: cast, Op.SELECT: select, Op.BROADCAST: broadcast, Op.DOT: dot, Op.REDUCE: reduce,
     Op.CUMSUM: cumsum, Op.TWIN: twin, Op.TRI_SOLVE: tri_solve, Op.LOAD: load, Op.STORE: store,
