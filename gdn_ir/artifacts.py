@@ -164,10 +164,11 @@ def packed(recipe: Mapping[str, Any]) -> bool:
 
 
 def at_hand(backend: Backend, kernel: Kernel, source: Source, arch: str) -> bool:
-    """Whether `obtain` would give a kernel: from a loaded pack, or by compiling, where that is allowed and possible."""
-    if backend.functional or packed(backend.recipe(kernel, source, arch)):
+    """Whether `obtain` would give a kernel as a user expects: from a pack, where one was loaded; else by compiling, where that
+    is allowed and possible."""
+    if packed(backend.recipe(kernel, source, arch)):
         return True
-    return os.environ.get("GDN_IR_NO_JIT") != "1" and backend.toolchain(arch) is not None
+    return not PACKS and os.environ.get("GDN_IR_NO_JIT") != "1" and backend.toolchain(arch) is not None
 
 
 def obtain(backend: Backend, kernel: Kernel, source: Source, arch: str) -> Artifact:

@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 import gdn_ir
-from gdn_ir import registry
+from gdn_ir import artifacts, registry
+from gdn_ir.artifacts import Store
 from gdn_ir.compiler import Instance, Unsupported, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.schedules.defaults import CROWDED, default, roles_fit
@@ -42,7 +44,7 @@ def test_rows_of_no_sequence_are_cleared_by_the_kernel_that_has_a_block_for_each
     assert not made.kernels[0].sweeps and "o_ptr" not in made.sources[0].text
 
 
-def test_roles_serve_where_there_are_blocks_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_roles_serve_where_there_are_blocks_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def served(sequences: int, HV: int = 32, **more: object) -> str:
         said = gdn_ir.explain(H=8, HV=HV, T=8192, sequences=sequences, arch="sm_90", **({"final_state": True} | more))    # type: ignore[arg-type]
         return next(c.backend for c in said.choices if c.state == "chosen")
@@ -58,8 +60,14 @@ def test_roles_serve_where_there_are_blocks_enough(monkeypatch: pytest.MonkeyPat
     said = str(gdn_ir.explain(H=8, HV=32, T=8192, sequences=8, arch="sm_90", final_state=True))
     assert "roles in one block for each of 256 sequences and heads" in said
     registry.forget()
-    monkeypatch.setenv("GDN_IR_NO_JIT", "1")               # and no pack has them
-    assert served(8) == "triton"
-    registry.forget()
+    with monkeypatch.context() as m:
+        m.setenv("GDN_IR_NO_JIT", "1")                     # and no pack has them
+        assert served(8) == "triton"
+        registry.forget()
+    with monkeypatch.context() as m:
+        m.setattr(artifacts, "PACKS", [Store(tmp_path)])   # who loads a pack wants nothing compiled that it lacks
+        assert served(8) == "triton"
+        registry.forget()
+    assert served(8) == "tilelang"
     assert roles_fit("sm_90", PACKED, 1, CROWDED) and not roles_fit("sm_90", PACKED, 1, CROWDED - 1)
     assert not roles_fit("sm_80", PACKED, 8, 64)
