@@ -93,7 +93,7 @@ class Kernel:
     @property
     def columns(self) -> int:
         """Those of V that a block owns."""
-        return self.tile("V") if self.splits else self.extents["V"]
+        return self.tile("V") if "V" in self.splits else self.extents["V"]
 
     @cached_property
     def segments(self) -> dict[str, int]:
@@ -245,12 +245,14 @@ class Backend(Protocol):
     """Turns kernels into callables. It knows tiles; it never asks what program it serves.
 
     functional: its callables return what they write, and torch can differentiate them; others write into the memory they
-    are given. splits_grid: an axis can be tiled over the grid (where the whole grid runs at once there is no point).
-    by_address: what `join` gives reads nothing of a tensor but its address and device, so that it need not be given views.
+    are given. splits_grid: an axis can be tiled over the grid (where the whole grid runs at once there is no point). sweeps: a
+    kernel of its can clear rows of another's outputs (`Kernel.sweeps`). by_address: what `join` gives reads nothing of a tensor
+    but its address and device, so that it need not be given views.
     """
     name: str
     functional: bool
     splits_grid: bool
+    sweeps: bool
 
     @property
     def by_address(self) -> bool: ...

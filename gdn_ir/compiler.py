@@ -18,7 +18,7 @@ from gdn_ir.backends.base import TORCH, Backend, Call, Kernel, Launch, Source, i
 from gdn_ir.follow import clears, ready
 from gdn_ir.inverse import doubled
 from gdn_ir.legalize import collapse, small_products, split_products, ungrouped
-from gdn_ir.nodes import RUNS_ALONG, IRError, Tensor, base
+from gdn_ir.nodes import RUNS_ALONG, At, IRError, Tensor, base
 from gdn_ir.padding import pad
 from gdn_ir.precision import precision, storage
 from gdn_ir.program import Program, tile_axes, token_chains
@@ -135,13 +135,14 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
     kernels: list[Kernel] = []
     for i, p in enumerate(pipeline):
         options = schedule.options(p.name)
-        b = makers.get(p.name, backend)                    # another kernel may have come to sum up parts
+        b = maker(options, backend)                        # not of `makers`: a kernel may have come to sum up parts
         products = rest if rest == "f64" else schedule.dot if schedule.dot != "io" else b.products(io, arch)
         p = small_products(doubled(p, partial(b.joins, options)), extents)
         p = precision(storage(p, **dtypes), products, rest)
         p = split_products(p) if b.reads_tf32(arch) else p
         p = simplify(p)
-        tiles = whole.get(p.name, next(iter(whole.values()))) | ({"V": split[p.name]} if p.name in split else {})
+        tiles = {a: e if a in tokens else b.tile(a, e, arch) for a, e in extents.items() if a != "V#"}
+        tiles |= {"V": split[p.name]} if p.name in split else {}
         tiles |= {str(columns(p, tokens)): turned[p.name]} if p.name in turned else {}
         padded = {a for a in tile_axes(p) if a in tokens or extents[a] % tiles[a]}
         p = pad(p, frozenset(padded))
@@ -151,7 +152,7 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
             awaits = followed[i], -(-extents["V"] // last.columns) * last.columns, bool(pipeline[i - 1].roots[0]["reverse"])
         kernels.append(Kernel(p.name, p, extents, tiles, options, varlen, origin, followed.get(i + 1), awaits,
                               cleared.get(i)))
-    return swept(tuple(kernels))
+    return swept(tuple(kernels), backend)
 
 
 def maker(options: KernelOptions, backend: Backend) -> Backend:
@@ -162,12 +163,17 @@ def maker(options: KernelOptions, backend: Backend) -> Backend:
     return BACKENDS[options.backend] if options.backend else backend
 
 
-def swept(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+def swept(kernels: tuple[Kernel, ...], backend: Backend) -> tuple[Kernel, ...]:
     """The pipeline, in which the rows past the last sequence of what a serial kernel stores are cleared by the kernel of
     another backend that takes all chunks at once, if there is one: it need only start one block more for them."""
     left = tuple(s for k in kernels if k.varlen and not k.owns_tail for s in k.row_outputs)
-    able = next((k for k in kernels if k.parallel and k.options.backend), None)
-    return tuple(replace(k, sweeps=left) if k is able else k for k in kernels) if left else kernels
+    points = {t.grid for s in left for t in s["index"] if isinstance(t, At)}
+
+    def able(k: Kernel) -> bool:
+        alone = k.parallel is not None and len(k.parallel.chain) == 1 and not k.splits
+        return alone and bool(k.options.backend) and maker(k.options, backend).sweeps and points <= set(k.program.grid)
+    one = next((k for k in kernels if able(k)), None)
+    return tuple(replace(k, sweeps=left) if k is one else k for k in kernels) if left else kernels
 
 
 def columns(program: Program, tokens: Container[str]) -> str | None:
@@ -197,6 +203,11 @@ class Compiled:
         """The backend of each kernel."""
         return tuple(maker(k.options, self.backend) for k in self.kernels)
 
+    @property
+    def by_address(self) -> bool:
+        """Whether no kernel reads anything of a tensor but its address and device."""
+        return all(b.by_address for b in self.makers)
+
     @cached_property
     def sources(self) -> tuple[Source, ...]:
         return tuple(b.emit(k, self.arch) for b, k in zip(self.makers, self.kernels, strict=True))
@@ -217,7 +228,7 @@ class Compiled:
     @cached_property
     def tails(self) -> tuple[str, ...]:
         """Outputs whose rows past the last sequence no kernel clears."""
-        cleared = {n["tensor"].name for k in self.kernels for n in k.sweeps}
+        cleared = {n["tensor"].name for k in self.kernels if k.owns_tail for n in k.sweeps}
         left = {n["tensor"].name: None for k in self.kernels if not k.owns_tail for n in k.row_outputs}
         return tuple(n for n in left if n not in cleared)
 
@@ -314,7 +325,10 @@ def variant(instance: Instance, schedule: Schedule, backend: str, arch: str) -> 
     origin = f"{instance}\nschedule {schedule}"
     kernels = lower(instance.program, schedule, b, arch, instance.sizes, instance.dtypes, instance.varlen, origin)
     for k in kernels:
-        reason = maker(k.options, b).supports(k, arch)
+        made_by = maker(k.options, b)
+        if made_by.functional != b.functional:
+            raise Unsupported(f"backend: {k.name} by {made_by.name} and the rest by {b.name} cannot hand memory to each other")
+        reason = made_by.supports(k, arch)
         if reason is not None:
             raise Unsupported(str(reason))
     return Variant(backend, instance, schedule, arch, Compiled(kernels, b, arch))

@@ -27,11 +27,13 @@ def ready(scan: Program, follower: Program) -> Tensor:
                       f"{', '.join(other)}")
     if len(serial["chain"]) > 1 or len(parallel["chain"]) > 1:
         raise IRError(f"follow: {scan.name} and {follower.name} must step through chunks in one scan each, not in nested ones")
+    if {a for a in scan.grid if a.endswith("#")} - {"V#"} or set(follower.written()) & set(scan.read()):
+        raise IRError(f"follow: {scan.name} must be split along V alone, and read nothing that {follower.name} writes")
     made = {e["tensor"].name: e for e in ScanView.of(serial).effects if e.op is Op.STORE}
     for n in follower.nodes():
         if n.op is Op.LOAD and n["tensor"].name in scan.written():
             store = made.get(n["tensor"].name)
-            if store is None or not _chunked(store) or not _chunked(n):
+            if store is None or not _chunk(store) or _chunk(store) != _chunk(n):
                 raise IRError(f"follow: {follower.name} reads what {scan.name} does not store chunk by chunk\n  in "
                               f"{follower.describe(n)}")
     return Tensor(f"{scan.name}_ready", ("X", *(a for a in grid if a != "N")), "int", temp=True)
@@ -61,6 +63,6 @@ def _only_scan(p: Program) -> Node:
     return p.roots[0]
 
 
-def _chunked(n: Node) -> bool:
-    """Whether a place in memory belongs to the chunk at hand."""
-    return any(isinstance(t, Rows | Slot) for t in n["index"])
+def _chunk(n: Node) -> tuple[object, ...]:
+    """The terms by which a place in memory belongs to the chunk at hand, if it does."""
+    return tuple(t for t in n["index"] if isinstance(t, Rows | Slot))

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from gdn_ir.build import cast, elem, floordiv, index, product, select, tri_solve
 from gdn_ir.nodes import Node, Op, twin
@@ -16,7 +17,7 @@ def doubled(program: Program, kept: Callable[[int, int], bool] = lambda block, s
     Products only ever join two finished blocks. (The product (I - M)(I + M^2)... is exact on paper and ruinous in float32; this
     is not it.)"""
     def change(old: Node, args: tuple[Node, ...]) -> Node | None:
-        merges = dict(old.attr).get("merges") if old.op is Op.TRI_SOLVE else None
+        merges: Any = dict(old.attr).get("merges") if old.op is Op.TRI_SOLVE else None
         if not merges or kept(*merges[:2]):
             return None
         (m, r), a, (block, size, dtype) = args, old["axis"], merges

@@ -19,7 +19,6 @@ from gdn_ir.explanation import Choice, Explanation
 from gdn_ir.policy import forbid, use
 from gdn_ir.providers import Offered
 from gdn_ir.programs.gated_delta import Switches
-from gdn_ir.schedules.defaults import default, roles_fit
 
 PREFERENCE = {"cuda": ("triton", "tilelang", "torch"), "cpu": ("tilelang", "torch", "triton")}
 
@@ -54,6 +53,12 @@ class Option:
     variant: Variant | Offered | None
     reason: str
 
+    @property
+    def by(self) -> frozenset[str]:
+        """All backends that have a part in it."""
+        made = [b.name for b in self.variant.compiled.makers] if isinstance(self.variant, Variant) else []
+        return frozenset((self.backend, *made))
+
 
 def unseen(instance: Instance, backend: str, arch: str) -> str | None:
     """Why a backend does not serve what it could, if so: no GPU has run all of it yet (bench/results has what one ran)."""
@@ -67,16 +72,13 @@ def unseen(instance: Instance, backend: str, arch: str) -> str | None:
     return part and f"{backend}'s {part} has not run on all it ships for on {arch}"
 
 
-def ordered(kind: str, instance: Instance, arch: str, sequences: int, heads: int, tokens: int) -> tuple[str, ...]:
-    """The backends, the preferred one first: roles, which tilelang has, where they are fastest and their kernels can be had."""
-    usual = PREFERENCE[kind]
-    if not roles_fit(arch, instance, sequences, heads):
-        return usual
-    made = variant(instance, default(arch, instance, sequences, heads, tokens, "tilelang")[0], "tilelang", arch)
-    c = made.compiled
-    if not all(at_hand(b, k, s, arch) for b, k, s in zip(c.makers, c.kernels, c.sources, strict=True)):
-        return usual
-    return ("tilelang", *(n for n in usual if n != "tilelang"))
+def has_roles(option: Option) -> bool:
+    """Whether an option is a pipeline with roles whose kernels can be had: where a schedule has them it is the fastest."""
+    if not isinstance(option.variant, Variant):
+        return False
+    c, arch = option.variant.compiled, option.variant.arch
+    return any(k.options.roles for k in c.kernels) and \
+        all(at_hand(b, k, s, arch) for b, k, s in zip(c.makers, c.kernels, c.sources, strict=True))
 
 
 @lru_cache(maxsize=4096)
@@ -84,7 +86,7 @@ def options(instance: Instance, arch: str, sequences: int, heads: int, tokens: i
     """Every backend's answer, the preferred one first. heads: HV; tokens: of all sequences together."""
     kind = "cpu" if arch == "cpu" else "cuda"
     found = []
-    for name in ordered(kind, instance, arch, sequences, heads, tokens):
+    for name in PREFERENCE[kind]:
         target = "torch" if name == "torch" else arch       # it has one schedule, wherever it runs
         if (why := unseen(instance, name, arch)) and os.environ.get("GDN_IR_UNVERIFIED") != "1":
             found.append(Option(name, None, f"{why} (GDN_IR_UNVERIFIED=1 lets it)"))
@@ -94,6 +96,7 @@ def options(instance: Instance, arch: str, sequences: int, heads: int, tokens: i
             found.append(Option(name, variant(instance, schedule, name, target), why))
         except ValueError as e:                            # Unsupported, an illegal step, an architecture without a default
             found.append(Option(name, None, str(e)))
+    found.sort(key=lambda o: not has_roles(o))             # stable: the rest stays in order
     first: list[Option] = []
     for provider in providers.providers().values():
         try:
@@ -108,7 +111,7 @@ def options(instance: Instance, arch: str, sequences: int, heads: int, tokens: i
 def first(every: tuple[Option, ...], asked: str) -> Option | None:
     """The option that serves under a policy (see `gdn_ir.policy`), if one can."""
     wanted, out = policy.forced(asked), policy.forbidden(asked)
-    return next((o for o in every if o.variant is not None and wanted in (None, o.backend) and o.backend not in out), None)
+    return next((o for o in every if o.variant is not None and wanted in (None, o.backend) and o.by.isdisjoint(out)), None)
 
 
 @lru_cache(maxsize=4096)
@@ -122,7 +125,7 @@ def choose(instance: Instance, arch: str, sequences: int, heads: int, tokens: in
         if option is None or option.variant is None:
             raise Unsupported(f"{wanted} cannot serve {instance}: {option.reason if option else 'it is not registered'}")
         return option.variant
-    allowed = [o for o in every if o.backend not in policy.forbidden(wanted)]
+    allowed = [o for o in every if o.by.isdisjoint(policy.forbidden(wanted))]
     option = first(every, wanted)
     if option is not None and option.variant is not None:
         if option is not allowed[0] and arch != "cpu":     # on a GPU something faster was to be expected
@@ -192,7 +195,7 @@ def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, 
     kind += f", gradients of {' '.join(grads)}" if grads else ""
     choices = []
     for rank, o in enumerate(every):
-        if o.backend in out:
+        if not o.by.isdisjoint(out):
             choices.append(Choice(o.backend, "forbidden", "gdn_ir.forbid or GDN_IR_FORBID names it"))
         elif o.variant is None:
             choices.append(Choice(o.backend, "cannot", o.reason))

@@ -12,6 +12,7 @@ from gdn_ir.artifacts import Store
 from gdn_ir.compiler import Instance, Unsupported, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.schedules.defaults import CROWDED, default, roles_fit
+from gdn_ir.schedules.roles import Event, Role
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 PACKED = Instance(Switches(final_state=True), 128, 128, "bf16", "bf16", True)
@@ -27,6 +28,8 @@ def test_each_kernel_is_made_by_its_own_backend() -> None:
     assert "import triton" in chosen.sources[0].text and "tilelang" in chosen.sources[1].text
     assert Schedule.from_json(roles().to_json()) == roles()
     assert str(roles().options("solve")) == "1 warp, 1 stage, by triton"
+    with pytest.raises(Unsupported, match="cannot hand memory to each other"):
+        variant(PACKED, roles().with_options(solve=KernelOptions(backend="torch")), "tilelang", "sm_90")
     with pytest.raises(Unsupported, match="backend: got 'cuda'; accepts"):
         variant(PACKED, roles().with_options(solve=KernelOptions(backend="cuda")), "tilelang", "sm_90")
 
@@ -57,6 +60,8 @@ def test_roles_serve_where_there_are_blocks_enough(monkeypatch: pytest.MonkeyPat
         assert served(8) == "triton"
     with gdn_ir.forbid("tilelang"):
         assert served(8) == "triton"
+    with gdn_ir.forbid("triton"):                          # which has a part in it
+        assert served(8) == "torch"
     said = str(gdn_ir.explain(H=8, HV=32, T=8192, sequences=8, arch="sm_90", final_state=True))
     assert "roles in one block for each of 256 sequences and heads" in said
     registry.forget()
@@ -71,3 +76,25 @@ def test_roles_serve_where_there_are_blocks_enough(monkeypatch: pytest.MonkeyPat
     assert served(8) == "tilelang"
     assert roles_fit("sm_90", PACKED, 1, CROWDED) and not roles_fit("sm_90", PACKED, 1, CROWDED - 1)
     assert not roles_fit("sm_80", PACKED, 8, 64)
+
+
+@pytest.mark.parametrize("order", [("complete SK", None), ("compute R", "complete SK"), ("read v", "compute R")])
+def test_an_order_of_events_that_computes_something_else_is_refused(order: tuple[str, str | None]) -> None:
+    """An event left out, or moved behind the one that needs it."""
+    event, behind = (Event.of(e) if e else None for e in order)
+    options = roles().options("scan")
+    assert options.roles
+
+    def moved(r: Role) -> Role:
+        if event not in r.events:
+            return r
+        rest = [e for e in r.events if e != event]
+        if behind == Event.of("complete SK"):              # R before what it is computed from
+            rest.insert(rest.index(behind), event)
+        elif behind:
+            rest.insert(rest.index(behind) + 1, event)
+        return replace(r, events=tuple(rest))
+    wrong = replace(options.roles, roles=tuple(map(moved, options.roles.roles)))
+    assert wrong != options.roles
+    with pytest.raises(Unsupported, match="roles"):
+        variant(PACKED, roles().with_options(scan=replace(options, roles=wrong)), "tilelang", "sm_90")

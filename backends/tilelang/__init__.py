@@ -27,6 +27,7 @@ class TileLang:
     functional = False
     splits_grid = True
     by_address = False
+    sweeps = False
 
     def supports(self, kernel: Kernel, arch: str) -> Reason | None:
         if arch not in ("cpu", "sm_80", "sm_90"):
@@ -48,15 +49,13 @@ class TileLang:
             return Reason(f"tilelang does not lower a loop over the {scan.axis} that share one {scan.group} yet")
         if kernel.segments or any("idle" in dict(s.attr) for s in kernel.program.scans()):
             return Reason("tilelang does not lower scans over segments of chunks yet")
-        if kernel.options.roles:
-            return roles.supports(kernel, arch)
-        if len(kernel.splits) > 1 or (kernel.parallel and len(kernel.parallel.chain) > 1):
+        if not kernel.options.roles and (len(kernel.splits) > 1 or (kernel.parallel and len(kernel.parallel.chain) > 1)):
             return Reason("tilelang: one split axis a kernel, and one scan where its iterations go to the grid")
         if importlib.util.find_spec("tilelang") is None or (arch == "cpu" and shutil.which("g++") is None):
             if arch == "cpu" and PACKS and packed(self.recipe(kernel, self.emit(kernel, arch), arch)):
                 return None                                # compiled ahead: it needs neither
             return Reason("tilelang's native code needs tilelang and g++")
-        return None
+        return roles.supports(kernel, arch) if kernel.options.roles else None
 
     def tile(self, axis: str, extent: int, arch: str) -> int:
         # on a GPU four warps share a product's rows

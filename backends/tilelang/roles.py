@@ -13,6 +13,7 @@ from gdn_ir.backends.linearize import listed
 from gdn_ir.backends.tilelang.role_steps import Lies, RoleSteps
 from gdn_ir.backends.tilelang.rules import DTYPES, where
 from gdn_ir.nodes import IRError, Node, Op
+from gdn_ir.schedules.execute import Fault, execute
 from gdn_ir.schedules.events import Step
 from gdn_ir.schedules.protocol import Sync
 from gdn_ir.schedules.roles import REGISTERS, Role
@@ -29,9 +30,13 @@ def supports(kernel: Kernel, arch: str) -> Reason | None:
     if kernel.parallel or kernel.splits or len(kernel.program.scans()) != 1:
         return Reason("roles: one scan a kernel, that carries something, V whole")
     try:
-        RolePrinter(kernel).check()
+        printer = RolePrinter(kernel)
+        printer.check()
+        execute(printer.plan, 4, seeds=1)                  # whoever wrote the order of events: what it computes is seen first
     except IRError as e:
         return Reason(str(e))
+    except Fault as e:
+        return Reason(f"roles: {e}")
     return None
 
 

@@ -18,9 +18,10 @@ class Torch:
     functional = True
     splits_grid = False
     by_address = False
+    sweeps = False
 
     def supports(self, kernel: Kernel, arch: str) -> Reason | None:
-        if kernel.awaits:
+        if kernel.awaits or kernel.counts:
             return Reason("torch runs one kernel after another; triton starts one beside another on sm_90")
         return Reason("torch has no roles; tilelang has") if kernel.options.roles else None
 

@@ -28,6 +28,7 @@ class Triton:
     name = "triton"
     functional = False
     splits_grid = True
+    sweeps = True
 
     @property
     def by_address(self) -> bool:

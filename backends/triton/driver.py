@@ -136,7 +136,9 @@ class Frame:
         self.block = ctypes.create_string_buffer(plan.layout.size + 4 * len(plan.sizes))
         struct.pack_into(f"{len(plan.sizes)}i", self.block, plan.layout.size, *plan.sizes.values())
         first, self.stream = ctypes.addressof(self.block), 0
-        self.configs, self.held, self.launches = [], [], []
+        self.configs: list[Config] = []
+        self.held: list[Any] = []
+        self.launches: list[tuple[int, int, int, str]] = []
         for image, grid in plan.grids:
             config = Config(grid, 1, 1, 32 * image.launch["num_warps"], 1, 1, image.launch["shared"])
             if image.kernel.awaits:                        # it may start beside the kernel before it
@@ -169,7 +171,7 @@ class Plan:
         self.counts: list[tuple[int, int]] = []            # where in it counts lie, which start at zero, and how many
         for kernel, t in batch.temps.values():
             number = math.prod(call.shape(kernel, t))
-            self.counts += [(self.bytes, number)] if t.name in batch.unset else []
+            self.counts += [(self.bytes, number)] if t.name in batch.unset and number else []
             self.offsets.append(self.bytes)
             self.bytes += -(-number * STORED[t.dtype].itemsize // APART) * APART
         self.sizes = sizes(call)
@@ -193,7 +195,7 @@ class Batch:
         self.given = (*self.tensors, *(["cu_seqlens"] if self.varlen else []))
         self.params = tuple(dict.fromkeys(p for k in kernels for p in k.program.params()))
         self.unset = {k.counts.name for k in kernels if k.counts} - {k.clears.name for k in kernels if k.clears}
-        self.written = {n for k in kernels for n in k.program.written()}
+        self.written = {n for k in kernels for n in (*k.program.written(), *(s["tensor"].name for s in k.sweeps))}
 
     def __call__(self, memory: Mapping[str, torch.Tensor], values: Mapping[str, float], call: Call) -> None:
         """Tensors that are not aligned to 16 bytes are copied first: the code was compiled for those that are."""

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from gdn_ir.backends.linearize import Linear, Table, infix, paren
 from gdn_ir.backends.memory import address, coordinate, index_suffix, members
@@ -89,7 +90,7 @@ def tri_solve(l: Linear, n: Node) -> str:
     m, r = n.args
     size = l.kernel.tile(n["axis"])
     plain = r.args[0] if r.op is Op.CAST else r
-    merges = dict(n.attr).get("merges")
+    merges: Any = dict(n.attr).get("merges")
     if merges:
         block, whole, dtype = merges
         return f'inverse_of_{whole // block}({l.text(m)}, {block}, "{"ieee" if dtype == "f32" else dtype}")'

@@ -52,7 +52,7 @@ class Serving:
 
     def __init__(self, chosen: Variant | Offered, sequences: int, cast: torch.dtype | None, narrow: bool) -> None:
         self.chosen, self.sequences, self.cast, self.narrow = chosen, sequences, cast, narrow
-        self.views = not (isinstance(chosen, Variant) and chosen.compiled.backend.by_address)
+        self.views = not (isinstance(chosen, Variant) and chosen.compiled.by_address)
         self.call: Call | None = None                      # its sizes, once there was one
 
     def __call__(self, tensors: dict[str, Tensor], scale: float, cu_seqlens: Tensor | None) -> None:
