@@ -35,10 +35,10 @@ class KernelOptions:
             if not ok:
                 raise ValueError(f"KernelOptions.{name}: got {value!r}; accepts a power of two "
                                  "(v_tile also None; num_warps to 16; num_stages is any number from 1 to 8)")
-        for name, value, kind, accepts in (("follows", self.follows, bool, "true or false"),
+        for name, given, kind, accepts in (("follows", self.follows, bool, "true or false"),
                                            ("backend", self.backend, str, "a backend's name, or nothing")):
-            if not isinstance(value, kind):
-                raise ValueError(f"KernelOptions.{name}: got {value!r}; accepts {accepts}")
+            if not isinstance(given, kind):
+                raise ValueError(f"KernelOptions.{name}: got {given!r}; accepts {accepts}")
 
     def data(self) -> dict[str, object]:
         """As JSON has it: without what is not asked for."""
