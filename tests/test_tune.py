@@ -31,6 +31,7 @@ from gdn_ir.bench import cases
 from gdn_ir.compiler import Instance
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.registry import options
+from gdn_ir.schedules.defaults import CROWDED
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 SMALL = Instance(Switches(final_state=True), 16, 16, "f32", "f32", True)
@@ -115,10 +116,13 @@ def test_one_binary_serves_many_shapes() -> None:
     codes = Counter()                                      # type: ignore[var-annotated]
     for lengths, _, HV in [*cases.FORWARD, *cases.TRAIN]:
         chosen = options(BF16, "sm_90", len(lengths), HV, sum(lengths))[0].variant
-        assert chosen is not None and chosen.backend == "triton"
-        for k, s in zip(chosen.compiled.kernels, chosen.sources):
-            codes[str(BACKENDS["triton"].recipe(k, s, "sm_90"))] += 1
-    assert sum(codes.values()) == 3 * 203 and len(codes) == 4  # the solve, the output, and two widths of the scan
+        assert chosen is not None and chosen.backend == ("tilelang" if len(lengths) * HV >= CROWDED else "triton")
+        made = chosen.compiled
+        for b, k, s in zip(made.makers, made.kernels, made.sources, strict=True):
+            codes[k.name, str(b.recipe(k, s, "sm_90"))] += 1
+    kinds = Counter(name for name, _ in codes)
+    assert kinds == {"solve": 2, "scan": 3, "output": 1}, kinds    # two widths of the scan; and before roles, and as roles
+    assert sum(n for (name, _), n in codes.items() if name == "solve") == 203
 
 
 # ---- runs -------------------------------------------------------------------------------------------------------------------
