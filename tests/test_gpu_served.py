@@ -2,12 +2,20 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
+from gdn_ir.autotune.measure import capture
+from gdn_ir.bench import inputs
+from gdn_ir.compiler import Instance, variant
 from gdn_ir.ops import chunk_gated_delta_rule
+from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.reference import recurrence
+from gdn_ir.schedules.defaults import default
+from gdn_ir.schedules.schedule import Schedule
 from tests.inputs import error, make
 
 pytestmark = pytest.mark.gpu
@@ -26,3 +34,38 @@ def test_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = torch.autograd.grad(recurrence(**exact)[0].sum(), list(exact.values()))        # type: ignore[arg-type]
     for name, a, b in zip(x, grads, wanted, strict=True):
         assert error(a.cpu(), b) <= 1e-4, name
+
+
+@pytest.mark.parametrize("grads", [(), ("q", "k", "v", "g", "beta")])
+def test_followers_wait_for_their_chunks(grads: tuple[str, ...]) -> None:
+    """Over more chunks than are counted as one, ragged: to the bit what the same kernels do in a row, from a graph too."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("one kernel starts beside another on Hopper alone")
+    lengths = [1100, 0, 512, 513, 7]
+    x = inputs.make(lengths, 4, 8)
+    x["d_o"] = torch.randn(x["v"].shape, device="cuda").to(x["v"].dtype)
+    instance = Instance(Switches(final_state=not grads), 128, 128, "bf16", "bf16", True, grads)
+    follows = default("sm_90", instance, len(lengths), 8, sum(lengths))[0]
+    plain = follows.with_options(**{n: replace(o, follows=False) for n, o in follows.kernels if n != "*"})
+    assert follows != plain
+
+    def outputs(schedule: Schedule) -> tuple[dict[str, torch.Tensor], Callable[[], None]]:
+        given = {n: x[n] for n in ("q", "k", "v", "g", "beta", *(["d_o"] if grads else []))}
+        out = {f"d_{n}": torch.full_like(x[n], float("nan")) for n in grads} or \
+            {"o": torch.full_like(x["v"], float("nan")), "final_state": torch.full_like(x["initial_state"], float("nan"))}
+        chosen = variant(instance, schedule, "triton", "sm_90")
+        return out, lambda: chosen(given | out, 128 ** -0.5, len(lengths), x["cu_seqlens"])
+    want, call = outputs(plain)
+    call()
+    found, call = outputs(follows)
+    for _ in range(20):
+        for t in found.values():
+            t.fill_(float("nan"))
+        call()
+        assert all(torch.equal(found[n], want[n]) for n in want)
+    graph = capture([call])
+    for t in found.values():
+        t.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(found[n], want[n]) for n in want)
