@@ -70,6 +70,7 @@ def worker(rank: int, folder: str, device: str) -> None:
     whole = {n: p.full_tensor() for n, p in sharded.state_dict().items()}
     if rank == 0:
         torch.save({"ddp": wrapped.module.state_dict(), "fsdp": whole}, f"{folder}/after.pt")
+    dist.barrier()                                         # on a busy machine one left while the other saved, and was aborted
     dist.destroy_process_group()
 
 
