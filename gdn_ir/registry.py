@@ -73,7 +73,7 @@ def unseen(instance: Instance, backend: str, arch: str) -> str | None:
 
 
 def has_roles(option: Option) -> bool:
-    """Whether an option is a pipeline with roles whose kernels can be had: where a schedule has them it is the fastest."""
+    """Whether an option is a pipeline with roles whose kernels can be had: the fastest where a default has it."""
     if not isinstance(option.variant, Variant):
         return False
     c, arch = option.variant.compiled, option.variant.arch

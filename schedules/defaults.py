@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gdn_ir.compiler import Instance
 
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132}
-CROWDED = 48                                               # sequences x heads from which blocks of roles were faster on an H100
+CROWDED = 48                                               # sequences x heads from which roles should win (arithmetic)
 SEGMENTS = False                                           # whether few long sequences are cut (docs/performance-log.md)
 SEGMENT = 64                                               # chunks of one
 LONG = 128                                                 # chunks of a sequence, on average, that is worth cutting
@@ -41,7 +41,7 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
         raise ValueError(f"arch: got {arch!r}; accepts cpu, {', '.join(MULTIPROCESSORS)}")
     steps = plan("states", erase, io, sums=instance.switches.decay != "none")
     if backend == "tilelang" and roles_fit(arch, instance, sequences, heads):
-        return of_roles(SOLVED, KernelOptions(None, 1, 1, backend="triton")), \
+        return of_roles(SOLVED, replace(options(arch, instance, 32)["solve"], backend="triton")), \
             f"{arch}: roles in one block for each of {sequences * heads} sequences and heads, beside each other on " \
             f"{MULTIPROCESSORS[arch]} multiprocessors; the inverses before, by triton"
     if backend == "tilelang":
@@ -79,8 +79,8 @@ def of_roles(roles: Roles = SOLVED, solve: KernelOptions | None = None) -> Sched
 
 
 def roles_fit(arch: str, instance: Instance, sequences: int, heads: int) -> bool:
-    """Whether the forward as roles serves a call, and is the fastest there: one block takes a whole sequence and head, so there
-    must be enough of these to be busy beside each other."""
+    """Whether the forward as roles serves a call, and should be the fastest there: one block takes a whole sequence and head,
+    so there must be enough of these to be busy beside each other."""
     s = instance.switches
     fits = arch == "sm_90" and instance.io == "bf16" and (instance.K, instance.V) == (128, 128) and not instance.grads \
         and not instance.recurrent

@@ -165,6 +165,14 @@ class RoleSteps(TileLangPrinter):
     def from_memory(self, n: Node) -> str:
         return where(n, self.in_memory(n.axes), self.kernel)[0] if n.op is Op.LOAD else self.element(n, self.here(n.axes))
 
+    def row_by_row(self, n: Node, order: tuple[str, ...], depth: int) -> tuple[int, str]:
+        """Where a chunk is not whole: the head of a loop over its rows, of a condition that one is there, and its place."""
+        self.put(depth, "else:")
+        inside = self.rows_of(order, depth + 1)
+        text, condition = where(n, self.in_memory(order), self.kernel)
+        self.put(inside, f"if {condition}:")
+        return inside, text
+
     def load(self, s: Step, i: int, fenced: bool, depth: int) -> None:
         """By TMA where the chunk is whole; where the sequence ends in it, its rows and zeros."""
         cell = s.writes[0].cell
@@ -174,10 +182,7 @@ class RoleSteps(TileLangPrinter):
         self.put(depth, f"if rows >= {self.kernel.chunk}:")
         slot = ring.slot(i, self.c)
         self.put(depth + 1, f"T.tma_copy({self.box(s.node)}, {slot}, barrier={barrier}[{self.c} % {ring.slots}])")
-        self.put(depth, "else:")
-        inside = self.rows_of(ring.order, depth + 1)
-        text, condition = where(s.node, self.in_memory(ring.order), self.kernel)
-        self.put(inside, f"if {condition}:")
+        inside, text = self.row_by_row(s.node, ring.order, depth)
         self.put(inside + 1, f"{to} = {text}")
         self.put(inside, "else:")
         self.put(inside + 1, f"{to} = 0.0")
@@ -189,10 +194,7 @@ class RoleSteps(TileLangPrinter):
         ring = self.rings[s.reads[0].cell]
         self.put(depth, f"if rows >= {self.kernel.chunk}:")
         self.put(depth + 1, f"T.copy({ring.slot(i, self.c)}, {self.box(s.node)})")
-        self.put(depth, "else:")
-        inside = self.rows_of(ring.order, depth + 1)
-        text, condition = where(s.node, self.in_memory(ring.order), self.kernel)
-        self.put(inside, f"if {condition}:")
+        inside, text = self.row_by_row(s.node, ring.order, depth)
         self.put(inside + 1, f"{text} = {ring.element(i, self.c, self.here(ring.order))}")
 
     def loops(self, order: tuple[str, ...], depth: int) -> int:
