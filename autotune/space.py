@@ -17,7 +17,7 @@ from gdn_ir.artifacts import digest
 from gdn_ir.compiler import Instance, planned
 from gdn_ir.follow import can_follow
 from gdn_ir.program import Program
-from gdn_ir.schedules.defaults import default, segmented
+from gdn_ir.schedules.defaults import default, lean, segmented
 from gdn_ir.schedules.plans import Steps, backward_plan, plan
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
@@ -93,7 +93,9 @@ def space_of(backend: str, arch: str, instance: Instance) -> Space:
     plans = ("states",) if back else ("states", "wy", "solve", "fused")
     frames = [Frame(p, c, b) for p in plans for c, b in ((64, 16), (64, 32), (32, 16), (128, 16))]
     frames += [Frame(p, sums=False) for p in ("states", "wy") if not back and instance.switches.decay != "none"]
-    frames += [Frame(p) for p in ("grouped", "inside", "merged") if back and backend == "triton"]
+    frames += [Frame(p) for p in ("inside", "merged") if back and backend == "triton"]
+    if back and backend == "triton":                       # first what serves: the first frame is searched whole
+        frames.insert(0 if lean(arch, instance, backend) else len(frames), Frame("grouped"))
     frames += [Frame("states", dot="tf32")] if f32 else []
     frames += [Frame("segments", segment=n) for n in (16, 32, 64) if not back and backend == "triton" and instance.K <= 128]
     return Space(tuple(frames), (None, 16, 32, 64, 128), (1, 2, 4, 8), (1, 2, 3, 4))

@@ -136,6 +136,11 @@ def options(arch: str, instance: Instance, width: int) -> dict[str, KernelOption
             "output": KernelOptions(64, 4, 1 if wide else 2, follows=True)}
 
 
+def lean(arch: str, instance: Instance, backend: str) -> bool:
+    """Whether a backward takes the plan "grouped" before all others."""
+    return arch == "sm_90" and backend == "triton" and instance.io != "f32" and max(instance.K, instance.V) <= 128
+
+
 def backward_default(arch: str, instance: Instance, sequences: int, heads: int, backend: str) -> tuple[Schedule, str]:
     """The same for a backward."""
     if arch == "cpu":
@@ -144,8 +149,8 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
     if arch != "torch" and (backend not in ("triton", "tilelang") or arch not in MULTIPROCESSORS):
         raise ValueError(f"no schedule of a backward for {backend} on {arch} yet")
     whole = instance.io == "f32"
-    lean = arch == "sm_90" and backend == "triton" and not whole and max(instance.K, instance.V) <= 128
-    steps = backward_plan("grouped" if lean else "states", instance.program, instance.io)
+    grouped = lean(arch, instance, backend)
+    steps = backward_plan("grouped" if grouped else "states", instance.program, instance.io)
     if arch == "torch":
         return Schedule("backward", steps=steps), "any device: one pass over the chunks each way, the rest of them at once"
     if backend == "tilelang" and max(instance.K, instance.V) > 128:
@@ -154,7 +159,7 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
     carried = instance.program.scans()[-1]["carries"]      # none where nothing passes from chunk to chunk, in reverse
     again = back = KernelOptions(width, 4, 2)
     every = local = inner = KernelOptions(None, 8, 1)
-    if lean:                                               # a third stage of a scan, where it costs no block a multiprocessor
+    if grouped:                                            # a third stage of a scan, where it costs no block a multiprocessor
         crowded = sequences * heads * -(-instance.V // width) > MULTIPROCESSORS[arch]
         again, back = KernelOptions(width, 4, 3), KernelOptions(width, 4, 2 if crowded else 3)
         local = KernelOptions(None, 4, 1, follows=len(instance.program.scans()) == 2)         # there is again, before it
