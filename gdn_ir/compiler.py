@@ -14,7 +14,8 @@ import torch
 from gdn_ir.ahead import not_compiled
 from gdn_ir.artifacts import NotCompiled
 from gdn_ir.autodiff import backward
-from gdn_ir.backends.base import TORCH, Backend, Call, Kernel, Launch, Source, in_order
+from gdn_ir.backends.base import TORCH, Backend, Call, Kernel, Launch, Source
+from gdn_ir.backends.temporaries import in_order
 from gdn_ir.follow import clears, ready
 from gdn_ir.inverse import doubled
 from gdn_ir.legalize import collapse, small_products, split_products, ungrouped
@@ -131,7 +132,10 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
         if any("V#" in p.tensors()[n].dims for n in p.written()):
             extents["V#"] = -(-extents["V"] // split[p.name])
     followed = {i: ready(pipeline[i - 1], p) for i, p in enumerate(pipeline) if i and schedule.options(p.name).follows}
-    cleared = {i - 2: t for i, t in followed.items() if i > 1 and clears(pipeline[i - 2], pipeline[i - 1])}
+    cleared: dict[int, Tensor] = {}                        # by the last kernel before the scan that can
+    for i, t in followed.items():
+        able = [j for j in range(i - 1) if j not in cleared and clears(pipeline[j], pipeline[i - 1])]
+        cleared |= {able[-1]: t} if able else {}
     kernels: list[Kernel] = []
     for i, p in enumerate(pipeline):
         options = schedule.options(p.name)
