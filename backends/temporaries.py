@@ -55,12 +55,12 @@ def moments(kernels: Sequence[Kernel]) -> list[int]:
 
 
 def temporaries(kernels: Sequence[Kernel]) -> dict[str, Life]:
-    """What the kernels of a pipeline hand to each other, by name."""
+    """What the kernels of a pipeline hand to each other and to no backward, by name."""
     found: dict[str, Life] = {}
     unset = uncleared(kernels)
     for now, k in zip(moments(kernels), kernels, strict=True):
         for t in k.tensors():
-            if t.temp:
+            if t.temp and not t.left:
                 first = found[t.name].first if t.name in found else 0 if t.name in unset else now
                 found[t.name] = Life(k, t, first, now)
     return found

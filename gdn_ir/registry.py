@@ -5,7 +5,7 @@ import os
 import re
 import warnings
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,9 +17,12 @@ from gdn_ir.autotune.lookup import schedule_for
 from gdn_ir.compiler import NAMES, Instance, Unsupported, Variant, variant
 from gdn_ir.explanation import Choice, Explanation
 from gdn_ir.policy import forbid, use
+from gdn_ir.schedules.plans import CHUNK
 from gdn_ir.providers import Offered
 from gdn_ir.programs.gated_delta import Switches
 
+# of what forwards leave to backwards, what a GPU has run: (backend, architecture, what is kept)
+KEEP_SEEN: frozenset[tuple[str, str, str]] = frozenset()
 PREFERENCE = {"cuda": ("triton", "tilelang", "torch"), "cpu": ("tilelang", "torch", "triton")}
 
 
@@ -67,6 +70,8 @@ def unseen(instance: Instance, backend: str, arch: str) -> str | None:
     part = None
     if instance.grads and (backend, arch) != ("triton", "sm_90"):
         part = "backward"
+    elif instance.left and (backend, arch, instance.keep) not in KEEP_SEEN:
+        part = f"{'backward that is given' if instance.grads else 'forward that leaves'} {instance.keep}"
     elif backend == "tilelang" and instance.recurrent:
         part = "kernel of one token at a time"
     return part and f"{backend}'s {part} has not run on all it ships for on {arch}"
@@ -98,7 +103,8 @@ def options(instance: Instance, arch: str, sequences: int, heads: int, tokens: i
             found.append(Option(name, None, str(e)))
     found.sort(key=lambda o: not has_roles(o))             # stable: the rest stays in order
     first: list[Option] = []
-    for provider in providers.providers().values():
+    # another package's variants leave nothing to a backward
+    for provider in () if instance.left else providers.providers().values():
         try:
             run, why = provider.offer(instance, arch, sequences, heads, tokens)
             option = Option(provider.name, Offered(provider.name, instance, run), why)
@@ -137,12 +143,40 @@ def choose(instance: Instance, arch: str, sequences: int, heads: int, tokens: in
 
 def serving(device: torch.device, io: torch.dtype, beta: torch.dtype, K: int, V: int, H: int, HV: int, sequences: int,
             tokens: int, varlen: bool, decay: bool, l2norm: bool, beta_sigmoid: bool, neg_eigval: bool, initial_state: bool,
-            final_state: bool, state_v_first: bool, recurrent: bool, grads: tuple[str, ...], asked: str) -> Variant | Offered:
+            final_state: bool, state_v_first: bool, recurrent: bool, grads: tuple[str, ...], asked: str, keep: str) \
+        -> Variant | Offered:
     """`choose`, by what an op sees of its arguments."""
     switches = Switches("scalar" if decay else "none", True, l2norm, beta_sigmoid, neg_eigval, initial_state, final_state,
                         state_v_first)
-    instance = Instance(switches, K, V, NAMES[io], NAMES[beta], varlen, grads, grouped=not grads or H < HV, recurrent=recurrent)
+    instance = Instance(switches, K, V, NAMES[io], NAMES[beta], varlen, grads, grouped=not grads or H < HV, recurrent=recurrent,
+                        keep=keep)
     return choose(instance, architecture(device), sequences, HV, tokens, asked)
+
+
+@lru_cache(maxsize=4096)
+def keeps(device: torch.device, io: torch.dtype, beta: torch.dtype, K: int, V: int, H: int, HV: int, varlen: bool, decay: bool,
+          l2norm: bool, beta_sigmoid: bool, neg_eigval: bool, initial_state: bool, final_state: bool, state_v_first: bool,
+          asked: str, keep: str) -> str:
+    """What a forward keeps for its backward where `keep` is asked for: that, if the backend that would serve the backward
+    without serves forward and backward with it; else nothing, with one warning. (Whether it can is no matter of how many tokens
+    there are.)"""
+    arch = architecture(device)
+    switches = Switches("scalar" if decay else "none", True, l2norm, beta_sigmoid, neg_eigval, initial_state, final_state,
+                        state_v_first)
+    there = {"g": decay, "initial_state": initial_state}
+    grads = tuple(n for n in ("q", "k", "v", "g", "beta", "initial_state") if there.get(n, True))
+    forward = Instance(switches, K, V, NAMES[io], NAMES[beta], varlen, keep=keep)
+    backward = replace(forward, grads=grads, grouped=H < HV)
+    without = first(options(replace(backward, keep="nothing"), arch, 1, HV, CHUNK), asked)
+    for instance in (backward, forward):
+        every = options(instance, arch, 1, HV, CHUNK)
+        mine = next((o for o in every if without is not None and o.backend == without.backend), None)
+        if mine is None or mine.variant is None:
+            why = mine.reason if mine else f"{without.backend if without else 'no backend'} leaves nothing to a backward"
+            warnings.warn(f"gdn_ir: nothing is kept for the backward, though {keep} is asked for: {why}", RuntimeWarning,
+                          stacklevel=5)
+            return "nothing"
+    return keep
 
 
 prepared: dict[Hashable, Any] = {}                         # what the ops made of decisions: a warm call looks here alone
@@ -152,7 +186,7 @@ def forget() -> None:
     """Decide anew, and load kernels anew: after anything that decides changed (packs, providers). What is memoised of
     decisions is memoised here and in `variant`, nowhere else."""
     prepared.clear()
-    for memo in (options, choose, variant):
+    for memo in (options, choose, keeps, variant):
         memo.cache_clear()
 
 

@@ -135,8 +135,9 @@ def of_correlated(schedule: Schedule, top: float) -> dict[str, Any]:
 
 def main() -> None:
     """Cases: ["program", name], ["cell", name], ["recurrent", cell's name], ["backward", cell's name] (also: V in tiles of a
-    number, a plan's name, heads), ["lifetimes", cell's name, plan's name], ["plan", plan's name, cell's name, chunk] (also:
-    chunks of a segment, and V in tiles of a number), ["mutant", number] or ["correlated", plan's name, top of beta]."""
+    number, a plan's name, heads), ["lifetimes", cell's name, plan's name], ["kept", cell's name, what is kept],
+    ["plan", plan's name, cell's name, chunk] (also: chunks of a segment, and V in tiles of a number), ["mutant", number] or
+    ["correlated", plan's name, top of beta]."""
     cells = {c.name: c for c in table()}
     found = {}
     for case in json.loads(Path(sys.argv[3]).read_text()):
@@ -151,6 +152,9 @@ def main() -> None:
                 found[json.dumps(case)] = of_cell(cell, default(ARCH, one, 1, cell.layout.HV, 1, BACKEND)[0])
             elif case[0] == "backward":
                 found[json.dumps(case)] = of_backward(cells[case[1]], *case[2:])
+            elif case[0] == "kept":
+                errors = check(cells[case[1]], BACKEND, ARCH, keep=case[2])["errors"].values()
+                found[json.dumps(case)] = {"error": worst(errors)}
             elif case[0] == "lifetimes":
                 found[json.dumps(case)] = of_lifetimes(cells[case[1]], case[2])
             elif case[0] == "mutant":
