@@ -42,6 +42,8 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch")]
          T: Annotated[int, typer.Option(help="tokens: likewise")] = 8192,
          H: Annotated[Optional[int], typer.Option(help="heads of q (all of v's by default; likewise)")] = None,
          grads: Annotated[str, typer.Option(help="the backward: gradients of these, such as q,k,v,g,beta,initial_state")] = "",
+         keep: Annotated[str, typer.Option(help="what a forward leaves to its backward, or a backward is given: nothing, "
+                                                "inverse or states")] = "nothing",
          schedule: Annotated[str, typer.Option(help="default; a plan with modest options: naive, fused, solve, states or wy "
                                                     "(of a backward: naive, fused or states); roles (tilelang, sm_90); "
                                                     "or a JSON file")] = "default",
@@ -67,7 +69,7 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch")]
     wrt = names(grads)
     if H is not None and (H < 1 or HV < H or HV % H):
         raise ValueError(f"--H: got {H}; accepts a divisor of HV = {HV}")
-    instance = Instance(switches, K, V, dtype, dtype, varlen, wrt, grouped=not wrt or (H is not None and H < HV))
+    instance = Instance(switches, K, V, dtype, dtype, varlen, wrt, grouped=not wrt or (H is not None and H < HV), keep=keep)
     if schedule == "default":
         wanted = default("torch" if backend == "torch" else arch, instance, sequences, HV, T, backend)[0]
     elif Path(schedule).is_file():
@@ -81,7 +83,8 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch")]
         known = PLANS["backward" if wrt else "forward"]
         if schedule not in known:
             raise ValueError(f"--schedule: got {schedule!r}; accepts default, {', '.join(known)}, or a JSON file that exists")
-        steps = backward_plan(schedule, instance.program, dtype) if wrt else plan(schedule, erase, dtype)
+        steps = backward_plan(schedule, instance.program, dtype, keep=keep) if wrt else \
+            plan(schedule, erase, dtype, sums=decay and bool(instance.left), leave=instance.left)
         wanted = Schedule(schedule, steps=steps)
     if json:
         print(wanted.to_json())

@@ -173,8 +173,7 @@ def keeps(device: torch.device, io: torch.dtype, beta: torch.dtype, K: int, V: i
         mine = next((o for o in every if without is not None and o.backend == without.backend), None)
         if mine is None or mine.variant is None:
             why = mine.reason if mine else f"{without.backend if without else 'no backend'} leaves nothing to a backward"
-            warnings.warn(f"gdn_ir: nothing is kept for the backward, though {keep} is asked for: {why}", RuntimeWarning,
-                          stacklevel=5)
+            _warn_kept(keep, why)
             return "nothing"
     return keep
 
@@ -194,6 +193,13 @@ def forget() -> None:
 def _warn(missed: str, served: str, reason: str) -> None:
     """Once for each reason, whatever the shapes that meet it."""
     warnings.warn(f"gdn_ir: {missed} cannot serve this call, {served} does: {reason}", RuntimeWarning, stacklevel=5)
+
+
+@lru_cache(maxsize=256)
+def _warn_kept(keep: str, reason: str) -> None:
+    """Likewise."""
+    warnings.warn(f"gdn_ir: nothing is kept for the backward, though {keep} is asked for: {reason}", RuntimeWarning,
+                  stacklevel=5)
 
 
 def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, sequences: int | None = None,

@@ -298,7 +298,8 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("words", [("--kernel", "scan"), ("--arch", "sm_80"), ("--schedule", "naive", "--dtype", "f32"),
                                    ("--grads", "q,k,v,g,beta,initial_state", "--H", "16"),
                                    ("--grads", "v", "--schedule", "fused", "--no-erase"), ("--schedule", "wy"),
-                                   ("--backend", "torch", "--no-erase"), ("--no-decay",)])
+                                   ("--backend", "torch", "--no-erase"), ("--no-decay",), ("--keep", "states"),
+                                   ("--keep", "inverse", "--grads", "q,k", "--schedule", "fused")])
 def test_emit_prints_what_compiles(command: Callable[..., tuple[int, str, str]], words: tuple[str, ...]) -> None:
     code, out, err = command("emit", *words)
     assert code == 0 and not err
