@@ -113,6 +113,8 @@ def explain(shapes: Annotated[Optional[list[str]], typer.Argument(help="packed c
             final_state: Annotated[bool, typer.Option(help="whether the final state is asked for")] = True,
             recurrent: Annotated[bool, typer.Option("--recurrent", help="one token at a time, as in decoding")] = False,
             grads: Annotated[str, typer.Option(help="of the backward: gradients of these, such as q,k,v,g,beta")] = "",
+            keep: Annotated[str, typer.Option(help="what a forward leaves to its backward, or a backward is given: nothing, "
+                                                   "inverse or states")] = "nothing",
             json: Annotated[bool, typer.Option("--json", help="as data: a list, an entry for each call")] = False) -> None:
     """Say which variant serves a shape, and why: where its schedule comes from, too."""
     from json import dumps
@@ -124,7 +126,7 @@ def explain(shapes: Annotated[Optional[list[str]], typer.Argument(help="packed c
     wrt = names(grads)
     more = {"initial_state": "initial_state" in wrt, "final_state": final_state and not wrt}
     said = [say(H=h, HV=hv, K=K, V=V, T=tokens, B=rows, sequences=count, dtype=dtype, arch=arch, recurrent=recurrent, grads=wrt,
-                **more) for tokens, rows, count, h, hv in calls]
+                keep=keep, **more) for tokens, rows, count, h, hv in calls]
     print(dumps([s.data() for s in said], indent=1) if json else "\n".join(map(str, said)))
 
 

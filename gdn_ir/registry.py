@@ -204,11 +204,12 @@ def _warn_kept(keep: str, reason: str) -> None:
 
 def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, sequences: int | None = None,
             dtype: str | torch.dtype = "bf16", arch: str | None = None, recurrent: bool = False, grads: tuple[str, ...] = (),
-            **switches: bool | str) -> Explanation:
+            keep: str = "nothing", **switches: bool | str) -> Explanation:
     """Every variant that could serve such a call, and why it is or is not chosen: printed it is a page to read, and `data()` of
     it is plain data. dtype: "bf16", "f16", "f32", "f64" or torch's; sequences: of packed input (None: dense, B of them); arch:
-    "cpu", "sm_80", "sm_90" (None: this machine's); recurrent: one token at a time; grads: a backward, of these inputs; further
-    keywords: `Switches`' fields, such as l2norm=True. H and HV: heads of q and of v; T: tokens of a batch row."""
+    "cpu", "sm_80", "sm_90" (None: this machine's); recurrent: one token at a time; grads: a backward, of these inputs; keep:
+    what is left to a backward, or it is given (`gdn_ir.keep`); further keywords: `Switches`' fields, such as l2norm=True. H and
+    HV: heads of q and of v; T: tokens of a batch row."""
     here = architecture(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     arch = named(arch or here)
     io = NAMES.get(dtype, str(dtype)) if isinstance(dtype, torch.dtype) else dtype
@@ -224,7 +225,7 @@ def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, 
     if HV < H or HV % H:
         raise ValueError(f"HV: got {HV}; accepts a multiple of H = {H}")
     instance = Instance(Switches(**switches), K, V, io, io, sequences is not None, tuple(grads),  # type: ignore[arg-type]
-                        grouped=not grads or HV > H, recurrent=recurrent)
+                        grouped=not grads or HV > H, recurrent=recurrent, keep=keep)
     every = options(instance, arch, sequences or B, HV, B * T)
     asked = policy.asked()
     wanted, out = policy.forced(asked), policy.forbidden(asked)
@@ -233,6 +234,7 @@ def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, 
     kind = f"packed {io}, {count} of {T} tokens together" if instance.varlen else f"dense {io}, {B} x {T} tokens"
     kind += ", one token at a time" if recurrent else ""
     kind += f", gradients of {' '.join(grads)}" if grads else ""
+    kind += f", {'given' if grads else 'leaves'} {keep}" if keep != "nothing" else ""
     choices = []
     for rank, o in enumerate(every):
         if not o.by.isdisjoint(out):

@@ -30,6 +30,8 @@ A forward may leave values that its kernels store anyway (LEFT), which its backw
 """
 from __future__ import annotations
 
+from functools import lru_cache
+
 from gdn_ir.nodes import Node, Op
 from gdn_ir.program import Program, ScanView, toposort
 
@@ -41,6 +43,7 @@ CHUNK = 64                                                 # tokens of a chunk o
 LESS: Steps = (("factor",), ("regroup",), ("exchange",), ("symmetric",))       # fewer products than reverse mode derives
 
 
+@lru_cache(maxsize=16)
 def left(keep: str, decay: bool = True, erase: bool = True) -> tuple[str, ...]:
     """The tensors that a forward leaves to its backward. Without erase there is no inverse, and u is beta * v."""
     if keep not in KEEP:

@@ -321,6 +321,10 @@ def test_explain_of_a_backward(command: Callable[..., tuple[int, str, str]]) -> 
     code, out, _ = command("explain", "--grads", "q,k,v,g,beta,initial_state", "--dtype", "f32", "--arch", "cpu")
     assert code == 0 and out.startswith("dense f32, 1 x 8192 tokens, gradients of q k v g beta initial_state, H/HV 16/32")
     assert "tilelang chosen" in out and "kernels: again" in out
+    code, out, _ = command("explain", "--grads", "q,k,v,g,beta", "--dtype", "f32", "--arch", "cpu", "--keep", "states")
+    assert code == 0 and "gradients of q k v g beta, given states" in out and "again" not in out
+    assert str(gdn_ir.explain(H=1, HV=2, T=64, dtype="f32", arch="cpu", keep="inverse")).startswith(
+        "dense f32, 1 x 64 tokens, leaves inverse, H/HV 1/2")
 
 
 def test_emit_takes_a_schedule_file(command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
