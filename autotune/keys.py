@@ -69,6 +69,7 @@ def of_instance(instance: Instance) -> Json:
     flags = {n: v for n, v in asdict(instance.switches).items() if v != plain[n]}
     back = {"grads": list(instance.grads), "grouped": instance.grouped} if instance.grads else {}
     back |= {"recurrent": True} if instance.recurrent else {}
+    back |= {"keep": instance.keep} if instance.keep != "nothing" else {}
     return {"flags": flags, "K": instance.K, "V": instance.V, "io": instance.io, "beta": instance.beta,
             "varlen": instance.varlen, **back}
 
@@ -76,7 +77,8 @@ def of_instance(instance: Instance) -> Json:
 def to_instance(data: Json) -> Instance:
     """The instance that `of_instance` wrote. Raises TypeError or ValueError where it is none."""
     return Instance(Switches(**data["flags"]), data["K"], data["V"], data["io"], data["beta"], data["varlen"],
-                    tuple(data.get("grads", ())), data.get("grouped", True), data.get("recurrent", False))
+                    tuple(data.get("grads", ())), data.get("grouped", True), data.get("recurrent", False),
+                    data.get("keep", "nothing"))
 
 
 def of_schedule(schedule: Schedule) -> Json:

@@ -5,7 +5,6 @@ import hashlib
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -204,34 +203,6 @@ def heads(kernel: Kernel) -> tuple[str, ...]:
             found |= {d: None for t, d in zip(n["index"], n["tensor"].dims, strict=True)
                       if isinstance(t, Member | Members) and t.grid}
     return tuple(found)
-
-
-def temporaries(kernels: Sequence[Kernel]) -> dict[str, tuple[Kernel, Tensor]]:
-    """What the kernels of a pipeline hand to each other, by name, with a kernel that says how large it is."""
-    return {t.name: (k, t) for k in kernels for t in k.tensors() if t.temp}
-
-
-HERE = nullcontext()
-
-
-def in_order(kernels: Sequence[Kernel], launches: Sequence[Launch]) -> Launch:
-    """A pipeline's launches one after another, each temporary a tensor of its own."""
-    temps = temporaries(kernels).values()
-
-    def run(memory: Mapping[str, torch.Tensor], params: Mapping[str, float], call: Call) -> None:
-        device = next(iter(memory.values())).device
-        shapes = call.memo.get("temporaries")
-        if shapes is None:
-            shapes = call.memo["temporaries"] = [(t.name, call.shape(kernel, t), STORED[t.dtype]) for kernel, t in temps]
-        every = {**memory, **{name: torch.empty(shape, dtype=dtype, device=device) for name, shape, dtype in shapes}}
-        for name, _, dtype in shapes:
-            if dtype is torch.int32:
-                every[name].zero_()
-        elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-        with torch.cuda.device(device) if elsewhere else HERE:                 # launches go to the tensors' device
-            for launch in launches:
-                launch(every, params, call)
-    return run
 
 
 def clear_tail(x: torch.Tensor, call: Call) -> None:

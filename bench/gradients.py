@@ -1,6 +1,7 @@
 """Gradients by a variant, outputs poisoned, beside those of float64 autograd through the token recurrence; on any device."""
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ from gdn_ir.schedules.schedule import Schedule
 Tensors = dict[str, torch.Tensor]
 
 
-def backward_of(cell: Cell, grads: tuple[str, ...] | None = None) -> Instance:
-    """The backward instance of a cell: of all its inputs, unless some are named."""
+def backward_of(cell: Cell, grads: tuple[str, ...] | None = None, keep: str = "nothing") -> Instance:
+    """The backward instance of a cell: of all its inputs, unless some are named. keep: what it is given of the forward."""
     i, lay = cell.instance, cell.layout
     every = [n for n in ("q", "k", "v", "g", "beta", "initial_state") if n in i.program.read()]
-    return Instance(i.switches, i.K, i.V, i.io, i.beta, i.varlen, grads or tuple(every), lay.HV > lay.H)
+    return Instance(i.switches, i.K, i.V, i.io, i.beta, i.varlen, grads or tuple(every), lay.HV > lay.H, keep=keep)
 
 
 def make(cell: Cell, device: str = "cpu", kind: str = "model", tail: int = 70) -> Tensors:
@@ -44,8 +45,8 @@ def make(cell: Cell, device: str = "cpu", kind: str = "model", tail: int = 70) -
     return x
 
 
-def expected(cell: Cell, x: Tensors, grads: tuple[str, ...]) -> Tensors:
-    """Gradients by autograd through the recurrence in float64, on the CPU."""
+def expected(cell: Cell, x: Tensors, grads: tuple[str, ...], outputs: bool = False) -> Tensors:
+    """Gradients by autograd through the recurrence in float64, on the CPU; with `outputs` also o and the final state."""
     s = cell.switches
     leaves = {n: t.detach().cpu().double().requires_grad_() for n, t in x.items() if n != "cu_seqlens"}
     state = leaves["initial_state"] if s.initial_state else None
@@ -57,40 +58,72 @@ def expected(cell: Cell, x: Tensors, grads: tuple[str, ...]) -> Tensors:
     if s.final_state:
         d_S = leaves["d_final_state"].detach()
         loss = loss + (S * (d_S.mT if s.state_v_first else d_S)).sum()
-    return dict(zip(grads, torch.autograd.grad(loss, [leaves[n] for n in grads]), strict=True))
+    found = dict(zip(grads, torch.autograd.grad(loss, [leaves[n] for n in grads]), strict=True))
+    return found | ({"o": o[0].detach(), "final_state": (S.mT if s.state_v_first else S).detach()} if outputs else {})
 
 
-def run(chosen: Variant, cell: Cell, x: Tensors) -> Tensors:
-    """The gradients a variant writes over poison."""
+def left_by(chosen: Variant, cell: Cell, x: Tensors) -> tuple[Tensors, Tensors]:
+    """What a forward leaves to its backward, and its outputs, over poison."""
+    lay, call = cell.layout, chosen.call_of(x, len(cell.layout.lengths), x["cu_seqlens"] if cell.layout.varlen else None)
+    left = {t.name: torch.full(call.shape(k, t), float("nan"), dtype=TORCH[t.dtype], device=x["q"].device)
+            for k in chosen.compiled.kernels for t in k.tensors() if t.left}
+    like = {"o": x["v"], "final_state": x["initial_state"]}
+    outputs = {n: torch.full_like(like[n], float("nan")) for n in chosen.instance.program.written()}
+    needed = {*chosen.instance.program.read(), "q", "v"}
+    given = {n: t for n, t in x.items() if n in needed}
+    chosen(given | outputs | left, lay.K ** -0.5, len(lay.lengths), call.cu_seqlens)
+    return left, outputs
+
+
+def run(chosen: Variant, cell: Cell, x: Tensors, left: Tensors = {}) -> Tensors:                   # noqa: B006
+    """The gradients a variant writes over poison. left: what it is given of the forward."""
     needed = set(chosen.instance.program.read()) | {"q", "v"}
-    found = {f"d_{n}": torch.full_like(x[n], float("nan")) for n in chosen.instance.grads}
+    found = {f"d_{n}": torch.full_like(x[n], float("nan")) for n in chosen.instance.grads} | left
     lay = cell.layout
     chosen({n: t for n, t in x.items() if n in needed} | found, lay.K ** -0.5, len(lay.lengths),
            x["cu_seqlens"] if lay.varlen else None)
-    return found
+    return {n: t for n, t in found.items() if n not in left}
 
 
 def check(cell: Cell, backend: str, arch: str, device: str = "cpu", kind: str = "model", schedule: Schedule | None = None,
-          grads: tuple[str, ...] | None = None, scans: int | None = None) -> dict[str, Any]:
+          grads: tuple[str, ...] | None = None, scans: int | None = None, keep: str = "nothing") -> dict[str, Any]:
     """The relative errors of a cell's gradients under a schedule (its default), and the hashes of the sources that ran.
-    Rows that no sequence owns must come back as zeros: an error is infinite where they do not."""
-    instance, lay = backward_of(cell, grads), cell.layout
-    plain = backend.removesuffix("-ptx")
-    schedule = schedule or default(arch, instance, 1, scans or len(lay.lengths) * lay.HV, sum(lay.lengths), plain)[0]
+    Rows that no sequence owns must come back as zeros: an error is infinite where they do not. keep: what the forward, by its
+    default, leaves to the backward; its errors and sources are then among the others."""
+    instance, lay = backward_of(cell, grads, keep), cell.layout
     x = make(cell, device, kind)
-    chosen = variant(instance, schedule, backend, arch)
-    got = run(chosen, cell, x)
-    want = expected(cell, x, instance.grads)
+    made = pipelines(cell, instance, backend, arch, scans, schedule)
+    chosen = made[-1]
+    left, outputs = left_by(made[0], cell, x) if len(made) > 1 else ({}, {})
+    got = outputs | run(chosen, cell, x, left)
+    want = {n if n in outputs else f"d_{n}": w for n, w in expected(cell, x, instance.grads, bool(outputs)).items()}
     errors = {}
-    for n, w in want.items():
-        g = got[f"d_{n}"].cpu()
+    for n in got:
+        g = got[n].cpu()
         rows = sum(lay.lengths)
-        clean = n == "initial_state" or not bool((g[rows:] != 0).any())
-        errors[f"d_{n}"] = relative(g, w) if clean else float("inf")
-    return {"cell": cell.name, "io": cell.io, "backend": backend, "arch": arch, "inputs": kind, "schedule": schedule.name,
-            "errors": errors, "sources": {s.kernel: s.hash for s in chosen.sources},
-            "launched": {s.kernel: str(schedule.options(s.kernel)) for s in chosen.sources}}
+        clean = n.endswith("state") or not bool((g[rows:] != 0).any())
+        errors[n] = relative(g, want[n]) if clean else float("inf")
+    return {"cell": cell.name, "io": cell.io, "backend": backend, "arch": arch, "inputs": kind,
+            "schedule": chosen.schedule.name, "errors": errors, **sources(made)}
+
+
+def pipelines(cell: Cell, instance: Instance, backend: str, arch: str, scans: int | None = None,
+              schedule: Schedule | None = None) -> list[Variant]:
+    """The variant of a backward, under a schedule or its default; before it that of a forward, where that leaves something."""
+    lay, plain = cell.layout, backend.removesuffix("-ptx")
+    shape = 1, scans or len(lay.lengths) * lay.HV, sum(lay.lengths)
+    made = [variant(instance, schedule or default(arch, instance, *shape, plain)[0], backend, arch)]
+    if instance.left:
+        forward = replace(cell.instance, keep=instance.keep)
+        made.insert(0, variant(forward, default(arch, forward, *shape, plain)[0], backend, arch))
+    return made
+
+
+def sources(made: list[Variant]) -> dict[str, dict[str, str]]:
+    """Of the kernels of variants: their sources' hashes, and how they are launched."""
+    every = [(s, v.schedule.options(s.kernel)) for v in made for s in v.sources]
+    return {"sources": {s.kernel: s.hash for s, _ in every}, "launched": {s.kernel: str(o) for s, o in every}}
 
 
 FULL = Switches(initial_state=True, final_state=True)
-__all__ = ["FULL", "backward_of", "check", "expected", "make", "run"]
+__all__ = ["FULL", "backward_of", "check", "expected", "left_by", "make", "pipelines", "run", "sources"]

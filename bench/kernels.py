@@ -16,7 +16,8 @@ import torch
 
 from gdn_ir.autotune.measure import graph_ms
 from gdn_ir.backends import BACKENDS
-from gdn_ir.backends.base import STORED, temporaries
+from gdn_ir.backends.base import STORED
+from gdn_ir.backends.temporaries import temporaries
 from gdn_ir.bench import inputs
 from gdn_ir.bench.cases import FORWARD_CORE
 from gdn_ir.bench.errors import relative
@@ -48,7 +49,7 @@ def measure(lengths: list[int], H: int, HV: int) -> dict[str, object]:
     memory = {n: x[n] for n in ("q", "k", "v", "g", "beta")}
     memory |= {"o": torch.empty_like(x["v"]), "final_state": torch.empty_like(x["initial_state"])}
     temps = temporaries(kernels).items()
-    memory |= {n: torch.zeros(call.shape(k, t), dtype=STORED[t.dtype], device="cuda") for n, (k, t) in temps}
+    memory |= {n: torch.zeros(call.shape(k, t), dtype=STORED[t.dtype], device="cuda") for n, (k, t, *_) in temps}
     ms = {}
     for kernel, launch in zip(kernels, chosen.compiled.launches, strict=True):
         ms[kernel.name] = round(graph_ms([lambda run=launch: run(memory, {"scale": SCALE}, call)], 15), 4)     # type: ignore[misc]

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from gdn_ir.autotune.measure import copies_beyond_l2, graph_ms
-from gdn_ir.backends.base import TORCH, Call, temporaries
+from gdn_ir.backends.base import TORCH, Call
+from gdn_ir.backends.temporaries import temporaries
 from gdn_ir.bench import inputs
 from gdn_ir.bench.errors import relative, worst
 from gdn_ir.bench.results import slug
@@ -55,7 +56,7 @@ class Pair:
         memory = {n: x[n] for n in ("q", "k", "v", "g", "beta", "initial_state")}
         memory["o"] = torch.full_like(x["v"], fill)
         memory["final_state"] = torch.full_like(x["initial_state"], fill)
-        for name, (kernel, t) in temporaries(self.kernels).items():
+        for name, (kernel, t, *_) in temporaries(self.kernels).items():
             memory[name] = torch.full(call.shape(kernel, t), fill, dtype=TORCH[t.dtype], device=ends.device)
         return memory, call
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from gdn_ir.autotune.measure import graph_ms
-from gdn_ir.backends.base import TORCH, temporaries
+from gdn_ir.backends.base import TORCH
+from gdn_ir.backends.temporaries import temporaries
 from gdn_ir.compiler import NAMES, Instance, Variant, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.reference import recurrence
@@ -88,7 +89,7 @@ def launches(chosen: Variant, x: dict[str, torch.Tensor]) -> dict[str, Any]:
     c = chosen.compiled
     memory = memory_for(x, chosen.instance.V)
     call = chosen.call_of(memory, len(x["cu_seqlens"]) - 1, x["cu_seqlens"])
-    for name, (kernel, t) in temporaries(c.kernels).items():
+    for name, (kernel, t, *_) in temporaries(c.kernels).items():
         memory[name] = torch.empty(call.shape(kernel, t), dtype=TORCH[t.dtype], device="cuda")
     for launch in c.launches:
         launch(memory, {"scale": 0.1}, call)

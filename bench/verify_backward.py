@@ -1,5 +1,8 @@
 """Runs every shipped default of the backward on the GPU at hand against float64 autograd of the recurrence, outputs and
-temporaries poisoned, and records errors with the hashes of the sources that made them (as bench/verify.py does forward)."""
+temporaries poisoned, and records errors with the hashes of the sources that made them (as bench/verify.py does forward).
+
+What forwards leave to backwards is checked likewise, forward and backward as one: cells whose names end in "keeps inverse" or
+"keeps states"; --only takes these alone. Once all of them are right they may serve (`gdn_ir.registry.KEEP_SEEN`)."""
 from __future__ import annotations
 
 import argparse
@@ -11,21 +14,31 @@ from typing import Any
 
 import torch
 
-from gdn_ir.bench.gradients import FULL, backward_of, check
+from gdn_ir.bench.gradients import FULL, backward_of, check, pipelines, sources
 from gdn_ir.bench.inputs import KINDS
 from gdn_ir.bench.verify import PACKED, PEERS
 from gdn_ir.backends import BACKENDS
 from gdn_ir.backends.triton.ptx import TritonPtx
-from gdn_ir.compiler import variant
 from gdn_ir.coverage import DTYPES, Cell, table
-from gdn_ir.schedules.defaults import default
+from gdn_ir.schedules.plans import KEEP
 
 SIZES = ((16, 16), (16, 128), (48, 96), (128, 64), (80, 112), (32, 32), (96, 128), (64, 128), (256, 256), (160, 192), (256, 64),
          (64, 256))
 
 
-def shipped() -> Iterator[tuple[Cell, int | None, str]]:
-    """What is checked: cells, how many scans (sequences x heads) to choose the default schedule for, kind of inputs."""
+def shipped() -> Iterator[tuple[Cell, int | None, str, str]]:
+    """What is checked: cells, how many scans (sequences x heads) to choose the default schedule for, kind of inputs, and what
+    is kept of the forward."""
+    for cell, scans, kind in recomputed():
+        yield cell, scans, kind, "nothing"
+    for keep in KEEP[1:]:
+        for cell, scans, kind in recomputed(SIZES[::4]):
+            if cell.switches.erase:                        # all that the op serves
+                yield replace(cell, name=f"{cell.name}, keeps {keep}"), scans, kind, keep
+
+
+def recomputed(sizes: tuple[tuple[int, int], ...] = SIZES) -> Iterator[tuple[Cell, int | None, str]]:
+    """What is checked where a backward is given nothing. sizes: K and V, besides those of the table."""
     for cell in table():
         yield cell, None, "model"
     for io in DTYPES:
@@ -35,7 +48,7 @@ def shipped() -> Iterator[tuple[Cell, int | None, str]]:
                     lay = replace(PACKED, K=size, V=size, H=heads[0], HV=heads[1])
                     name = f"{size} x {size}, {io}, H/HV {heads[0]}/{heads[1]}, for {scans} scans"
                     yield Cell(name, FULL, io, lay), scans, "model"
-        for K, V in SIZES:
+        for K, V in sizes:
             yield Cell(f"{K} x {V}, {io}", FULL, io, replace(PACKED, K=K, V=V)), None, "model"
         for kind in KINDS:
             yield Cell(f"accuracy, {io}", replace(FULL, initial_state=False), io, PEERS), None, kind
@@ -45,13 +58,10 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
     return (row["cell"], row["inputs"], row["arch"], *(tuple(sorted(row[n].items())) for n in ("sources", "launched")))
 
 
-def ahead(cell: Cell, scans: int | None, kind: str, arch: str) -> dict[str, Any]:
+def ahead(cell: Cell, scans: int | None, kind: str, keep: str, arch: str) -> dict[str, Any]:
     """What a row will say of the sources that it ran."""
-    instance, lay = backward_of(cell), cell.layout
-    schedule = default(arch, instance, 1, scans or len(lay.lengths) * lay.HV, sum(lay.lengths))[0]
-    sources = {s.kernel: s.hash for s in variant(instance, schedule, "triton", arch).sources}
-    return {"cell": cell.name, "inputs": kind, "arch": arch, "sources": sources,
-            "launched": {k: str(schedule.options(k)) for k in sources}}
+    made = pipelines(cell, backward_of(cell, keep=keep), "triton", arch, scans)
+    return {"cell": cell.name, "inputs": kind, "arch": arch, **sources(made)}
 
 
 def main() -> None:
@@ -70,11 +80,11 @@ def main() -> None:
     part, parts = (int(i) for i in a.part.split("/"))
     rows: list[dict[str, Any]] = []
     only = a.only.split(";")
-    for i, (cell, scans, kind) in enumerate(c for c in shipped() if any(name in c[0].name for name in only)):
-        if i % parts != part or (known and key(ahead(cell, scans, kind, a.arch)) in known):
+    for i, (cell, scans, kind, keep) in enumerate(c for c in shipped() if any(name in c[0].name for name in only)):
+        if i % parts != part or (known and key(ahead(cell, scans, kind, keep, a.arch)) in known):
             continue
         try:
-            rows.append(check(cell, backend, a.arch, "cuda", kind, scans=scans))
+            rows.append(check(cell, backend, a.arch, "cuda", kind, scans=scans, keep=keep))
             torch.cuda.synchronize()
         except Exception as e:
             rows.append({"cell": cell.name, "backend": backend, "arch": a.arch, "inputs": kind,

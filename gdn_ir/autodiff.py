@@ -42,7 +42,8 @@ def backward(program: Program, wrt: Iterable[str] | None = None) -> Program:
     if missing:
         raise IRError(f"wrt: the loads of {', '.join(missing)} in {program.name} reach no output")
     roots = tuple(effects)
-    return prune(simplify(verify(Program(f"{program.name}_backward", program.grid, roots, d.named(roots)))))
+    found = prune(simplify(verify(Program(f"{program.name}_backward", program.grid, roots, d.named(roots)))))
+    return replace(found, forward=program)
 
 
 class _Backward:

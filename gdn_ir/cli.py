@@ -42,6 +42,8 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch")]
          T: Annotated[int, typer.Option(help="tokens: likewise")] = 8192,
          H: Annotated[Optional[int], typer.Option(help="heads of q (all of v's by default; likewise)")] = None,
          grads: Annotated[str, typer.Option(help="the backward: gradients of these, such as q,k,v,g,beta,initial_state")] = "",
+         keep: Annotated[str, typer.Option(help="what a forward leaves to its backward, or a backward is given: nothing, "
+                                                "inverse or states")] = "nothing",
          schedule: Annotated[str, typer.Option(help="default; a plan with modest options: naive, fused, solve, states or wy "
                                                     "(of a backward: naive, fused or states); roles (tilelang, sm_90); "
                                                     "or a JSON file")] = "default",
@@ -67,7 +69,7 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch")]
     wrt = names(grads)
     if H is not None and (H < 1 or HV < H or HV % H):
         raise ValueError(f"--H: got {H}; accepts a divisor of HV = {HV}")
-    instance = Instance(switches, K, V, dtype, dtype, varlen, wrt, grouped=not wrt or (H is not None and H < HV))
+    instance = Instance(switches, K, V, dtype, dtype, varlen, wrt, grouped=not wrt or (H is not None and H < HV), keep=keep)
     if schedule == "default":
         wanted = default("torch" if backend == "torch" else arch, instance, sequences, HV, T, backend)[0]
     elif Path(schedule).is_file():
@@ -81,7 +83,8 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch")]
         known = PLANS["backward" if wrt else "forward"]
         if schedule not in known:
             raise ValueError(f"--schedule: got {schedule!r}; accepts default, {', '.join(known)}, or a JSON file that exists")
-        steps = backward_plan(schedule, instance.program, dtype) if wrt else plan(schedule, erase, dtype)
+        steps = backward_plan(schedule, instance.program, dtype, keep=keep) if wrt else \
+            plan(schedule, erase, dtype, sums=decay and bool(instance.left), leave=instance.left)
         wanted = Schedule(schedule, steps=steps)
     if json:
         print(wanted.to_json())
@@ -110,6 +113,8 @@ def explain(shapes: Annotated[Optional[list[str]], typer.Argument(help="packed c
             final_state: Annotated[bool, typer.Option(help="whether the final state is asked for")] = True,
             recurrent: Annotated[bool, typer.Option("--recurrent", help="one token at a time, as in decoding")] = False,
             grads: Annotated[str, typer.Option(help="of the backward: gradients of these, such as q,k,v,g,beta")] = "",
+            keep: Annotated[str, typer.Option(help="what a forward leaves to its backward, or a backward is given: nothing, "
+                                                   "inverse or states")] = "nothing",
             json: Annotated[bool, typer.Option("--json", help="as data: a list, an entry for each call")] = False) -> None:
     """Say which variant serves a shape, and why: where its schedule comes from, too."""
     from json import dumps
@@ -121,7 +126,7 @@ def explain(shapes: Annotated[Optional[list[str]], typer.Argument(help="packed c
     wrt = names(grads)
     more = {"initial_state": "initial_state" in wrt, "final_state": final_state and not wrt}
     said = [say(H=h, HV=hv, K=K, V=V, T=tokens, B=rows, sequences=count, dtype=dtype, arch=arch, recurrent=recurrent, grads=wrt,
-                **more) for tokens, rows, count, h, hv in calls]
+                keep=keep, **more) for tokens, rows, count, h, hv in calls]
     print(dumps([s.data() for s in said], indent=1) if json else "\n".join(map(str, said)))
 
 

@@ -14,7 +14,8 @@ import torch
 from gdn_ir.ahead import not_compiled
 from gdn_ir.artifacts import NotCompiled
 from gdn_ir.autodiff import backward
-from gdn_ir.backends.base import TORCH, Backend, Call, Kernel, Launch, Source, in_order
+from gdn_ir.backends.base import TORCH, Backend, Call, Kernel, Launch, Source
+from gdn_ir.backends.temporaries import in_order
 from gdn_ir.follow import clears, ready
 from gdn_ir.inverse import doubled
 from gdn_ir.legalize import collapse, small_products, split_products, ungrouped
@@ -25,8 +26,10 @@ from gdn_ir.program import Program, tile_axes, token_chains
 from gdn_ir.programs.gated_delta import Switches, build
 from gdn_ir.rewrite import simplify
 from gdn_ir.schedules import steps
+from gdn_ir.schedules.plans import CHUNK, KEEP, left
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 from gdn_ir.schedules.segments import segments
+from gdn_ir.schedules.pipeline import IllegalStep
 from gdn_ir.split import parts
 from gdn_ir.split import split as split_axis
 
@@ -45,6 +48,7 @@ class Instance:
     grads: inputs whose gradients are computed: then it is the backward, which reads d_o (and d_final_state) and writes d_q, ...
     grouped: in the backward, whether value heads may share a key head (HV > H), so that d_q and d_k are sums over them.
     recurrent: asked for one token at a time, as in decoding (forward only).
+    keep: what a forward leaves to its backward, and a backward is given (`schedules.plans.KEEP`): then both take chunks of 64.
     """
     switches: Switches
     K: int
@@ -55,6 +59,7 @@ class Instance:
     grads: tuple[str, ...] = ()
     grouped: bool = True
     recurrent: bool = False
+    keep: str = "nothing"
 
     def __post_init__(self) -> None:
         unknown = set(self.grads) - set(program_of(self.switches).read())
@@ -62,6 +67,8 @@ class Instance:
             raise ValueError(f"grads: got {', '.join(sorted(unknown))}; accepts {', '.join(program_of(self.switches).read())}")
         if self.recurrent and self.grads:
             raise ValueError("recurrent: got True with grads; accepts False in a backward")
+        if self.keep not in KEEP or (self.recurrent and self.keep != "nothing"):
+            raise ValueError(f"keep: got {self.keep!r}; accepts {', '.join(KEEP[:1] if self.recurrent else KEEP)}")
         for name, dtype in (("dtype", self.io), ("beta's dtype", self.beta)):
             if dtype not in TORCH:
                 raise ValueError(f"{name}: got {dtype!r}; accepts {', '.join(TORCH)}")
@@ -76,12 +83,18 @@ class Instance:
         back = [f"gradients of {' '.join(self.grads)}", f"heads {'' if self.grouped else 'not '}grouped"] if self.grads else []
         layout = "packed" if self.varlen else "dense"
         back += ["one token at a time"] if self.recurrent else []
+        back += [f"{'given' if self.grads else 'leaves'} {' '.join(self.left) or 'nothing'}"] if self.keep != "nothing" else []
         return ", ".join([name, *back, f"{self.io}{beta}", f"K x V {self.K} x {self.V}", layout, *on])
 
     @property
     def program(self) -> Program:
         """What it runs, as derived or traced, before any schedule."""
         return backward_of(self.switches, self.grads, self.grouped) if self.grads else program_of(self.switches)
+
+    @property
+    def left(self) -> tuple[str, ...]:
+        """The tensors that the forward leaves to the backward."""
+        return left(self.keep, self.switches.decay == "scalar", self.switches.erase)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -131,7 +144,10 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
         if any("V#" in p.tensors()[n].dims for n in p.written()):
             extents["V#"] = -(-extents["V"] // split[p.name])
     followed = {i: ready(pipeline[i - 1], p) for i, p in enumerate(pipeline) if i and schedule.options(p.name).follows}
-    cleared = {i - 2: t for i, t in followed.items() if i > 1 and clears(pipeline[i - 2], pipeline[i - 1])}
+    cleared: dict[int, Tensor] = {}                        # by the last kernel before the scan that can
+    for i, t in followed.items():
+        able = [j for j in range(i - 1) if j not in cleared and clears(pipeline[j], pipeline[i - 1])]
+        cleared |= {able[-1]: t} if able else {}
     kernels: list[Kernel] = []
     for i, p in enumerate(pipeline):
         options = schedule.options(p.name)
@@ -254,7 +270,7 @@ class Compiled:
             values |= result
             outputs |= result
         return {name: outputs[name] for k in self.kernels for t in k.tensors() for name in [t.name]
-                if not t.temp and name in k.program.written()}
+                if (not t.temp or t.left) and name in k.program.written()}
 
 
 @lru_cache(maxsize=1024)
@@ -265,7 +281,7 @@ def program_of(switches: Switches) -> Program:
 @lru_cache(maxsize=1024)
 def backward_of(switches: Switches, grads: tuple[str, ...], grouped: bool) -> Program:
     program = backward(program_of(switches), grads)
-    return program if grouped else ungrouped(program)
+    return program if grouped else replace(ungrouped(program), forward=ungrouped(program_of(switches)))
 
 
 @dataclass(frozen=True)
@@ -331,6 +347,12 @@ def variant(instance: Instance, schedule: Schedule, backend: str, arch: str) -> 
         reason = made_by.supports(k, arch)
         if reason is not None:
             raise Unsupported(str(reason))
+    shared = {t.name for k in kernels for t in k.tensors() if t.left}
+    agreed = shared <= set(instance.left) if instance.grads else shared == set(instance.left)
+    if not agreed or (shared and schedule.chunk != CHUNK):
+        does = "are given" if instance.grads else "leave"
+        raise IllegalStep(f"keep: {instance.keep} is {', '.join(instance.left) or 'nothing'} of chunks of {CHUNK}, and the "
+                          f"schedule's kernels {does} {', '.join(sorted(shared)) or 'nothing'} of chunks of {schedule.chunk}")
     return Variant(backend, instance, schedule, arch, Compiled(kernels, b, arch))
 
 

@@ -136,13 +136,22 @@ class Member:
 Term = Tile | At | Rows | Slot | Turn | Members | Member
 
 
+LEFT = "left"
+
+
 @dataclass(frozen=True)
 class Tensor:
-    """A named array in memory. `dims` name its dimensions, `dtype` its storage ("io" follows the caller's inputs)."""
+    """A named array in memory. `dims` name its dimensions, `dtype` its storage ("io" follows the caller's inputs). temp:
+    whether it is what kernels hand to each other; LEFT: what a forward's hand to those of its backward, in memory that the
+    caller gives."""
     name: str
     dims: tuple[str, ...]
     dtype: str = "io"
-    temp: bool = False
+    temp: bool | str = False
+
+    @property
+    def left(self) -> bool:
+        return self.temp == LEFT
 
     def __str__(self) -> str:
         return f"{self.name}: {self.dtype}[{', '.join(self.dims)}]"

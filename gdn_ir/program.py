@@ -34,12 +34,14 @@ class Program:
     """Stores and scans, run for every point of the grid.
 
     grid: axes whose points are independent; "N" is the sequence, others index heads or tiles.
-    roots: the effects, in order. notes: names and lines; not part of what the program means (nor of equality).
+    roots: the effects, in order. notes: names and lines; not part of what the program means (nor of equality). forward: of a
+    backward, the program that it was derived from.
     """
     name: str
     grid: tuple[str, ...]
     roots: tuple[Node, ...]
     notes: Mapping[Node, Note] = field(default_factory=dict, compare=False, repr=False)
+    forward: Program | None = field(default=None, compare=False, repr=False)
 
     def nodes(self) -> list[Node]:
         """Every node, arguments first."""

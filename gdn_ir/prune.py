@@ -23,7 +23,8 @@ def _once(program: Program) -> Program:
 
     def dead(effect: Node) -> bool:
         if effect.op is Op.STORE:
-            return effect["tensor"].temp and effect["tensor"].name not in read
+            t = effect["tensor"]
+            return bool(t.temp) and not t.left and t.name not in read
         return not ScanView.of(effect).effects and not any(scan is effect for scan, _ in finals)
 
     def change(old: Node, args: tuple[Node, ...]) -> Node | None:

@@ -5,7 +5,7 @@ import os
 import re
 import warnings
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,9 +17,12 @@ from gdn_ir.autotune.lookup import schedule_for
 from gdn_ir.compiler import NAMES, Instance, Unsupported, Variant, variant
 from gdn_ir.explanation import Choice, Explanation
 from gdn_ir.policy import forbid, use
+from gdn_ir.schedules.plans import CHUNK
 from gdn_ir.providers import Offered
 from gdn_ir.programs.gated_delta import Switches
 
+# of what forwards leave to backwards, what a GPU has run: (backend, architecture, what is kept)
+KEEP_SEEN: frozenset[tuple[str, str, str]] = frozenset()
 PREFERENCE = {"cuda": ("triton", "tilelang", "torch"), "cpu": ("tilelang", "torch", "triton")}
 
 
@@ -67,6 +70,8 @@ def unseen(instance: Instance, backend: str, arch: str) -> str | None:
     part = None
     if instance.grads and (backend, arch) != ("triton", "sm_90"):
         part = "backward"
+    elif instance.left and (backend, arch, instance.keep) not in KEEP_SEEN:
+        part = f"{'backward that is given' if instance.grads else 'forward that leaves'} {instance.keep}"
     elif backend == "tilelang" and instance.recurrent:
         part = "kernel of one token at a time"
     return part and f"{backend}'s {part} has not run on all it ships for on {arch}"
@@ -98,7 +103,8 @@ def options(instance: Instance, arch: str, sequences: int, heads: int, tokens: i
             found.append(Option(name, None, str(e)))
     found.sort(key=lambda o: not has_roles(o))             # stable: the rest stays in order
     first: list[Option] = []
-    for provider in providers.providers().values():
+    # another package's variants leave nothing to a backward
+    for provider in () if instance.left else providers.providers().values():
         try:
             run, why = provider.offer(instance, arch, sequences, heads, tokens)
             option = Option(provider.name, Offered(provider.name, instance, run), why)
@@ -137,12 +143,39 @@ def choose(instance: Instance, arch: str, sequences: int, heads: int, tokens: in
 
 def serving(device: torch.device, io: torch.dtype, beta: torch.dtype, K: int, V: int, H: int, HV: int, sequences: int,
             tokens: int, varlen: bool, decay: bool, l2norm: bool, beta_sigmoid: bool, neg_eigval: bool, initial_state: bool,
-            final_state: bool, state_v_first: bool, recurrent: bool, grads: tuple[str, ...], asked: str) -> Variant | Offered:
+            final_state: bool, state_v_first: bool, recurrent: bool, grads: tuple[str, ...], asked: str, keep: str) \
+        -> Variant | Offered:
     """`choose`, by what an op sees of its arguments."""
     switches = Switches("scalar" if decay else "none", True, l2norm, beta_sigmoid, neg_eigval, initial_state, final_state,
                         state_v_first)
-    instance = Instance(switches, K, V, NAMES[io], NAMES[beta], varlen, grads, grouped=not grads or H < HV, recurrent=recurrent)
+    instance = Instance(switches, K, V, NAMES[io], NAMES[beta], varlen, grads, grouped=not grads or H < HV, recurrent=recurrent,
+                        keep=keep)
     return choose(instance, architecture(device), sequences, HV, tokens, asked)
+
+
+@lru_cache(maxsize=4096)
+def keeps(device: torch.device, io: torch.dtype, beta: torch.dtype, K: int, V: int, H: int, HV: int, varlen: bool, decay: bool,
+          l2norm: bool, beta_sigmoid: bool, neg_eigval: bool, initial_state: bool, final_state: bool, state_v_first: bool,
+          asked: str, keep: str) -> str:
+    """What a forward keeps for its backward where `keep` is asked for: that, if the backend that would serve the backward
+    without serves forward and backward with it; else nothing, with one warning. (Whether it can is no matter of how many tokens
+    there are.)"""
+    arch = architecture(device)
+    switches = Switches("scalar" if decay else "none", True, l2norm, beta_sigmoid, neg_eigval, initial_state, final_state,
+                        state_v_first)
+    there = {"g": decay, "initial_state": initial_state}
+    grads = tuple(n for n in ("q", "k", "v", "g", "beta", "initial_state") if there.get(n, True))
+    forward = Instance(switches, K, V, NAMES[io], NAMES[beta], varlen, keep=keep)
+    backward = replace(forward, grads=grads, grouped=H < HV)
+    without = first(options(replace(backward, keep="nothing"), arch, 1, HV, CHUNK), asked)
+    for instance in (backward, forward):
+        every = options(instance, arch, 1, HV, CHUNK)
+        mine = next((o for o in every if without is not None and o.backend == without.backend), None)
+        if mine is None or mine.variant is None:
+            why = mine.reason if mine else f"{without.backend if without else 'no backend'} leaves nothing to a backward"
+            _warn_kept(keep, why)
+            return "nothing"
+    return keep
 
 
 prepared: dict[Hashable, Any] = {}                         # what the ops made of decisions: a warm call looks here alone
@@ -152,7 +185,7 @@ def forget() -> None:
     """Decide anew, and load kernels anew: after anything that decides changed (packs, providers). What is memoised of
     decisions is memoised here and in `variant`, nowhere else."""
     prepared.clear()
-    for memo in (options, choose, variant):
+    for memo in (options, choose, keeps, variant):
         memo.cache_clear()
 
 
@@ -162,13 +195,21 @@ def _warn(missed: str, served: str, reason: str) -> None:
     warnings.warn(f"gdn_ir: {missed} cannot serve this call, {served} does: {reason}", RuntimeWarning, stacklevel=5)
 
 
+@lru_cache(maxsize=256)
+def _warn_kept(keep: str, reason: str) -> None:
+    """Likewise."""
+    warnings.warn(f"gdn_ir: nothing is kept for the backward, though {keep} is asked for: {reason}", RuntimeWarning,
+                  stacklevel=5)
+
+
 def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, sequences: int | None = None,
             dtype: str | torch.dtype = "bf16", arch: str | None = None, recurrent: bool = False, grads: tuple[str, ...] = (),
-            **switches: bool | str) -> Explanation:
+            keep: str = "nothing", **switches: bool | str) -> Explanation:
     """Every variant that could serve such a call, and why it is or is not chosen: printed it is a page to read, and `data()` of
     it is plain data. dtype: "bf16", "f16", "f32", "f64" or torch's; sequences: of packed input (None: dense, B of them); arch:
-    "cpu", "sm_80", "sm_90" (None: this machine's); recurrent: one token at a time; grads: a backward, of these inputs; further
-    keywords: `Switches`' fields, such as l2norm=True. H and HV: heads of q and of v; T: tokens of a batch row."""
+    "cpu", "sm_80", "sm_90" (None: this machine's); recurrent: one token at a time; grads: a backward, of these inputs; keep:
+    what is left to a backward, or it is given (`gdn_ir.keep`); further keywords: `Switches`' fields, such as l2norm=True. H and
+    HV: heads of q and of v; T: tokens of a batch row."""
     here = architecture(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     arch = named(arch or here)
     io = NAMES.get(dtype, str(dtype)) if isinstance(dtype, torch.dtype) else dtype
@@ -184,7 +225,7 @@ def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, 
     if HV < H or HV % H:
         raise ValueError(f"HV: got {HV}; accepts a multiple of H = {H}")
     instance = Instance(Switches(**switches), K, V, io, io, sequences is not None, tuple(grads),  # type: ignore[arg-type]
-                        grouped=not grads or HV > H, recurrent=recurrent)
+                        grouped=not grads or HV > H, recurrent=recurrent, keep=keep)
     every = options(instance, arch, sequences or B, HV, B * T)
     asked = policy.asked()
     wanted, out = policy.forced(asked), policy.forbidden(asked)
@@ -193,6 +234,7 @@ def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, 
     kind = f"packed {io}, {count} of {T} tokens together" if instance.varlen else f"dense {io}, {B} x {T} tokens"
     kind += ", one token at a time" if recurrent else ""
     kind += f", gradients of {' '.join(grads)}" if grads else ""
+    kind += f", {'given' if grads else 'leaves'} {keep}" if keep != "nothing" else ""
     choices = []
     for rank, o in enumerate(every):
         if not o.by.isdisjoint(out):

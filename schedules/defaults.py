@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from gdn_ir.schedules.plans import Steps, backward_plan, plan
+from gdn_ir.schedules.plans import CHUNK, Steps, backward_plan, plan
 from gdn_ir.schedules.roles import SOLVED, Roles
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
@@ -29,7 +29,10 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
     heads (HV), tokens: of the call."""
     if instance.grads:
         return backward_default(arch, instance, sequences, heads, backend)
-    erase, io = instance.switches.erase, instance.io
+    erase, io, decay = instance.switches.erase, instance.io, instance.switches.decay != "none"
+    if instance.keep != "nothing" and arch in ("cpu", "torch"):
+        return Schedule(f"states, leaves {instance.keep}", CHUNK, plan("states", erase, io, sums=decay, leave=instance.left)), \
+            f"chunks of {CHUNK} in parallel but for the state: what the backward is given is of these"
     if arch == "cpu":
         return Schedule("recurrent", 1), "native code: one token at a time, the state in a core's cache; heads go to threads"
     if instance.recurrent and (arch == "torch" or arch in MULTIPROCESSORS):
@@ -39,19 +42,19 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
         return Schedule("fused", steps=plan("fused", erase, io)), "any device: one pass over the chunks, the whole grid at once"
     if arch not in MULTIPROCESSORS:
         raise ValueError(f"arch: got {arch!r}; accepts cpu, {', '.join(MULTIPROCESSORS)}")
-    steps = plan("states", erase, io, sums=instance.switches.decay != "none")
+    steps = plan("states", erase, io, sums=decay, leave=instance.left)
     if backend == "tilelang" and roles_fit(arch, instance, sequences, heads):
         return of_roles(SOLVED, replace(options(arch, instance, 32)["solve"], backend="triton")), \
             f"{arch}: roles in one block for each of {sequences * heads} sequences and heads, beside each other on " \
             f"{MULTIPROCESSORS[arch]} multiprocessors; the inverses before, by triton"
     if backend == "tilelang":
         return of_tilelang(arch, instance, steps)
-    if SEGMENTS and cuts(arch, instance, sequences, heads, tokens):
+    if SEGMENTS and instance.keep == "nothing" and cuts(arch, instance, sequences, heads, tokens):
         return segmented(arch, instance), (f"{arch}: {sequences * heads} serial scans would not fill {MULTIPROCESSORS[arch]} "
                                            f"multiprocessors; each is cut into segments of {SEGMENT} chunks")
     width = scan_width(arch, instance, sequences * heads)
     chosen = {k: o for k, o in options(arch, instance, width).items() if erase or k != "solve"}      # nothing to solve
-    schedule = Schedule(f"states-{width}", steps=steps).with_options(**chosen)
+    schedule = Schedule(f"states-{width}{kept(instance)}", steps=steps).with_options(**chosen)
     beside = "; the output starts beside them" if chosen["output"].follows else ""
     return schedule, (f"{arch}: chunks in parallel but for the state; {sequences * heads} serial scans, each cut into "
                       f"{-(-instance.V // width)} tiles of {width} columns to fill {MULTIPROCESSORS[arch]} multiprocessors"
@@ -68,7 +71,13 @@ def of_tilelang(arch: str, instance: Instance, steps: Steps) -> tuple[Schedule, 
     ring = 2 if beside else 3
     parts = {"scan": KernelOptions(width, 4, ring), "output": output}
     parts |= {"solve": KernelOptions(None, 4, 1)} if instance.switches.erase else {}
-    return Schedule(f"states-{width}", steps=steps).with_options(**parts), f"{arch}: chunks in parallel but for the state"
+    return Schedule(f"states-{width}{kept(instance)}", steps=steps).with_options(**parts), \
+        f"{arch}: chunks in parallel but for the state"
+
+
+def kept(instance: Instance) -> str:
+    """What a schedule's name says of what a forward leaves or a backward is given."""
+    return "" if instance.keep == "nothing" else f", {'given' if instance.grads else 'leaves'} {instance.keep}"
 
 
 def of_roles(roles: Roles = SOLVED, solve: KernelOptions | None = None) -> Schedule:
@@ -83,7 +92,7 @@ def roles_fit(arch: str, instance: Instance, sequences: int, heads: int) -> bool
     so there must be enough of these to be busy beside each other."""
     s = instance.switches
     fits = arch == "sm_90" and instance.io == "bf16" and (instance.K, instance.V) == (128, 128) and not instance.grads \
-        and not instance.recurrent
+        and not instance.recurrent and instance.keep == "nothing"
     return fits and s.decay == "scalar" and s.erase and s.final_state and not s.l2norm and not s.state_v_first \
         and sequences * heads >= CROWDED
 
@@ -144,25 +153,30 @@ def lean(arch: str, instance: Instance, backend: str) -> bool:
 def backward_default(arch: str, instance: Instance, sequences: int, heads: int, backend: str) -> tuple[Schedule, str]:
     """The same for a backward."""
     if arch == "cpu":
-        return Schedule("backward-fused", 16, backward_plan("fused", instance.program, instance.io, 16)), \
-            "native code: states again, then their adjoints in reverse, kept a chunk of 16 tokens apart; heads go to threads"
+        chunk = 16 if instance.keep == "nothing" else CHUNK
+        states = "" if instance.keep == "states" else "states again, then "
+        steps = backward_plan("fused", instance.program, instance.io, chunk, keep=instance.keep)
+        return Schedule(f"backward-fused{kept(instance)}", chunk, steps), \
+            f"native code: {states}their adjoints in reverse, kept a chunk of {chunk} tokens apart; heads go to threads"
     if arch != "torch" and (backend not in ("triton", "tilelang") or arch not in MULTIPROCESSORS):
         raise ValueError(f"no schedule of a backward for {backend} on {arch} yet")
     whole = instance.io == "f32"
     grouped = lean(arch, instance, backend)
-    steps = backward_plan("grouped" if grouped else "states", instance.program, instance.io)
+    steps = backward_plan("grouped" if grouped else "states", instance.program, instance.io, keep=instance.keep)
     if arch == "torch":
-        return Schedule("backward", steps=steps), "any device: one pass over the chunks each way, the rest of them at once"
+        return Schedule(f"backward{kept(instance)}", steps=steps), \
+            "any device: one pass over the chunks each way, the rest of them at once"
     if backend == "tilelang" and max(instance.K, instance.V) > 128:
         raise ValueError(f"no schedule of a backward for K x V of {instance.K} x {instance.V} by tilelang yet; 128 at most")
     width = 32 if backend == "tilelang" else scan_width(arch, instance, sequences * heads)
     carried = instance.program.scans()[-1]["carries"]      # none where nothing passes from chunk to chunk, in reverse
+    runs_again = len(instance.program.scans()) == 2 and instance.keep != "states"
     again = back = KernelOptions(width, 4, 2)
     every = local = inner = KernelOptions(None, 8, 1)
     if grouped:                                            # a third stage of a scan, where it costs no block a multiprocessor
         crowded = sequences * heads * -(-instance.V // width) > MULTIPROCESSORS[arch]
         again, back = KernelOptions(width, 4, 3), KernelOptions(width, 4, 2 if crowded else 3)
-        local = KernelOptions(None, 4, 1, follows=len(instance.program.scans()) == 2)         # there is again, before it
+        local = KernelOptions(None, 4, 1, follows=runs_again)
         inner = KernelOptions(None, 8, 1, follows=bool(carried))
     if max(instance.K, instance.V) > 128:                  # a state is more than a block holds: sums over V in parts
         every = local = inner = KernelOptions(32 if whole else 64, 8, 1)
@@ -172,7 +186,9 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
                "grads": every, "heads": KernelOptions(None, 4, 1)}
     made = {step[-1] for step in steps if step[0] in ("hoist", "lift", "sink")} | \
         {step[1] for step in steps if step[0] == "sum_after"} | \
-        {name for step in steps if step[0] == "separate" for name in step[2:]}
-    schedule = Schedule(f"backward-{width}", steps=steps).with_options(**{k: o for k, o in kernels.items() if k in made})
-    return schedule, (f"{arch}: states again, then their adjoints in reverse, in tiles of {width} columns; the rest for all "
-                      f"chunks at once{f', V in tiles of {every.v_tile}' if every.v_tile else ''}")
+        {name for step in steps if step[0] == "separate" for name in step[2:] if name != "again" or runs_again}
+    chosen = {k: o for k, o in kernels.items() if k in made}
+    schedule = Schedule(f"backward-{width}{kept(instance)}", steps=steps).with_options(**chosen)
+    what = "states again, then their adjoints" if runs_again else "adjoints of states"
+    return schedule, (f"{arch}: {what} in reverse, in tiles of {width} columns; the rest for all chunks at once"
+                      f"{f', V in tiles of {every.v_tile}' if every.v_tile else ''}")

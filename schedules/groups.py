@@ -18,11 +18,13 @@ from gdn_ir.verify import verify
 @step
 def sum_after(pipeline: Pipeline, kernel: str, dtype: str = "f32") -> Pipeline:
     """Stores that are summed over grid points that share them (the value heads of one key head): each point stores its own
-    part, in `dtype`, and a last kernel sums the parts in order. No two blocks write one place, and results repeat."""
+    part, in `dtype`, and a kernel after the last of them sums the parts in order. No two blocks write one place, and results
+    repeat."""
     programs: list[Program] = []
     stores: list[Node] = []
     notes: dict[Node, Note] = {}
     grid: tuple[str, ...] = ()
+    last = 0                                               # the place after the last kernel that stores parts
     for p in pipeline:
         def change(old: Node, args: tuple[Node, ...], p: Program = p) -> Node | None:
             nonlocal grid
@@ -43,12 +45,14 @@ def sum_after(pipeline: Pipeline, kernel: str, dtype: str = "f32") -> Pipeline:
             stores.append(make(Op.STORE, (total,), tensor=t, index=at, sum=()))
             notes[total] = Note(t.name, p.lines_of(old.args[0]))
             return old.but(args, tensor=parts, index=own, sum=())
+        before = len(stores)
         programs.append(verify(p.rebuild(change)))
+        last = len(programs) if len(stores) > before else last
     if not stores:
         raise IllegalStep("sum_after: nothing is stored that is summed over grid points")
     scan = next(ScanView.of(r) for p in pipeline for r in p.roots if r.op is Op.SCAN)
     root = chunks_at_once(scan, tuple(stores))
-    return (*programs, verify(Program(kernel, grid, (root,), only(notes, (root,)))))
+    return (*programs[:last], verify(Program(kernel, grid, (root,), only(notes, (root,)))), *programs[last:])
 
 
 @step

@@ -14,12 +14,13 @@ from gdn_ir.schedules.pipeline import IllegalStep, Pipeline, find, put, refuse, 
 from gdn_ir.verify import verify
 
 
-def _temp(scan: ScanView, name: str, axes: tuple[str, ...], dtype: str) -> tuple[Tensor, tuple[Term, ...]]:
+def place_of(scan: ScanView, name: str, axes: tuple[str, ...], dtype: str, temp: bool | str = True) \
+        -> tuple[Tensor, tuple[Term, ...]]:
     """Memory for one value of each chunk: a row a token where it lies on the tokens' axis, a slot a chunk where not."""
     on_tokens = scan.tile in axes
     first: Term = Rows(scan.chain, scan.tile) if on_tokens else Slot(scan.chain, scan.tile)
     rest = tuple(a for a in axes if not (on_tokens and a == scan.tile))
-    return (Tensor(name, ("T" if on_tokens else "X", "HV", *rest), dtype, temp=True),
+    return (Tensor(name, ("T" if on_tokens else "X", "HV", *rest), dtype, temp),
             (first, At("HV"), *(Tile(a) for a in rest)))
 
 
@@ -81,7 +82,7 @@ def hoist(pipeline: Pipeline, name: str, dtype: str = "io", kernel: str = "") ->
     kernel, needed = kernel or name, needs(p)[value]
     if needed:
         raise refuse("hoist", p, value, f"{name} needs {', '.join(sorted(needed))}, which the scan carries")
-    tensor, where = _temp(scan, f"{name}_kept" if name in p.tensors() else name, value.axes, dtype)
+    tensor, where = place_of(scan, f"{name}_kept" if name in p.tensors() else name, value.axes, dtype)
     store = make(Op.STORE, (value,), tensor=tensor, index=where, sum=())
     load = make(Op.LOAD, (), tensor=tensor, index=where)
     first = serial[0]
@@ -136,7 +137,7 @@ def sink(pipeline: Pipeline, output: str, keep: str = "", kernel: str = "", dtyp
     saves: list[Node] = []
     for node in (*kept, *(c for c in scan.carry_nodes())):
         name = node["name"] if node.op is Op.CARRY else p.name_of(node) or ""
-        tensor, where = _temp(scan, f"{name}_kept" if name in p.tensors() else name, node.axes, dtype)
+        tensor, where = place_of(scan, f"{name}_kept" if name in p.tensors() else name, node.axes, dtype)
         saves.append(make(Op.STORE, (node,), tensor=tensor, index=where, sum=()))
         table[node] = make(Op.LOAD, (), tensor=tensor, index=where)
     memo = substitute(stores, table)
@@ -184,7 +185,7 @@ def separate(pipeline: Pipeline, value: str, *kernels: str) -> Pipeline:
         others = [n for n in toposort(roots) if n.op is Op.SCAN and n is not scan]
         if others:
             raise refuse("separate", p, others[0], f"{name} starts from what another scan ends with")
-        parts.append(Program(name, p.grid, roots, only(alone.notes, roots)))
+        parts.append(Program(name, p.grid, roots, only(alone.notes, roots), p.forward))
     if sum(len(q.roots) for q in parts) != len(p.roots):
         raise refuse("separate", p, p.roots[-1], "an effect belongs to no scan")
     return put(pipeline, i, *parts)
@@ -203,7 +204,7 @@ def keep(pipeline: Pipeline, name: str, copy: str, dtype: str = "io") -> Pipelin
     back = substitute([same], {n: load for n, load in stored.items() if load and n is not same})
     if back[same] is not value:
         raise refuse("keep", p, value, f"it is not what {earlier.name} computes as {copy}")
-    tensor, where = _temp(scan, f"{name}_kept" if name in p.tensors() else name, value.axes, dtype)
+    tensor, where = place_of(scan, f"{name}_kept" if name in p.tensors() else name, value.axes, dtype)
     store = make(Op.STORE, (same,), tensor=tensor, index=where, sum=())
     body = scan.with_parts(effects=(*scan.effects, store))
     noted = earlier.rebuild(lambda n, args: body if n is scan.node else None)

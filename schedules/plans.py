@@ -21,8 +21,16 @@ The derived backward has plans of its own (`backward_plan`), of the same steps:
               heads still sums, and what inner hands to grads, is stored in the inputs' dtype
     inside    as grouped, with local's sums so too: there is no heads
     merged    as states, with inner and grads as one kernel, and what heads sums in the inputs' dtype
+
+A forward may leave values that its kernels store anyway (LEFT), which its backward then reads instead of computing them again:
+
+    nothing   all is computed again
+    inverse   the inverse A and the sums of the log decay: there is no solve
+    states    these, the state entering each chunk and u: there is no again either
 """
 from __future__ import annotations
+
+from functools import lru_cache
 
 from gdn_ir.nodes import Node, Op
 from gdn_ir.program import Program, ScanView, toposort
@@ -30,19 +38,33 @@ from gdn_ir.program import Program, ScanView, toposort
 Steps = tuple[tuple[str | int, ...], ...]
 PLANS = {"forward": ("naive", "fused", "solve", "states", "wy", "segments"),
          "backward": ("naive", "fused", "states", "grouped", "inside", "merged")}
+KEEP = ("nothing", "inverse", "states")                    # each with what those before it leave
+CHUNK = 64                                                 # tokens of a chunk of which something is left
 LESS: Steps = (("factor",), ("regroup",), ("exchange",), ("symmetric",))       # fewer products than reverse mode derives
 
 
+@lru_cache(maxsize=16)
+def left(keep: str, decay: bool = True, erase: bool = True) -> tuple[str, ...]:
+    """The tensors that a forward leaves to its backward. Without erase there is no inverse, and u is beta * v."""
+    if keep not in KEEP:
+        raise ValueError(f"keep: got {keep!r}; accepts {', '.join(KEEP)}")
+    inverse = ("A", *(("G", "total") if decay else ())) if erase else ()
+    return {"nothing": (), "inverse": inverse, "states": (*inverse, "S", *(("u",) if erase else ()))}[keep]
+
+
 def plan(name: str, erase: bool = True, io: str = "bf16", chunk: int = 64, block: int = 16, sums: bool = False,
-         segment: int = 32) -> Steps:
+         segment: int = 32, leave: tuple[str, ...] = ()) -> Steps:
     """The steps of a plan. Without erase there is nothing to solve: what is left of the plan is where the output is computed.
     Float32 inputs merge the inverse's blocks in split tf32, others in tf32. sums: the running sums of the log decay are
-    computed beside the inverse, not in the serial scan. segment: chunks of a segment. Raises ValueError for a name it lacks."""
+    computed beside the inverse, not in the serial scan. segment: chunks of a segment. leave: what is left to the backward.
+    Raises ValueError for a name it lacks."""
     merges = {"f64": "f64", "f32": "tf32x3"}.get(io, "tf32")
     invert: Steps = (("invert", "u", "A"), ("merge", "A", chunk, block, merges)) if erase else ()
     shared: Steps = (("hoist", "G", "f32", "solve"), ("hoist", "total", "f32", "solve")) if erase and sums else ()
     # the scan need not read beta: the stored inverse's columns are scaled by it
-    hoist: Steps = (("absorb", "u", "A_beta"), ("hoist", "A_beta", "io", "solve"), *shared) if erase else ()
+    absorbed: Steps = (("absorb", "u", "A_beta"), ("hoist", "A_beta", "io", "solve"))
+    alone: Steps = (("hoist", "A", "io", "solve"),)        # the backward needs it without beta
+    hoist: Steps = (*(alone if leave else absorbed), *shared) if erase else ()
     halves: Steps = (("distribute", "u", "u0", "w"), ("hoist", "u0", "io", "solve"), ("hoist", "w", "io", "solve"), *shared)
     output: Steps = (("sink", "o", "u" if erase else "", "output"),)
     scan: Steps = (("name_kernel", "S", "scan"),)
@@ -56,12 +78,13 @@ def plan(name: str, erase: bool = True, io: str = "bf16", chunk: int = 64, block
     table["segments"] = (*table["states"], ("segment", "S", segment, "f64" if io == "f64" else "tf32x3"))
     if name not in table:
         raise ValueError(f"plan: got {name!r}; accepts {', '.join(table)}")
-    return table[name]
+    return (*table[name], ("leave", *leave)) if leave else table[name]
 
 
-def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64, block: int = 16) -> Steps:
+def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64, block: int = 16, keep: str = "nothing") \
+        -> Steps:
     """The steps of a plan of a derived backward: those whose values `program` has (it computes only the gradients that were
-    asked for). Raises ValueError for a name it lacks."""
+    asked for). keep: what it is given. Raises ValueError for a name it lacks."""
     named = {note.name for note in program.notes.values() if note.name}
     stores = [n for n in program.nodes() if n.op is Op.STORE and not n["tensor"].temp]
     scans = [r for r in program.roots if r.op is Op.SCAN]
@@ -69,25 +92,33 @@ def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64
     some = next(n for n in program.nodes() if program.name_of(n) and n in set(program_values(scans[-1])))
     apart: Steps = (("separate", str(program.name_of(some)), *kernels),)
     heads: Steps = (("sum_after", "heads"),) if any(n["sum"] for n in stores) else ()
-    if name == "naive":
-        return (*apart, *heads)
     if name not in PLANS["backward"]:
         raise ValueError(f"plan: got {name!r}; accepts {', '.join(PLANS['backward'])}")
     back = scans[-1]["carries"] == ("d_S",)
     merges = {"f64": "f64", "f32": "tf32x3"}.get(io, "tf32")
     solves = [n for n in ("u_again", "d_r") if n in named]
+    known = set(left(keep, "G" in named, bool(solves)))
     steps: list[tuple[str | int, ...]] = [*apart]
-    if len(scans) == 2:
+    if "S" in known and len(scans) == 2:
+        steps += [("given", "S", "io"), *([("given", "u", "io")] if "u" in named & known else [])]
+        solves = [n for n in solves if n != "u_again"]
+    elif len(scans) == 2 and name != "naive":
         steps += [("keep", "u", "u_again", "io")] if {"u", "u_again"} <= named else []
         steps += [("store_as", "S_kept", "io")]
+    if "A" in known:
+        steps += [("invert", n, "A") for n in solves]
+        steps += [("given", "A", "io", "u")] if solves else []
+        steps += [("given", n, "f32") for n in ("G", "total") if n in named]
+    if name == "naive":
+        return (*steps, *heads)
     if name == "fused":
         return (*steps, *LESS, ("move_scales",), *heads)
     steps += [("turn", "d_u")] if "d_u" in named and "d_r" not in named else []
     steps += LESS
-    steps += [("invert", n, "A") for n in solves]
-    if solves:
-        steps += [("merge", "A", chunk, block, merges), ("hoist", "A", "io", "solve")]
-        steps += [("hoist", n, "f32", "solve") for n in ("G", "total") if n in named]
+    if "A" not in known:
+        steps += [("invert", n, "A") for n in solves]
+        steps += [("merge", "A", chunk, block, merges), ("hoist", "A", "io", "solve")] if solves else []
+        steps += [("hoist", n, "f32", "solve") for n in ("G", "total") if n in named] if solves else []
     out = {n["tensor"].name for n in stores}
     if not back:                                           # nothing is carried: all chunks at once already
         return (*steps, ("move_scales",), *heads)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from gdn_ir.bench.errors import worst
-from gdn_ir.bench.gradients import backward_of, check
-from gdn_ir.backends.base import TORCH, Reason
+from gdn_ir.bench.gradients import backward_of, check, expected, make
+from gdn_ir.backends.base import TORCH, Call, Reason
 from gdn_ir.coverage import Cell, table
 from gdn_ir.compiler import Instance, Unsupported, variant
 from gdn_ir.interp import Sizes, run
@@ -82,6 +82,41 @@ def of_backward(cell: Cell, tile: int | None = None, plan: str = "", heads: tupl
     return {"error": worst(check(cell, BACKEND, ARCH, schedule=schedule if tile or plan else None)["errors"].values())}
 
 
+def of_lifetimes(cell: Cell, plan: str) -> dict[str, Any]:
+    """A backward whose temporaries are overwritten before each kernel at whose moment they are not needed, as those that share
+    their memory may do: how far its gradients are from those of the same without. Then each temporary is said to be needed for
+    one moment less: which of these the gradients do not show."""
+    from gdn_ir.backends import temporaries as module
+    instance, lay = backward_of(cell), cell.layout
+    steps = backward_plan(plan, instance.program, instance.io)
+    compiled = variant(instance, Schedule("x", 64, steps), BACKEND, ARCH).compiled
+    lives = module.temporaries(compiled.kernels)
+    moments = module.moments(compiled.kernels)
+    x = make(cell, tail=0)
+
+    def gradients(said: dict[str, module.Life]) -> dict[str, torch.Tensor]:
+        def poisoned(launch: Any, now: int) -> Any:
+            def run(memory: Any, *rest: Any) -> None:
+                alive = [memory[n] for n, life in said.items() if life.first < now <= life.last]
+                held = [t.clone() for t in alive]
+                memory["A"].new_empty(0, dtype=torch.uint8).set_(memory["A"].untyped_storage()).fill_(255)       # NaN
+                for t, was in zip(alive, held, strict=True):
+                    t.copy_(was)
+                launch(memory, *rest)
+            return run
+        launches = [poisoned(launch, now) for launch, now in zip(compiled.launches, moments, strict=True)]
+        run = module.in_order(compiled.kernels, launches)
+        found = {f"d_{n}": torch.full_like(x[n], float("nan")) for n in instance.grads}
+        call = Call(len(lay.lengths), sum(lay.lengths), sum(lay.lengths), {"H": lay.H, "HV": lay.HV}, x["cu_seqlens"])
+        run({**x, **found}, {"scale": lay.K ** -0.5}, call)
+        return found
+    want = {n: t.double() for n, t in expected(cell, x, instance.grads).items()}
+    errors = [inputs.error(t, want[n[2:]]) for n, t in gradients(lives).items()]
+    short = {n: {**lives, n: life._replace(last=life.last - 1)} for n, life in lives.items()}
+    unseen = [n for n, said in short.items() if not any(t.isnan().any() for t in gradients(said).values())]
+    return {"error": worst(errors), "unseen": unseen, "temporaries": len(lives)}
+
+
 def of_mutant(i: int) -> dict[str, Any]:
     p = mutants.mutant(i)
     want = run(p, mutants.inputs(), Sizes(mutants.AXES, mutants.CU), {"scale": 0.7})
@@ -100,8 +135,9 @@ def of_correlated(schedule: Schedule, top: float) -> dict[str, Any]:
 
 def main() -> None:
     """Cases: ["program", name], ["cell", name], ["recurrent", cell's name], ["backward", cell's name] (also: V in tiles of a
-    number, a plan's name, heads), ["plan", plan's name, cell's name, chunk] (also: chunks of a segment, and V in tiles of a
-    number), ["mutant", number] or ["correlated", plan's name, top of beta]."""
+    number, a plan's name, heads), ["lifetimes", cell's name, plan's name], ["kept", cell's name, what is kept],
+    ["plan", plan's name, cell's name, chunk] (also: chunks of a segment, and V in tiles of a number), ["mutant", number] or
+    ["correlated", plan's name, top of beta]."""
     cells = {c.name: c for c in table()}
     found = {}
     for case in json.loads(Path(sys.argv[3]).read_text()):
@@ -116,6 +152,11 @@ def main() -> None:
                 found[json.dumps(case)] = of_cell(cell, default(ARCH, one, 1, cell.layout.HV, 1, BACKEND)[0])
             elif case[0] == "backward":
                 found[json.dumps(case)] = of_backward(cells[case[1]], *case[2:])
+            elif case[0] == "kept":
+                errors = check(cells[case[1]], BACKEND, ARCH, keep=case[2])["errors"].values()
+                found[json.dumps(case)] = {"error": worst(errors)}
+            elif case[0] == "lifetimes":
+                found[json.dumps(case)] = of_lifetimes(cells[case[1]], case[2])
             elif case[0] == "mutant":
                 found[json.dumps(case)] = of_mutant(case[1])
             elif case[0] == "correlated":

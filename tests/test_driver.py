@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from gdn_ir.backends.base import STORED, Call, Kernel, blocks, temporaries
+from gdn_ir.backends.base import STORED, Call, Kernel, blocks
+from gdn_ir.backends.temporaries import temporaries
 from gdn_ir.backends.triton import driver, signature
 from gdn_ir.compiler import Instance, variant
 from gdn_ir.programs.gated_delta import Switches
@@ -108,7 +109,7 @@ def test_temporaries_are_parts_of_one_allocation(pipeline: Any, monkeypatch: pyt
     """Aligned, apart from each other, the same for who writes and who reads; NaN where torch makes what is empty so."""
     kernels, batch, call = pipeline
     temps = temporaries(kernels)
-    size = {n: STORED[t.dtype].itemsize * torch.Size(call.shape(k, t)).numel() for n, (k, t) in temps.items()}
+    size = {n: STORED[t.dtype].itemsize * torch.Size(call.shape(k, t)).numel() for n, (k, t, *_) in temps.items()}
 
     def seen(values: dict[str, Any]) -> None:
         for n in temps.keys() & values.keys():

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from gdn_ir.backends.base import temporaries
+from gdn_ir.backends.temporaries import temporaries
 from gdn_ir.backends.triton import cross_compile
 from gdn_ir.backends.triton.driver import Batch, Image
 from gdn_ir.compiler import Instance, Unsupported, variant
@@ -58,8 +58,8 @@ def test_counts_start_at_zero() -> None:
 
 def test_what_cannot_follow_says_why() -> None:
     for instance, name, why in ((FORWARD, "scan", "solve takes all its chunks at once"),
-                                (BACKWARD, "back", "local takes all its chunks at once"),
-                                (BACKWARD, "heads", "grads takes all its chunks at once")):
+                                (BACKWARD, "back", "heads takes all its chunks at once"),
+                                (BACKWARD, "heads", "local takes all its chunks at once")):
         with pytest.raises(IRError, match=why):
             variant(instance, following(instance, name), "triton", "sm_90")
     for backend, arch in (("triton", "sm_80"), ("tilelang", "sm_90"), ("torch", "torch")):

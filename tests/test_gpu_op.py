@@ -147,10 +147,30 @@ def test_gradients(shape: dict[str, int], dtype: torch.dtype) -> None:
         assert a.dtype == x[n].dtype and error(a.cpu(), b) <= GRADIENT_BOUNDS[dtype], n
 
 
-def test_gradients_agree_to_the_bit() -> None:
+@pytest.mark.parametrize("keep", ["inverse", "states"])
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("shape", [{"T": 130, "HV": 4, "K": 64, "V": 128}, {"HV": 4, "K": 128, "V": 128}, {"K": 256, "V": 256}])
+def test_gradients_of_what_was_kept(shape: dict[str, int], dtype: torch.dtype, keep: str) -> None:
+    """Given what the forward left, a backward computes what it would compute without."""
+    x = make(**shape | {"B": 4}, dtype=dtype, device="cuda")
+    d_o, d_S = torch.randn_like(x["v"]), torch.randn(4, x["v"].shape[2], x["q"].shape[3], x["v"].shape[3], device="cuda")
+    found = []
+    for what in ("nothing", keep):
+        leaves = {n: t.clone().requires_grad_() for n, t in x.items()}
+        with gdn_ir.use("triton"), gdn_ir.keep(what):
+            o, S = chunk_gated_delta_rule(**leaves, output_final_state=True)
+            assert S is not None and o.grad_fn is not None
+            assert (len(o.grad_fn.saved_tensors) > 7) == (what != "nothing")   # type: ignore[attr-defined]
+            found.append((o, S, *torch.autograd.grad([o, S], list(leaves.values()), [d_o, d_S])))
+    for n, want, got in zip(("o", "S", *x), *found, strict=True):
+        assert error(got, want) <= GRADIENT_BOUNDS[dtype], n
+
+
+@pytest.mark.parametrize("keep", ["nothing", "inverse", "states"])
+def test_gradients_agree_to_the_bit(keep: str) -> None:
     x = make(T=500, H=2, HV=4, K=128, V=128, dtype=torch.bfloat16, device="cuda")
     leaves = [t.requires_grad_() for t in x.values()]
-    with gdn_ir.use("triton"):
+    with gdn_ir.use("triton"), gdn_ir.keep(keep):
         o = chunk_gated_delta_rule(**x)[0]
     first = torch.autograd.grad(o, leaves, torch.ones_like(o), retain_graph=True)
     for _ in range(100):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import gdn_ir
 from gdn_ir.backends.base import TORCH
@@ -115,11 +116,17 @@ def captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     return graph, found
 
 
+@pytest.mark.parametrize("keep", ["nothing", "states"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_graph_replays_other_contents(packed: bool) -> None:
+def test_a_graph_replays_other_contents(packed: bool, keep: str) -> None:
     """Other tensors, and other boundaries of as many sequences: forward and every gradient."""
     x = inputs()
     cu = torch.tensor([0, 30, 30, 150], device="cuda", dtype=torch.int32) if packed else None
+    with gdn_ir.keep(keep):
+        replay_other_contents(x, cu)
+
+
+def replay_other_contents(x: dict[str, torch.Tensor], cu: torch.Tensor | None) -> None:
     graph, got = captured(lambda: training(x, cu))
     for seed, ends in ((1, [0, 199, 199, 200]), (2, [0, 0, 64, 128])):
         for n, t in inputs(seed).items():
@@ -132,6 +139,17 @@ def test_a_graph_replays_other_contents(packed: bool) -> None:
         torch.cuda.synchronize()
         for a, b in zip(got, training(x, cu), strict=True):
             assert torch.equal(a, b)
+
+
+def test_a_checkpointed_forward_keeps_again() -> None:
+    """In a thread of autograd's, in which a backward on a GPU runs."""
+    x = inputs()
+    leaves = [t.requires_grad_() for t in x.values()]
+    with gdn_ir.keep("states"):
+        o = checkpoint(lambda *a: chunk_gated_delta_rule(*a)[0], *leaves, use_reentrant=False)
+        got = torch.autograd.grad(o, leaves, torch.ones_like(o))
+    for a, b in zip(got, training(x)[1:], strict=True):
+        assert error(a, b) <= bound("bf16", True)
 
 
 def test_a_graph_of_decoding() -> None:

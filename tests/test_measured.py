@@ -59,9 +59,9 @@ def test_every_shipped_backward_was_measured(arch: str) -> None:
     """The same for gradients."""
     measured = {verify_backward.key(r): r["errors"] for r in records(arch, "backward") if "failed" not in r}
     missing, wrong = [], []
-    for cell, scans, kind in verify_backward.shipped():
-        if kind == "model" and not unseen(backward_of(cell), "triton", arch):
-            errors = measured.get(verify_backward.key(verify_backward.ahead(cell, scans, kind, arch)))
+    for cell, scans, kind, keep in verify_backward.shipped():
+        if kind == "model" and not unseen(backward_of(cell, keep=keep), "triton", arch):
+            errors = measured.get(verify_backward.key(verify_backward.ahead(cell, scans, kind, keep, arch)))
             if errors is None:
                 missing.append(cell.name)
             elif not worst(errors.values()) <= bound(cell.io, True):

@@ -229,7 +229,7 @@ def test_no_second_derivative() -> None:
 def test_opcheck_of_the_backward() -> None:
     x = make(HV=4)
     args = (torch.randn(1, 100, 4, 32), torch.randn(1, 4, 32, 32), *x.values(), 0.1, None, None, False, False, False, False,
-            "q k v g beta", "torch")
+            "q k v g beta", "torch", [], "nothing")
     library.opcheck(torch.ops.gdn_ir.chunk_backward, args)
 
 

@@ -99,7 +99,7 @@ def test_a_forbidden_backend_stays_forbidden_in_the_backward() -> None:
     registry.forget()                                      # or a backward like this one has been prepared before
     with pytest.MonkeyPatch.context() as patch:
         serving = registry.serving
-        patch.setattr(registry, "serving", lambda *a: (asked.append(a[-1]), serving(*a))[1])
+        patch.setattr(registry, "serving", lambda *a: (asked.append(a[-2]), serving(*a))[1])
         torch.autograd.grad(o.sum(), x["v"])
     assert asked == ["-tilelang-triton"]
 
@@ -298,7 +298,8 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("words", [("--kernel", "scan"), ("--arch", "sm_80"), ("--schedule", "naive", "--dtype", "f32"),
                                    ("--grads", "q,k,v,g,beta,initial_state", "--H", "16"),
                                    ("--grads", "v", "--schedule", "fused", "--no-erase"), ("--schedule", "wy"),
-                                   ("--backend", "torch", "--no-erase"), ("--no-decay",)])
+                                   ("--backend", "torch", "--no-erase"), ("--no-decay",), ("--keep", "states"),
+                                   ("--keep", "inverse", "--grads", "q,k", "--schedule", "fused")])
 def test_emit_prints_what_compiles(command: Callable[..., tuple[int, str, str]], words: tuple[str, ...]) -> None:
     code, out, err = command("emit", *words)
     assert code == 0 and not err
@@ -320,6 +321,10 @@ def test_explain_of_a_backward(command: Callable[..., tuple[int, str, str]]) -> 
     code, out, _ = command("explain", "--grads", "q,k,v,g,beta,initial_state", "--dtype", "f32", "--arch", "cpu")
     assert code == 0 and out.startswith("dense f32, 1 x 8192 tokens, gradients of q k v g beta initial_state, H/HV 16/32")
     assert "tilelang chosen" in out and "kernels: again" in out
+    code, out, _ = command("explain", "--grads", "q,k,v,g,beta", "--dtype", "f32", "--arch", "cpu", "--keep", "states")
+    assert code == 0 and "gradients of q k v g beta, given states" in out and "again" not in out
+    assert str(gdn_ir.explain(H=1, HV=2, T=64, dtype="f32", arch="cpu", keep="inverse")).startswith(
+        "dense f32, 1 x 64 tokens, leaves inverse, H/HV 1/2")
 
 
 def test_emit_takes_a_schedule_file(command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
@@ -445,6 +450,6 @@ def test_what_threads_inherit_is_kept() -> None:
     for _ in range(3):
         with registry.use("torch"):
             gc.collect()
-            held = policy._inherited()
+            held = policy._backends.inherited()
             assert held == (threading.get_ident(), "torch") and sys.getrefcount(held) >= 3      # torch's, ours, the argument
         assert sys.getrefcount(held) >= 2

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from gdn_ir.artifacts import PACKS, Built, obtain, packed
-from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, blocks, clear_tail, heads, in_order
+from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, blocks, clear_tail, heads
+from gdn_ir.backends.temporaries import in_order
 from gdn_ir.backends.tilelang import emit as printer
 from gdn_ir.backends.tilelang import roles
 from gdn_ir.backends.tilelang.roles import RolePrinter

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, heads, in_order
+from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, heads
+from gdn_ir.backends.temporaries import in_order
 from gdn_ir.backends.torch import emit as printer
 from gdn_ir.backends.torch.runtime import Memory
 from gdn_ir.cache import load_source

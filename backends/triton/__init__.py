@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from gdn_ir.artifacts import Built, obtain, said
-from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, blocks, clear_tail, in_order, temporaries
+from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, blocks, clear_tail
+from gdn_ir.backends.temporaries import in_order, temporaries
 from gdn_ir.backends.triton import emit as printer
 from gdn_ir.backends.triton.denylist import denied
 from gdn_ir.backends.triton.driver import Batch, Image, about, arguments, sizes

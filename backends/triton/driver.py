@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 
-from gdn_ir.backends.base import STORED, Call, Kernel, blocks, heads
-from gdn_ir.nodes import Tensor
+from gdn_ir.backends.base import Call, Kernel, blocks, heads
+from gdn_ir.backends.temporaries import BLOCK, Life, outputs, placed, uncleared
 
 MAX_DYNAMIC_SHARED = 8                                     # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 WITHOUT_ASKING = 48 * 1024                                 # bytes of shared memory that every kernel may use
 ALIGNMENT = 16                                             # bytes: what cross_compile tells Triton of every pointer
 BESIDE = 6                                                 # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-APART = 256                                                # bytes: temporaries start at multiples, as torch's own tensors do
 
 LAUNCH = [ctypes.c_void_p] * 4                             # cuLaunchKernelEx(configuration, function, arguments, nothing)
 
@@ -161,19 +160,19 @@ class Frame:
 
 
 class Plan:
-    """What a batch works out from a call's sizes: grids, where temporaries lie in the workspace, where arguments lie in a
-    frame. frames: those not in use, by device; a call takes one and gives it back, so that threads never share one."""
+    """What a batch works out from a call's sizes: grids, where temporaries lie, where arguments lie in a frame. frames: those
+    not in use, by device; a call takes one and gives it back, so that threads never share one."""
 
     def __init__(self, batch: Batch, call: Call) -> None:
         self.grids = [(image, grid) for image in batch.images if (grid := blocks(image.kernel, call))]
-        self.offsets: list[int] = []
-        self.bytes = 0                                     # of the workspace
-        self.counts: list[tuple[int, int]] = []            # where in it counts lie, which start at zero, and how many
-        for kernel, t in batch.temps.values():
-            number = math.prod(call.shape(kernel, t))
-            self.counts += [(self.bytes, number)] if t.name in batch.unset and number else []
-            self.offsets.append(self.bytes)
-            self.bytes += -(-number * STORED[t.dtype].itemsize // APART) * APART
+        spans, hosts = ({n: life.span(call) for n, life in some.items()} for some in (batch.temps, batch.hosts))
+        where, self.bytes = placed(spans, hosts)           # of the workspace
+        bases = {n: i for i, n in enumerate((BLOCK, *batch.tensors))}
+        # of each temporary, which of these it lies in and how far from its start
+        self.offsets = [(bases[where[n].where], where[n].at) for n in batch.temps]
+        # of counts, which start at zero: the same, and how many there are
+        numbers = [math.prod(call.shape(k, t)) if n in batch.unset else 0 for n, (k, t, *_) in batch.temps.items()]
+        self.counts = [(*place, number) for place, number in zip(self.offsets, numbers, strict=True) if number]
         self.sizes = sizes(call)
         addresses = ["", *batch.given, *batch.temps]       # "": a null pointer
         self.layout = struct.Struct(f"{len(addresses)}P{len(batch.params)}f")
@@ -184,9 +183,10 @@ class Plan:
 
 class Batch:
     """Kernels launched one after another as one call of Python: addresses are read once and written once, temporaries are parts
-    of one allocation, and the rest is kept from the last call of the same sizes. `temps`: the temporaries that it makes."""
+    of one allocation or of outputs, and the rest is kept from the last call of the same sizes. `temps`: the temporaries that it
+    makes."""
 
-    def __init__(self, images: Sequence[Image], temps: Mapping[str, tuple[Kernel, Tensor]]) -> None:
+    def __init__(self, images: Sequence[Image], temps: Mapping[str, Life]) -> None:
         self.images, self.temps = images, temps
         kernels = [image.kernel for image in images]
         self.varlen = any(k.varlen for k in kernels)
@@ -194,7 +194,8 @@ class Batch:
         self.tensors = tuple(names)
         self.given = (*self.tensors, *(["cu_seqlens"] if self.varlen else []))
         self.params = tuple(dict.fromkeys(p for k in kernels for p in k.program.params()))
-        self.unset = {k.counts.name for k in kernels if k.counts} - {k.clears.name for k in kernels if k.clears}
+        self.unset = uncleared(kernels)
+        self.hosts = outputs(kernels)
         self.written = {n for k in kernels for n in (*k.program.written(), *(s["tensor"].name for s in k.sweeps))}
 
     def __call__(self, memory: Mapping[str, torch.Tensor], values: Mapping[str, float], call: Call) -> None:
@@ -225,17 +226,15 @@ class Batch:
             frame = free.pop()
         except IndexError:
             frame = Frame(plan, device)
-        if plan.bytes:
-            held = workspace(plan.bytes, device)           # until all is launched
-            start = held.data_ptr()
-            addresses += [start + offset for offset in plan.offsets]
-        else:
-            addresses += [0] * len(plan.offsets)
+        held = workspace(plan.bytes, device) if plan.bytes else None           # until all is launched
+        start = held.data_ptr() if held is not None else 0
+        bases = [start, *addresses]
+        addresses += [bases[i] + at for i, at in plan.offsets]
         plan.layout.pack_into(frame.block, 0, 0, *addresses, *params)
         if frame.stream != (here := stream(device)):
             frame.on(here)
-        for offset, number in plan.counts:
-            must(driver().cuMemsetD32Async(start + offset, 0, number, here), "cuMemsetD32Async", "counts")
+        for i, at, number in plan.counts:
+            must(driver().cuMemsetD32Async(bases[i] + at, 0, number, here), "cuMemsetD32Async", "counts")
         launch = driver().cuLaunchKernelEx
         for config, function, pointers, name in frame.launches:
             if code := launch(config, function, pointers, None):

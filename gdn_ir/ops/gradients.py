@@ -8,9 +8,9 @@ import torch
 from torch import library
 from torch._guards import TracingContext         # of this thread, while torch.compile traces
 
-from gdn_ir import policy
-from gdn_ir.ops import forward, kinds, transforms
-from gdn_ir.ops.forward import FORWARD
+from gdn_ir import policy, registry
+from gdn_ir.ops import forward, kinds, left, transforms
+from gdn_ir.ops.forward import FORWARD, KEEPING
 
 Tensor = torch.Tensor
 INPUTS = ("q", "k", "v", "g", "beta", "initial_state")
@@ -25,9 +25,9 @@ def _empty(wanted: tuple[str, ...], *inputs: Tensor | None) -> list[Tensor]:
 
 def run(d_o: Tensor, d_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float,
         initial_state: Tensor | None, cu_seqlens: Tensor | None, l2norm: bool, beta_sigmoid: bool, neg_eigval: bool,
-        state_v_first: bool, wanted: tuple[str, ...], asked: str) -> list[Tensor]:
+        state_v_first: bool, wanted: tuple[str, ...], asked: str, kept: list[Tensor], keep: str) -> list[Tensor]:
     """Gradients of the inputs named in `wanted`. d_o as o; d_state as the final state, None where it has no gradient. asked:
-    the policy that held in the forward, or WHEN_RUN."""
+    the policy that held in the forward, or WHEN_RUN. kept: what the forward left, where it was asked to `keep`."""
     if asked == policy.WHEN_RUN:
         asked = policy.asked()
     kind = kinds.of(q, k, v, g, beta, initial_state, cu_seqlens, None, state_v_first)
@@ -37,28 +37,32 @@ def run(d_o: Tensor, d_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g:
             x.zero_() if name != "initial_state" or d_state is None else x.copy_(d_state)
         return found
     serve = kind.serving(q, g, beta, initial_state, cu_seqlens, d_state is not None, l2norm, beta_sigmoid, neg_eigval,
-                         state_v_first, False, wanted, asked)
+                         state_v_first, False, wanted, asked, keep)
     tensors = {"q": q, "k": k, "v": v, "beta": beta, "d_o": d_o}
     for name, x in zip(wanted, found):
         tensors["d_" + name] = x
     for name, given in (("g", g), ("initial_state", initial_state), ("d_final_state", d_state)):
         if given is not None:
             tensors[name] = given
+    if kept:
+        tensors |= left.named(keep, g is not None, kept)
     serve(tensors, scale, cu_seqlens)
     return found
 
 
 def _chunk_backward(d_o: Tensor, d_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor,
                     scale: float, initial_state: Tensor | None, cu_seqlens: Tensor | None, l2norm: bool, beta_sigmoid: bool,
-                    neg_eigval: bool, state_v_first: bool, wanted: str, asked: str) -> list[Tensor]:
+                    neg_eigval: bool, state_v_first: bool, wanted: str, asked: str, kept: list[Tensor], keep: str) \
+        -> list[Tensor]:
     """`run` as a custom op: names in `wanted` are separated by spaces."""
     return run(d_o, d_state, q, k, v, g, beta, scale, initial_state, cu_seqlens, l2norm, beta_sigmoid, neg_eigval,
-               state_v_first, tuple(wanted.split()), asked)
+               state_v_first, tuple(wanted.split()), asked, kept, keep)
 
 
 def _fake_backward(d_o: Tensor, d_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor,
                    scale: float, initial_state: Tensor | None, cu_seqlens: Tensor | None, l2norm: bool, beta_sigmoid: bool,
-                   neg_eigval: bool, state_v_first: bool, wanted: str, asked: str) -> list[Tensor]:
+                   neg_eigval: bool, state_v_first: bool, wanted: str, asked: str, kept: list[Tensor], keep: str) \
+        -> list[Tensor]:
     return _empty(tuple(wanted.split()), q, k, v, g, beta, initial_state)
 
 
@@ -74,16 +78,17 @@ def _wanted(needed: tuple[bool, ...], decay: bool, initial_state: bool) -> tuple
 
 def _backward(ctx: Any, d_o: Tensor | None, d_state: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of INPUTS, None where they are not needed."""
-    q, k, v, g, beta, initial_state, cu_seqlens = ctx.saved_tensors
+    q, k, v, g, beta, initial_state, cu_seqlens, *kept = ctx.saved_tensors
     wanted = _wanted(ctx.needs_input_grad, g is not None, initial_state is not None)
     grads: dict[str, Tensor] = {}
     if wanted and (d_o is not None or d_state is not None):
         d_o = torch.zeros_like(v) if d_o is None else d_o
         # with a graph of the backward asked for, the dispatcher must refuse it
-        direct = not torch.is_grad_enabled() and transforms.direct(d_o, d_state, q, k, v, g, beta, initial_state, cu_seqlens)
+        direct = not torch.is_grad_enabled() and transforms.direct(d_o, d_state, q, k, v, g, beta, initial_state, cu_seqlens,
+                                                                   *kept)
         compute: Any = run if direct else BACKWARD
         found = compute(d_o, d_state, q, k, v, g, beta, ctx.scale, initial_state, cu_seqlens, *ctx.flags,
-                        wanted if direct else " ".join(wanted), ctx.asked)
+                        wanted if direct else " ".join(wanted), ctx.asked, kept, ctx.keep)
         grads = dict(zip(wanted, found))
         if "g" in grads and g.dtype != grads["g"].dtype:
             grads["g"] = grads["g"].to(g.dtype)
@@ -99,20 +104,21 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, compute: Any, scale: float, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None,
-                flags: tuple[bool, ...], *inputs: Tensor | None) -> tuple[Tensor, Tensor | None]:
+                flags: tuple[bool, ...], keep: str, *inputs: Tensor | None) -> tuple[Tensor, Tensor | None]:
         *others, initial_state = inputs
-        output: tuple[Tensor, Tensor | None] = compute(*others, scale, initial_state, cu_seqlens, cu_seqlens_cpu, *flags)
-        ctx.save_for_backward(*inputs, cu_seqlens)
+        o, state, *kept = compute(*others, scale, initial_state, cu_seqlens, cu_seqlens_cpu, *flags, keep)
+        ctx.save_for_backward(*inputs, cu_seqlens, *kept)
+        ctx.keep = keep
         final_state, *rest, _ = flags
         ctx.scale, ctx.flags, ctx.final_state = scale, rest, final_state
         # what holds for the forward holds for its backward; but a graph that is traced here runs later, under other policies
         ctx.asked = policy.asked() if TracingContext.try_get() is None else policy.WHEN_RUN
         ctx.set_materialize_grads(False)
-        return output
+        return o, state
 
     @staticmethod
     def backward(ctx: Any, d_o: Tensor | None, d_state: Tensor | None) -> Any:
-        return *[None] * 5, *_backward(ctx, d_o, d_state if ctx.final_state else None)
+        return *[None] * 6, *_backward(ctx, d_o, d_state if ctx.final_state else None)
 
 
 # without what Function.apply does for functorch in each call: its transforms are refused, or done with, before
@@ -126,15 +132,32 @@ def recorded(compute: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, be
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or beta.requires_grad
                                     or (g is not None and g.requires_grad)
                                     or (initial_state is not None and initial_state.requires_grad)):
-        found = _APPLY(compute, scale, cu_seqlens, cu_seqlens_cpu, flags, q, k, v, g, beta, initial_state)
+        keep = policy.keeping()
+        if keep != policy.NOTHING:
+            keep = _kept(keep, q, v, g, beta, initial_state, cu_seqlens, *flags)
+        found = _APPLY(compute, scale, cu_seqlens, cu_seqlens_cpu, flags, keep, q, k, v, g, beta, initial_state)
     else:
-        found = compute(q, k, v, g, beta, scale, initial_state, cu_seqlens, cu_seqlens_cpu, *flags)
+        found = compute(q, k, v, g, beta, scale, initial_state, cu_seqlens, cu_seqlens_cpu, *flags, policy.NOTHING)
     return found                                           # type: ignore[no-any-return]
 
 
-def _below(below: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+def _kept(keep: str, q: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initial_state: Tensor | None,
+          cu_seqlens: Tensor | None, final_state: bool, l2norm: bool, beta_sigmoid: bool, neg_eigval: bool, state_v_first: bool,
+          recurrent: bool) -> str:
+    """What is kept for a backward where `keep` is asked for. Chunks of one token leave nothing of use. (Where torch traces for
+    any size, a graph is of these heads, and of any number of tokens.)"""
+    if recurrent:
+        return policy.NOTHING
+    K, V, H, HV = (int(n) for n in (q.shape[-1], v.shape[-1], q.shape[-2], v.shape[-2]))
+    return registry.keeps(q.device, q.dtype, beta.dtype, K, V, H, HV, cu_seqlens is not None, g is not None, l2norm,
+                          beta_sigmoid, neg_eigval, initial_state is not None, final_state, state_v_first, policy.asked(), keep)
+
+
+def _below(below: Any, *inputs: Any) -> Any:
+    """The forward beneath autograd; the last of `inputs` is what it keeps."""
+    *given, keep = inputs
     with torch._C._AutoDispatchBelowAutograd():
-        return FORWARD.redispatch(below, *inputs)          # type: ignore[no-any-return]
+        return FORWARD.redispatch(below, *given) if keep == policy.NOTHING else KEEPING.redispatch(below, *given, keep)
 
 
 def _autograd(keys: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:

@@ -11,14 +11,16 @@ from gdn_ir.backends.base import Call
 from gdn_ir.compiler import Variant
 from gdn_ir.ops import checks
 from gdn_ir.providers import Offered
+from gdn_ir.schedules.plans import left
 
 Tensor = torch.Tensor
+ALL = frozenset(left("states"))                            # what may be left to a backward: without a dimension of batches
 MOST = 4096                                                # kinds that are remembered
 
 
 class Kind:
     """Calls whose tensors have the same shapes, dtypes and devices, and passed the checks. sizes: B, T, H, HV, K, V, N.
-    served: how, by flags, gradients and policy."""
+    served: how, by flags, gradients and policies."""
 
     def __init__(self, sizes: dict[str, int]) -> None:
         self.sizes = sizes
@@ -31,15 +33,15 @@ class Kind:
 
     def serving(self, q: Tensor, g: Tensor | None, beta: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None,
                 final_state: bool, l2norm: bool, beta_sigmoid: bool, neg_eigval: bool, state_v_first: bool, recurrent: bool,
-                grads: tuple[str, ...], asked: str) -> Serving:
-        """What serves under a policy (a backward, where `grads` names gradients)."""
-        key = (final_state, l2norm, beta_sigmoid, neg_eigval, state_v_first, recurrent, grads, asked)
+                grads: tuple[str, ...], asked: str, keep: str) -> Serving:
+        """What serves under policies (a backward, where `grads` names gradients)."""
+        key = (final_state, l2norm, beta_sigmoid, neg_eigval, state_v_first, recurrent, grads, asked, keep)
         found = self.served.get(key)
         if found is None:
             s, dense = self.sizes, cu_seqlens is None
             chosen = registry.serving(q.device, q.dtype, beta.dtype, s["K"], s["V"], s["H"], s["HV"], s["N"], s["B"] * s["T"],
                                       not dense, g is not None, l2norm, beta_sigmoid, neg_eigval, initial_state is not None,
-                                      final_state, state_v_first, recurrent, grads, asked)
+                                      final_state, state_v_first, recurrent, grads, asked, keep)
             found = self.served[key] = Serving(chosen, s["N"], wide(q) if g is not None and g.dtype != wide(q) else None,
                                                cu_seqlens is not None and cu_seqlens.dtype != torch.int32)
         return found
@@ -56,12 +58,12 @@ class Serving:
         self.call: Call | None = None                      # its sizes, once there was one
 
     def __call__(self, tensors: dict[str, Tensor], scale: float, cu_seqlens: Tensor | None) -> None:
-        """tensors: as the op has them, [B, T, ...] and states [N, ...]; outputs contiguous."""
+        """tensors: as the op has them, [B, T, ...], states [N, ...], and what is left to a backward; outputs contiguous."""
         if self.cast is not None:
             tensors["g"] = tensors["g"].to(self.cast)
         for name, x in tensors.items():
             x = x.contiguous()
-            tensors[name] = x.flatten(0, 1) if self.views and not name.endswith("state") else x
+            tensors[name] = x.flatten(0, 1) if self.views and not name.endswith("state") and name not in ALL else x
         if cu_seqlens is not None:
             cu_seqlens = (cu_seqlens.to(torch.int32) if self.narrow else cu_seqlens).contiguous()
         if isinstance(self.chosen, Offered):

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from gdn_ir.policy import NOTHING
+
 Tensor = torch.Tensor
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -91,11 +93,19 @@ def vmap_forward(info: Any, in_dims: tuple[int | None, ...], q: Tensor, k: Tenso
     return (o.view(n, batch, *o.shape[1:]), state.view(n, batch if final_state else 0, *state.shape[1:])), (0, 0)
 
 
+def vmap_keeping(*_: Any) -> None:
+    """Never asked: what is kept is decided beneath vmap, where the forward is recorded."""
+    raise NotImplementedError("chunk_forward_keeping: vmap is not supported; accepts chunk_forward under vmap")
+
+
 def vmap_backward(info: Any, in_dims: tuple[int | None, ...], d_o: Tensor, d_state: Tensor | None, q: Tensor, k: Tensor,
                   v: Tensor, g: Tensor | None, beta: Tensor, scale: float, initial_state: Tensor | None,
-                  cu_seqlens: Tensor | None, *rest: Any) -> tuple[list[Tensor], list[int]]:
+                  cu_seqlens: Tensor | None, l2norm: bool, beta_sigmoid: bool, neg_eigval: bool, state_v_first: bool,
+                  wanted: str, asked: str, kept: list[Tensor], keep: str) -> tuple[list[Tensor], list[int]]:
+    """What the forward left is not repeated for each of them, but computed again."""
     _dense(cu_seqlens)
     n = info.batch_size
     inputs = [_fold(x, d, n) for x, d in zip((d_o, d_state, q, k, v, g, beta), in_dims)]
-    found = torch.ops.gdn_ir.chunk_backward(*inputs, scale, _fold(initial_state, in_dims[8], n), None, *rest)
+    found = torch.ops.gdn_ir.chunk_backward(*inputs, scale, _fold(initial_state, in_dims[8], n), None, l2norm, beta_sigmoid,
+                                            neg_eigval, state_v_first, wanted, asked, [], NOTHING)
     return [x.view(n, x.shape[0] // n, *x.shape[1:]) for x in found], [0] * len(found)

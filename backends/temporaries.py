@@ -1,0 +1,137 @@
+"""What the kernels of a pipeline hand to each other, and where it lies: temporaries that are never needed at once share memory.
+
+A temporary lives from the first kernel that touches it to the last. Kernels run one after another, and what is counted is when:
+a follower runs beside the kernel before it, so that both are one moment. The largest temporary is placed first, each at the
+lowest place that nothing alive at one of its moments has: in the memory of an output that is first written later, if it fits
+there, and else in the one block that a call allocates. What came out is kept for the next call of these sizes.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+
+from gdn_ir.backends.base import STORED, Call, Kernel, Launch
+from gdn_ir.nodes import Tensor
+
+APART = 256                                                # bytes: temporaries start at multiples, as torch's own tensors do
+BLOCK = ""                                                 # where temporaries lie that lie in no output: the block of a call
+HERE = nullcontext()
+
+
+class Life(NamedTuple):
+    """A tensor, a kernel that says how large it is, and the first and the last moment at which it is needed."""
+    kernel: Kernel
+    tensor: Tensor
+    first: int
+    last: int
+
+    def span(self, call: Call) -> Span:
+        number = math.prod(call.shape(self.kernel, self.tensor))
+        return Span(self.first, self.last, number * STORED[self.tensor.dtype].itemsize)
+
+
+class Span(NamedTuple):
+    """What a place must hold: so many bytes, from the first moment to the last."""
+    first: int
+    last: int
+    size: int
+
+
+class Place(NamedTuple):
+    """where: the output in whose memory a temporary lies, or BLOCK; at: from which byte on."""
+    where: str
+    at: int
+
+
+def moments(kernels: Sequence[Kernel]) -> list[int]:
+    """When each kernel runs: numbers from 1 on, a follower's that of the kernel that it runs beside. At 0, before all of them,
+    whoever launches them sets counts to zero."""
+    return list(accumulate(0 if k.awaits else 1 for k in kernels))
+
+
+def temporaries(kernels: Sequence[Kernel]) -> dict[str, Life]:
+    """What the kernels of a pipeline hand to each other and to no backward, by name."""
+    found: dict[str, Life] = {}
+    unset = uncleared(kernels)
+    for now, k in zip(moments(kernels), kernels, strict=True):
+        for t in k.tensors():
+            if t.temp and not t.left:
+                first = found[t.name].first if t.name in found else 0 if t.name in unset else now
+                found[t.name] = Life(k, t, first, now)
+    return found
+
+
+def uncleared(kernels: Iterable[Kernel]) -> set[str]:
+    """Counts that no kernel sets to zero."""
+    kernels = list(kernels)
+    return {k.counts.name for k in kernels if k.counts} - {k.clears.name for k in kernels if k.clears}
+
+
+def outputs(kernels: Sequence[Kernel]) -> dict[str, Life]:
+    """What is written for the caller and never read, from the moment at which it first is: before that it may hold something
+    else."""
+    found: dict[str, Life] = {}
+    read = {n for k in kernels for n in k.program.read()}
+    end = len(kernels)
+    for now, k in zip(moments(kernels), kernels, strict=True):
+        for t in k.tensors():
+            if not t.temp and t.name not in read:
+                found.setdefault(t.name, Life(k, t, now, end))
+    return found
+
+
+def placed(temps: Mapping[str, Span], hosts: Mapping[str, Span]) -> tuple[dict[str, Place], int]:
+    """Where each temporary lies, and how large the block is. hosts: outputs in whose memory they may lie until those begin."""
+    found: dict[str, Place] = {}
+    ends = {n: -(-s.size // APART) * APART for n, s in temps.items()}
+    for name in sorted(temps, key=lambda n: -temps[n].size):                   # in the pipeline's order where they are equal
+        first, last, size = temps[name]
+        beside = [n for n in found if temps[n].first <= last and first <= temps[n].last]
+        for where in (*(n for n, host in hosts.items() if last < host.first), BLOCK):
+            at = 0
+            for start, end in sorted((found[n].at, found[n].at + ends[n]) for n in beside if found[n].where == where):
+                if at + size <= start:
+                    break
+                at = max(at, end)
+            if where == BLOCK or at + size <= hosts[where].size:
+                found[name] = Place(where, at)
+                break
+    return found, max((p.at + ends[n] for n, p in found.items() if p.where == BLOCK), default=0)
+
+
+def in_order(kernels: Sequence[Kernel], launches: Sequence[Launch]) -> Launch:
+    """A pipeline's launches one after another, their temporaries parts of one block."""
+    temps, unset = temporaries(kernels), uncleared(kernels)
+
+    def planned(call: Call) -> tuple[int, list[tuple[str, torch.dtype, tuple[int, ...], tuple[int, ...], int]]]:
+        """Bytes of the block, and of each temporary its name, dtype, shape, strides and first element."""
+        places, total = placed({n: life.span(call) for n, life in temps.items()}, {})
+        views = []
+        for name, (kernel, t, *_) in temps.items():
+            shape, dtype = call.shape(kernel, t), STORED[t.dtype]
+            strides = tuple(math.prod(shape[i + 1:]) for i in range(len(shape)))
+            views.append((name, dtype, shape, strides, places[name].at // dtype.itemsize))
+        return total, views
+
+    def run(memory: Mapping[str, torch.Tensor], params: Mapping[str, float], call: Call) -> None:
+        device = next(iter(memory.values())).device
+        if (plan := call.memo.get("temporaries")) is None:
+            plan = call.memo["temporaries"] = planned(call)
+        total, views = plan
+        every = dict(memory)
+        if views:
+            block = torch.empty(total, dtype=torch.uint8, device=device)
+            typed = {dtype: block.view(dtype) for dtype in {view[1] for view in views}}
+            every |= {name: typed[dtype].as_strided(shape, strides, at) for name, dtype, shape, strides, at in views}
+        for name in unset:
+            every[name].zero_()
+        elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+        with torch.cuda.device(device) if elsewhere else HERE:                 # launches go to the tensors' device
+            for launch in launches:
+                launch(every, params, call)
+    return run

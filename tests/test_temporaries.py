@@ -1,0 +1,151 @@
+"""Where temporaries lie: how long each is needed, who shares memory with whom, and how much that takes."""
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gdn_ir.backends.base import STORED, Call, Kernel
+from gdn_ir.backends.temporaries import APART, BLOCK, Place, Span, moments, outputs, placed, temporaries
+from gdn_ir.backends.triton import driver
+from gdn_ir.compiler import Instance, variant
+from gdn_ir.programs.gated_delta import Switches
+from gdn_ir.schedules.defaults import default
+from tests.differential import interpreted
+from tests.test_driver import Driver
+
+BACKWARD = Instance(Switches(), 128, 128, "bf16", "bf16", True, ("q", "k", "v", "g", "beta"))
+FORWARD = Instance(Switches(final_state=True), 128, 128, "bf16", "bf16", True)
+MIB = 2 ** 20
+
+
+def kernels(instance: Instance, heads: int = 32) -> tuple[Kernel, ...]:
+    return variant(instance, default("sm_90", instance, 1, heads, 32768)[0], "triton", "sm_90").compiled.kernels
+
+
+def live(spans: dict[str, Span], now: int) -> list[str]:
+    return [n for n, s in spans.items() if s.first <= now <= s.last]
+
+
+# ---- how much ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("instance", "H", "HV", "apart", "together", "hosted"), [
+    (BACKWARD, 16, 32, 2574.2, 2318.1, 2186.1), (BACKWARD, 2, 4, 321.8, 289.8, 273.3),
+    (FORWARD, 16, 32, 901.1, 901.1, 901.1), (FORWARD, 2, 4, 112.6, 112.6, 112.6)])
+def test_how_much_a_call_allocates(instance: Instance, H: int, HV: int, apart: float, together: float, hosted: float) -> None:
+    """MiB at 1x32768: a tensor each, one block, one block and outputs. No arrangement of the block takes less: it is as large
+    as what is needed at its fullest moment. (The backward's is that of back and inner, where both states are there.)"""
+    pipeline, call = kernels(instance, HV), Call(1, 32768, 32768, {"H": H, "HV": HV})
+    temps, outs = ({n: life.span(call) for n, life in some.items()} for some in (temporaries(pipeline), outputs(pipeline)))
+    assert sum(s.size for s in temps.values()) / MIB == pytest.approx(apart, abs=0.06)
+    for hosts, want in (({}, together), (outs, hosted)):
+        places, size = placed(temps, hosts)
+        assert size / MIB == pytest.approx(want, abs=0.06)
+        left = {n: temps[n] for n, p in places.items() if p.where == BLOCK}
+        assert size == max(sum(-(-left[n].size // APART) * APART for n in live(left, now)) for now in range(9))
+
+
+# ---- how long ---------------------------------------------------------------------------------------------------------------
+
+
+def test_followers_are_of_one_moment() -> None:
+    pipeline = kernels(BACKWARD)
+    assert [k.name for k in pipeline] == ["solve", "again", "local", "heads", "back", "inner", "grads"]
+    assert moments(pipeline) == [1, 2, 2, 3, 4, 4, 5]
+    spans = {n: (life.first, life.last) for n, life in temporaries(pipeline).items()}
+    assert spans["A"] == (1, 4)                            # back alone reads it, but inner runs beside back
+    assert spans["d_q_parts"] == (2, 3) and spans["d_r"] == (4, 4) and spans["d_S"] == (4, 5)
+    assert spans["again_ready"] == (1, 2) and spans["back_ready"] == (2, 4)            # from where they are cleared
+    one_by_one = tuple(replace(k, awaits=None) for k in pipeline)
+    assert moments(one_by_one) == [1, 2, 3, 4, 5, 6, 7] and temporaries(one_by_one)["A"].last == 5
+    assert {n: life.first for n, life in outputs(pipeline).items()} == {"d_q": 3, "d_v": 4, "d_beta": 4, "d_k": 5, "d_g": 5}
+
+
+def test_counts_that_no_kernel_clears_are_there_from_the_start() -> None:
+    plain = Instance(Switches(erase=False), 128, 128, "bf16", "bf16", True)
+    assert temporaries(kernels(plain))["scan_ready"][2:] == (0, 1)
+
+
+def test_a_lifetime_of_one_kernel_less_is_seen() -> None:
+    """Executed by Triton's interpreter, with whatever is not needed overwritten before every kernel: gradients are right; and
+    wherever a temporary is said to end one kernel earlier, they are not."""
+    cases: list[list[object]] = [["lifetimes", "gated delta rule, f32, varlen", "states"]]
+    (found,) = interpreted(cases).values()
+    assert float(found["error"]) < 2e-5 and found["unseen"] == [] and found["temporaries"] == 12, found       # type: ignore[arg-type]
+
+
+# ---- where ------------------------------------------------------------------------------------------------------------------
+
+
+SPANS = st.tuples(st.integers(0, 6), st.integers(0, 3), st.integers(0, 5000)).map(lambda x: Span(x[0], x[0] + x[1], x[2]))
+
+
+@given(st.lists(SPANS, max_size=12), st.lists(SPANS, max_size=3))
+def test_none_overlaps_what_lives_beside_it(temps: list[Span], outs: list[Span]) -> None:
+    spans, hosts = {str(i): s for i, s in enumerate(temps)}, {f"out {i}": s for i, s in enumerate(outs)}
+    places, size = placed(spans, hosts)
+    assert places.keys() == spans.keys()
+    for n, (where, at) in places.items():
+        assert at % APART == 0
+        if where == BLOCK:
+            assert at + spans[n].size <= size
+        else:
+            assert at + spans[n].size <= hosts[where].size and spans[n].last < hosts[where].first
+    for now in range(10):
+        for where in {BLOCK, *hosts}:
+            taken = sorted((places[n].at, places[n].at + spans[n].size) for n in live(spans, now)
+                           if places[n].where == where and spans[n].size)
+            assert all(end <= start for (_, end), (start, _) in zip(taken, taken[1:]))
+
+
+def test_the_largest_first_and_each_as_low_as_it_goes() -> None:
+    """What is done by hand: b takes a's place, for a has ended; c lies in the output until that is written; d behind b."""
+    spans = {"d": Span(3, 3, 300), "a": Span(0, 1, 1024), "b": Span(2, 3, 1000), "c": Span(1, 2, 512)}
+    places, size = placed(spans, {"o": Span(3, 9, 512)})
+    assert places == {"a": Place(BLOCK, 0), "b": Place(BLOCK, 0), "c": Place("o", 0), "d": Place(BLOCK, 1024)} and size == 1536
+
+
+class Memory(Driver):
+    """Takes down what memory is set to zero too."""
+
+    def __init__(self, *kernels: Kernel) -> None:
+        super().__init__(*kernels)
+        self.zeroed: list[tuple[int, int]] = []
+
+    def cuMemsetD32Async(self, at: int, value: int, number: int, stream: int) -> int:
+        self.zeroed.append((at, number))
+        return 0
+
+
+@pytest.mark.parametrize("instance", [replace(BACKWARD, K=64, V=64), replace(BACKWARD, K=256, V=256, io="f32", beta="f32"),
+                                      Instance(Switches(erase=False), 64, 64, "bf16", "bf16", True)])
+def test_what_a_driver_is_given_never_overlaps(instance: Instance, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Addresses as kernels get them: what is alive at one moment lies apart, temporaries in outputs too, and the same for all
+    kernels; counts start at zero where they lie."""
+    for name, stub in (("current", lambda: -1), ("stream", lambda device: 7),
+                       ("workspace", lambda size, device: torch.empty(size, dtype=torch.uint8))):
+        monkeypatch.setattr(driver, name, stub)
+    pipeline = kernels(instance)
+    fake = Memory(*pipeline)
+    monkeypatch.setattr(driver, "driver", lambda: fake)
+    call = Call(2, 200, 200, {"H": 2, "HV": 4}, torch.tensor([0, 120, 200], dtype=torch.int32))
+    lives = {**temporaries(pipeline), **outputs(pipeline)}
+    size = {n: life.span(call).size for n, life in lives.items()}
+    given = {t.name: torch.zeros(call.shape(k, t), dtype=STORED[t.dtype]) for k in pipeline for t in k.tensors() if not t.temp}
+    images = [driver.Image(k, b"", {"name": k.name, "shared": 0, "num_warps": 4}) for k in pipeline]
+    driver.Batch(images, temporaries(pipeline))(given, {"scale": 0.5}, call)
+    places: dict[str, set[int]] = {n: {values[n] for _, values in fake.launched if n in values} for n in lives}
+    assert all(len(at) == 1 and next(iter(at)) % 16 == 0 for at in places.values())
+    for now in range(1, len(pipeline) + 1):
+        taken: list[Any] = sorted((*places[n], size[n]) for n, life in lives.items() if life.first <= now <= life.last)
+        assert all(at + n <= after for (at, n), (after, _) in zip(taken, taken[1:]))
+    hosted = [n for n in temporaries(pipeline) for out, x in given.items() if out in places
+              and 0 <= next(iter(places[n])) - x.data_ptr() < size[out]]
+    assert bool(hosted) == bool(instance.grads)
+    counts = {n for n, life in temporaries(pipeline).items() if life.first == 0}
+    assert {at for at, _ in fake.zeroed} == {at for n in counts for at in places[n]} and bool(counts) == (not instance.grads)
