@@ -84,7 +84,7 @@ def roles_fit(arch: str, instance: Instance, sequences: int, heads: int) -> bool
     s = instance.switches
     fits = arch == "sm_90" and instance.io == "bf16" and (instance.K, instance.V) == (128, 128) and not instance.grads \
         and not instance.recurrent
-    return fits and s.decay == "scalar" and s.erase and s.final_state and not s.l2norm and not s.state_v_first \
+    return fits and s.decay == "scalar" and s.erase and not s.l2norm and not s.state_v_first \
         and sequences * heads >= CROWDED
 
 
