@@ -71,7 +71,7 @@ class Language:
     # -- memory
 
     def alloc_fragment(self, shape: tuple[int, ...], dtype: str) -> Any:
-        return np.full(shape, np.nan, DTYPES[dtype]).view(Buffer)
+        return np.full(shape, -1 if dtype == "int32" else np.nan, DTYPES[dtype]).view(Buffer)
     alloc_local = alloc_fragment
 
     def alloc_shared(self, shape: tuple[int, ...], dtype: str) -> Any:
@@ -128,7 +128,7 @@ def run(kernel: Kernel, source: Source, memory: Mapping[str, torch.Tensor], scal
     assert kernel.options.roles is not None
     text = "\n".join(line for line in source.text.splitlines() if not line.startswith("import "))
     sizes = {"tokens": call.tokens, "sequences": call.sequences, "slots": call.slots(kernel.chunk), **call.heads,
-             "boundaries": call.sequences + 1}
+             "boundaries": call.sequences + 1, **{f"slots_{d}": call.slots(n) for d, n in kernel.segments.items()}}
     arrays = {f"{t.name}_": array(memory[t.name], kernel.chunk) for t in kernel.tensors()}
     given = {**arrays, "scale": np.float32(scale), "L": call.length, "N": call.sequences, **call.heads}
     given |= {"block0": 0, "blocks": 0}
