@@ -49,8 +49,8 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
     if backend == "tilelang" and ROLES_IN_SEGMENTS and roles_can(arch, instance) and tokens >= LONG * 64 * sequences:
         size = segment_of(sequences, heads, tokens)
         return segmented_roles(instance, size), (
-            f"{arch}: {sequences * heads} blocks of roles would not fill {MULTIPROCESSORS[arch]} multiprocessors; each sequence "
-            f"is cut into segments of {size} chunks; what comes before their scan by triton")
+            f"{arch}: {sequences * heads} blocks of roles would not fill {MULTIPROCESSORS[arch]} multiprocessors; each "
+            f"sequence is cut into segments of {size} chunks; what comes before their scan by triton")
     if backend == "tilelang":
         return of_tilelang(arch, instance, steps)
     if SEGMENTS and cuts(arch, instance, sequences, heads, tokens):

@@ -61,7 +61,8 @@ def evaluated(text: str, chunk: int, late: bool) -> int:
     return int(eval(text.replace("/", "//")))
 
 
-@pytest.mark.parametrize(("varlen", "states", "segment"), [(True, True, 0), (False, False, 0), (True, False, 32), (False, True, 16)])
+@pytest.mark.parametrize(("varlen", "states", "segment"), [
+    (True, True, 0), (False, False, 0), (True, False, 32), (False, True, 16)])
 def test_cuda_synchronises_as_planned(varlen: bool, states: bool, segment: int) -> None:
     kernel, cuda, shared = scan(varlen, states, segment)
     assert shared <= SHARED

@@ -30,7 +30,7 @@ def supports(kernel: Kernel, arch: str) -> Reason | None:
         return Reason(f"roles are printed for sm_90, not for {arch}")
     scans = [s for s in kernel.program.scans() if not kernel.parallel or s is not kernel.parallel.node]
     if kernel.splits or len(scans) != 1 or not scans[0]["carries"] or "idle" in dict(scans[0].attr):
-        return Reason("roles: one scan a kernel that carries something, and runs always, V whole; segments of it may run at once")
+        return Reason("roles: one scan a kernel that carries something, and always runs, V whole; its segments may run at once")
     try:
         printer = RolePrinter(kernel)
         printer.check()
