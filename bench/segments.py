@@ -36,7 +36,7 @@ from gdn_ir.bench.timing import interleave, timer
 from gdn_ir.compiler import Instance, Variant, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.reference import recurrence
-from gdn_ir.schedules.defaults import default, of_roles, roles_can, segmented, segmented_roles
+from gdn_ir.schedules.defaults import default, roles_can, segmented, with_triton
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 ARCH = "sm_90"
@@ -84,12 +84,6 @@ def states(instance: Instance, heads: int = 8, tokens: int = 32768) -> Schedule:
 def backend_of(schedule: Schedule) -> str:
     """Whose pipeline a schedule is for: roles are TileLang's."""
     return "tilelang" if any(o.roles for _, o in schedule.kernels) else "triton"
-
-
-def roles(instance: Instance, segment: int) -> Schedule:
-    """As roles, in segments of that many chunks; with 0, whole."""
-    solve = replace(dict(segmented(ARCH, instance).kernels)["solve"], backend="triton")
-    return segmented_roles(instance, segment) if segment else of_roles(solve=solve)
 
 
 def candidates(instance: Instance, lengths: list[int], changes: dict[str, KernelOptions]) -> Iterator[tuple[str, Schedule]]:
@@ -203,10 +197,10 @@ def main() -> None:
     checks = [(c, n, segmented(ARCH, c.instance, n)) for n in a.segments
               for c in (CHECKS if n == a.segments[0] else CHECKS[:3])]
     able = [c for c in CHECKS if roles_can(ARCH, c.instance)]
-    checks += [(c, max(n, 2), roles(c.instance, n)) for n in a.roles for c in (able if n in a.roles[:2] else able[:2])]
+    checks += [(c, max(n, 2), with_triton(c.instance, n)) for n in a.roles for c in (able if n in a.roles[:2] else able[:2])]
     checks = checks if a.only != "times" else []
     shapes = SHAPES if a.only != "checks" else []
-    made = [*candidates(TIMED, a.segments, dict(a.set)), *((s.name, s) for n in a.roles for s in [roles(TIMED, n)])]
+    made = [*candidates(TIMED, a.segments, dict(a.set)), *((s.name, s) for n in a.roles for s in [with_triton(TIMED, n)])]
     base = [states(TIMED, HV * len(lengths)) for lengths, _, HV in shapes]
     jobs = [(c.instance, s) for c, _, cut in checks for s in (states(c.instance), cut)]
     jobs += [(TIMED, s) for s in (*base, *(s for _, s in made))] if shapes else []

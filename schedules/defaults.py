@@ -43,12 +43,12 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
         raise ValueError(f"arch: got {arch!r}; accepts cpu, {', '.join(MULTIPROCESSORS)}")
     steps = plan("states", erase, io, sums=instance.switches.decay != "none")
     if backend == "tilelang" and roles_fit(arch, instance, sequences, heads):
-        return of_roles(SOLVED, replace(options(arch, instance, 32)["solve"], backend="triton")), \
+        return with_triton(instance), \
             f"{arch}: roles in one block for each of {sequences * heads} sequences and heads, beside each other on " \
             f"{MULTIPROCESSORS[arch]} multiprocessors; the inverses before, by triton"
     if backend == "tilelang" and ROLES_IN_SEGMENTS and roles_can(arch, instance) and tokens >= LONG * 64 * sequences:
         size = segment_of(sequences, heads, tokens)
-        return segmented_roles(instance, size), (
+        return with_triton(instance, size), (
             f"{arch}: {sequences * heads} blocks of roles would not fill {MULTIPROCESSORS[arch]} multiprocessors; each "
             f"sequence is cut into segments of {size} chunks; what comes before their scan by triton")
     if backend == "tilelang":
@@ -99,6 +99,12 @@ def segmented_roles(instance: Instance, segment: int, roles: Roles = SOLVED) -> 
               if k not in ("*", "scan", "output")}
     steps = plan("cut", instance.switches.erase, instance.io, sums=True, segment=segment)
     return Schedule(f"roles-{segment}", steps=steps).with_options(**before, scan=KernelOptions(roles=roles))
+
+
+def with_triton(instance: Instance, segment: int = 0) -> Schedule:
+    """Roles as they serve, all before their scan by Triton. segment: chunks of one; with 0, sequences are whole."""
+    solve = replace(options("sm_90", instance, 32)["solve"], backend="triton")
+    return segmented_roles(instance, segment) if segment else of_roles(SOLVED, solve)
 
 
 def roles_can(arch: str, instance: Instance) -> bool:

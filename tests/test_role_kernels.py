@@ -142,8 +142,8 @@ def test_declines() -> None:
     (True, False, True, True, [193, 193], 2), (False, False, False, False, [200], 3)])
 def test_emitted_text_computes_the_rule(late: bool, varlen: bool, starts: bool, kept: bool, lengths: list[int],
                                         segment: int) -> None:
-    """The emitted text itself, executed role by role, against float64: ragged tails, an empty sequence, with and without initial
-    and final states, value heads that share a key head; whole or in segments, of which a sequence's last is shorter; all behind
+    """The emitted text itself, executed role by role, against float64: ragged tails, an empty sequence, with and without
+    initial and final states, value heads that share a key head; whole or in segments, a sequence's last one shorter; all behind
     the last sequence is NaN, and stays as it was."""
     i = Instance(Switches(initial_state=starts, final_state=kept), 128, 128, "bf16", "bf16", varlen)
     steps = Schedule("x", steps=plan("cut", sums=True, segment=segment) if segment else plan("solve", sums=True))
