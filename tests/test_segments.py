@@ -130,7 +130,8 @@ def test_refusals_of_segments() -> None:
 
 def test_by_triton() -> None:
     """Packed, one sequence empty, outputs poisoned, with states in and out and without; P's columns and V in tiles."""
-    found = interpreted([["plan", "segments", f"{cell}, f32", 16, 2, 32] for cell in ("initial state", "no final state")])
+    found = interpreted([["plan", name, f"{cell}, f32", 16, 2, 32] for name, cell in (
+        ("segments", "initial state"), ("segments", "no final state"), ("cut", "initial state"))])
     assert all(float(str(v.get("error", "nan"))) < 1e-6 for v in found.values()), found
 
 
