@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from gdn_ir.artifacts import digest
 from gdn_ir.autotune.space import Candidate
-from gdn_ir.backends import BACKENDS
 from gdn_ir.backends.base import Call, Kernel, blocks
 from gdn_ir.compiler import Instance, Unsupported, Variant, variant
 from gdn_ir.nodes import Node, Op
@@ -49,8 +48,8 @@ def ready(candidate: Candidate, instance: Instance, backend: str, arch: str) -> 
                 return f"shared memory: {k.name} takes at least {need} bytes, of {SHARED[arch]}"
             if (need := registers(k)) > REGISTERS:
                 return f"registers: {k.name} carries {need} for each thread, of {REGISTERS}"
-    b = BACKENDS[backend]
-    keys = tuple(digest(b.recipe(k, s, arch)) for k, s in zip(made.compiled.kernels, made.sources, strict=True))
+    c = made.compiled
+    keys = tuple(digest(b.recipe(k, s, arch)) for b, k, s in zip(c.makers, c.kernels, c.sources, strict=True))
     return Ready(candidate, made, keys)
 
 

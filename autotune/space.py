@@ -17,7 +17,7 @@ from gdn_ir.artifacts import digest
 from gdn_ir.compiler import Instance, planned
 from gdn_ir.follow import can_follow
 from gdn_ir.program import Program
-from gdn_ir.schedules.defaults import default, lean, segmented
+from gdn_ir.schedules.defaults import CROWDED, default, lean, roles_can, segmented, with_triton
 from gdn_ir.schedules.plans import Steps, backward_plan, plan
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
@@ -28,7 +28,8 @@ MODEST = KernelOptions(64, 4, 1)
 class Frame:
     """All of a schedule but its kernels' options. block: rows that the triangular solve substitutes before it merges blocks by
     products; sums: whether the log decay's running sums are hoisted beside the solve; dot: what products' operands are rounded
-    to; segment: chunks of a segment, in a plan that cuts sequences into such."""
+    to; segment: chunks of a segment, in a plan that cuts sequences into such. The plan "roles" is "solve" ("cut", where it has
+    segments) with a scan as roles, which are not varied."""
     plan: str
     chunk: int = 64
     block: int = 16
@@ -42,7 +43,8 @@ class Frame:
         if instance.grads:
             return backward_plan(self.plan, instance.program, instance.io, self.chunk, self.block)
         sums = self.sums and instance.switches.decay != "none"
-        return plan(self.plan, instance.switches.erase, instance.io, self.chunk, self.block, sums, self.segment)
+        name = self.plan if self.plan != "roles" else "cut" if self.segment else "solve"
+        return plan(name, instance.switches.erase, instance.io, self.chunk, self.block, sums, self.segment)
 
     def __str__(self) -> str:
         sums = "" if self.sums else ", sums in the scan"
@@ -98,6 +100,7 @@ def space_of(backend: str, arch: str, instance: Instance) -> Space:
         frames.insert(0 if lean(arch, instance, backend) else len(frames), Frame("grouped"))
     frames += [Frame("states", dot="tf32")] if f32 else []
     frames += [Frame("segments", segment=n) for n in (16, 32, 64) if not back and backend == "triton" and instance.K <= 128]
+    frames += [Frame("roles", segment=n) for n in (0, 16, 32, 64) if backend == "tilelang" and roles_can(arch, instance)]
     return Space(tuple(frames), (None, 16, 32, 64, 128), (1, 2, 4, 8), (1, 2, 3, 4))
 
 
@@ -109,12 +112,15 @@ def candidates(space: Space, backend: str, arch: str, instance: Instance, heads:
 
 
 def widened(frame: Frame, space: Space, backend: str, arch: str, instance: Instance, heads: int = 32) -> Iterator[Candidate]:
-    """A frame with the options of each of its kernels varied. A kernel that follows another does so in all but one."""
+    """A frame with the options of each of its kernels varied, but what roles do. A kernel that follows another does so in all
+    but one."""
     base = based(frame, backend, arch, instance, heads)
     for kernel in kernels_of(frame, instance):
-        follows = base.options(kernel).follows
-        for options in space.options():
-            yield Candidate(base.with_options(**{kernel: replace(options, follows=follows)}), frame, kernel)
+        kept = base.options(kernel)
+        follows = kept.follows
+        for options in space.options() if not kept.roles else ():
+            varied = replace(options, follows=follows, backend=kept.backend)
+            yield Candidate(base.with_options(**{kernel: varied}), frame, kernel)
         if follows:
             yield Candidate(base.with_options(**{kernel: replace(base.options(kernel), follows=False)}), frame, kernel)
 
@@ -140,12 +146,15 @@ def based(frame: Frame, backend: str, arch: str, instance: Instance, heads: int)
     known: Mapping[str, KernelOptions] = {}
     if arch not in ("cpu", "torch"):
         try:
-            known = dict(default(arch, instance, 1, heads, 8192, backend)[0].kernels)
+            few = min(heads, CROWDED - 1) if backend == "tilelang" else heads              # roles have frames of their own
+            known = dict(default(arch, instance, 1, few, 4096, backend)[0].kernels)
         except ValueError:
             known = {}
         if frame.plan in ("fused", "solve"):               # its scan does all the work
             known = {k: o for k, o in known.items() if k != "scan"}
-    if frame.segment and arch in ("sm_80", "sm_90"):
+    if frame.plan == "roles":
+        known = dict(with_triton(instance, frame.segment).kernels)
+    elif frame.segment and arch in ("sm_80", "sm_90"):
         known = dict(segmented(arch, instance).kernels)
     behind = {p.name: before for before, p in zip(pipeline, pipeline[1:])}
     known = {n: o if not o.follows or (n in behind and can_follow(behind[n], next(p for p in pipeline if p.name == n)))

@@ -61,7 +61,8 @@ def kernels(chosen: Variant, call: Callable[[], Tensors]) -> dict[str, float]:
             call()
         torch.cuda.synchronize()
     names = {s.kernel for s in chosen.sources}
-    return {e.key: round(e.device_time_total / 1e4, 4) for e in seen.key_averages() if e.key in names}
+    found = ((e.key.removesuffix("_kernel"), e.device_time_total) for e in seen.key_averages())            # TileLang's suffix
+    return {name: round(time / 1e4, 4) for name, time in found if name in names}
 
 
 def fla(x: Tensors) -> tuple[Callable[[], Tensors], Callable[[], object]]:

@@ -1,4 +1,5 @@
-"""The plan "segments" beside "states" in one run, on an H100 or its kin: checked, then timed, whole and each kernel.
+"""The plan "segments", by Triton, and roles, whole and in segments, beside "states" in one run, on an H100 or its kin: checked,
+then timed, whole and each kernel.
 
     python -m gdn_ir.bench.segments --out DIR --commit HASH
     python -m gdn_ir.bench.segments --out DIR --commit HASH --segments 32 --set compose=32,8,2 --set scan=16,4,3
@@ -6,13 +7,15 @@
 Checked: on short sequences, against the token recurrence in float64, beside the errors of "states"; on those that are timed,
 against the outputs of "states"; outputs and freed memory full of NaN before, and the same bits twice. What is wrong is reported
 and not timed. --set adds a candidate for each number of chunks: one kernel with that tile of V, warps and stages. Kernels are
-compiled beforehand, in several processes, into the cache.
+compiled beforehand, in several processes, into the cache. Roles that wait for each other would do so for ever: the process ends
+where a check or a shape takes too long, and what was found before is kept.
 """
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -33,7 +36,7 @@ from gdn_ir.bench.timing import interleave, timer
 from gdn_ir.compiler import Instance, Variant, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.reference import recurrence
-from gdn_ir.schedules.defaults import default, segmented
+from gdn_ir.schedules.defaults import default, roles_can, segmented, with_triton
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 ARCH = "sm_90"
@@ -43,6 +46,7 @@ TIMED = Instance(Switches(), 128, 128, "bf16", "bf16", True)
 STATES = Switches(initial_state=True, final_state=True)
 WORSE = 1.2                                                # times the error of "states", at most
 SECONDS = 0.5                                              # of timing, for each candidate
+LIMIT = 120                                                # seconds, for a check or a shape
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,11 @@ def states(instance: Instance, heads: int = 8, tokens: int = 32768) -> Schedule:
     return default(ARCH, instance, 1, heads, tokens)[0]
 
 
+def backend_of(schedule: Schedule) -> str:
+    """Whose pipeline a schedule is for: roles are TileLang's."""
+    return "tilelang" if any(o.roles for _, o in schedule.kernels) else "triton"
+
+
 def candidates(instance: Instance, lengths: list[int], changes: dict[str, KernelOptions]) -> Iterator[tuple[str, Schedule]]:
     """The plan "segments" with each number of chunks, and each change of a kernel's options."""
     for n in lengths:
@@ -90,7 +99,7 @@ def candidates(instance: Instance, lengths: list[int], changes: dict[str, Kernel
 def build(job: tuple[Instance, Schedule]) -> str | None:
     """Compile into the cache; why not, where it cannot be."""
     try:
-        variant(*job, "triton", ARCH).compiled.launches    # noqa: B018
+        variant(*job, backend_of(job[1]), ARCH).compiled.launches         # noqa: B018
     except Exception as e:                                 # denied, or a compiler's
         return f"{type(e).__name__}: {e}"[:300]
     return None
@@ -123,8 +132,8 @@ def repeated(run: Callable[[], Tensors]) -> tuple[Tensors, bool]:
     return first, all(torch.equal(first[n], second[n]) for n in first)
 
 
-def checked(c: Check, segment: int) -> dict[str, Any]:
-    """Errors of both plans against the recurrence."""
+def checked(c: Check, segment: int, cut: Schedule) -> dict[str, Any]:
+    """Errors of "states" and of another schedule against the recurrence. segment: chunks of one, for the lengths."""
     lengths, s = c.lengths(segment), c.switches
     x = inputs.make(lengths, 2, 4, c.K, c.V, TORCH[c.io], kind=c.kind)
     if not c.dense:                                        # the last rows are no sequence's
@@ -134,13 +143,13 @@ def checked(c: Check, segment: int) -> dict[str, Any]:
     start, ends = cpu["initial_state"] if s.initial_state else None, cpu["cu_seqlens"]
     o, S = recurrence(q, k, v, g if s.decay == "scalar" else None, beta, None, start, ends, erase=s.erase)
     want = {"o": o[0].cuda(), "final_state": S.cuda()}
-    found: dict[str, Any] = {"check": c.name, "segment": segment, "errors": {}}
-    for name, schedule in (("states", states(c.instance)), ("segments", segmented(ARCH, c.instance, segment))):
-        chosen = variant(c.instance, schedule, "triton", ARCH)
+    found: dict[str, Any] = {"check": c.name, "schedule": cut.name, "errors": {}}
+    for name, schedule in (("states", states(c.instance)), (cut.name, cut)):
+        chosen = variant(c.instance, schedule, backend_of(schedule), ARCH)
         got, again = repeated(partial(call, chosen, x, None if c.dense else x["cu_seqlens"], len(ends) - 1, spoil=True))
         found["errors"][name] = {n: relative(got[n], want[n]) for n in got}
         found["repeats"] = again
-    mine, theirs = found["errors"]["segments"], found["errors"]["states"]
+    mine, theirs = found["errors"][cut.name], found["errors"]["states"]
     found["right"] = found["repeats"] and all(mine[n] <= WORSE * theirs[n] + 1e-6 for n in mine)
     return found
 
@@ -154,7 +163,7 @@ def timed(shape: Shape, made: list[tuple[str, Schedule]]) -> dict[str, Any]:
     found: dict[str, Any] = {"shape": name_of(lengths), "heads": [H, HV], "plans": {}}
     runs, want = {}, None
     for name, schedule in made:
-        chosen = variant(TIMED, schedule, "triton", ARCH)
+        chosen = variant(TIMED, schedule, backend_of(schedule), ARCH)
         run = [partial(call, chosen, y, y["cu_seqlens"], len(lengths)) for y in copies]
         got, again = repeated(partial(call, chosen, x, x["cu_seqlens"], len(lengths), spoil=True))
         want = want or got
@@ -180,14 +189,20 @@ def main() -> None:
     p.add_argument("--out", required=True, type=Path)
     p.add_argument("--commit", required=True)
     p.add_argument("--segments", type=lambda t: [int(n) for n in t.split(",")], default=[16, 32, 64])
+    p.add_argument("--roles", type=lambda t: [int(n) for n in t.split(",") if n], default=[0, 16, 32, 64, 128],
+                   help="chunks of segments that roles scan; 0: whole sequences")
     p.add_argument("--set", type=change, action="append", default=[], metavar="KERNEL=TILE,WARPS,STAGES")
     p.add_argument("--only", choices=("checks", "times"), help="one half of the run")
     a = p.parse_args()
-    checks = [(c, n) for n in a.segments for c in (CHECKS if n == a.segments[0] else CHECKS[:3])] if a.only != "times" else []
+    checks = [(c, n, segmented(ARCH, c.instance, n)) for n in a.segments
+              for c in (CHECKS if n == a.segments[0] else CHECKS[:3])]
+    able = [c for c in CHECKS if roles_can(ARCH, c.instance)]
+    checks += [(c, max(n, 2), with_triton(c.instance, n)) for n in a.roles for c in (able if n in a.roles[:2] else able[:2])]
+    checks = checks if a.only != "times" else []
     shapes = SHAPES if a.only != "checks" else []
-    made = list(candidates(TIMED, a.segments, dict(a.set)))
+    made = [*candidates(TIMED, a.segments, dict(a.set)), *((s.name, s) for n in a.roles for s in [with_triton(TIMED, n)])]
     base = [states(TIMED, HV * len(lengths)) for lengths, _, HV in shapes]
-    jobs = [(c.instance, s) for c, n in checks for s in (states(c.instance), segmented(ARCH, c.instance, n))]
+    jobs = [(c.instance, s) for c, _, cut in checks for s in (states(c.instance), cut)]
     jobs += [(TIMED, s) for s in (*base, *(s for _, s in made))] if shapes else []
     failed = build_all(list(dict.fromkeys(jobs)))
     result: dict[str, Any] = {"commit": a.commit, "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
@@ -201,13 +216,19 @@ def main() -> None:
         (a.out / "segments.json").write_text(json.dumps(result, indent=0) + "\n")
     if failed:
         print(json.dumps(result["failed"]), flush=True)
-    for c, n in checks:
+    wrong: set[str] = set()                                # schedules that a check found so: they are not timed
+    for c, n, cut in checks:
+        signal.alarm(LIMIT)
         try:
-            keep("checks", checked(c, n))
+            keep("checks", checked(c, n, cut))
         except Exception as e:
-            keep("checks", {"check": c.name, "segment": n, "failed": f"{type(e).__name__}: {e}"[:300]})
+            keep("checks", {"check": c.name, "schedule": cut.name, "failed": f"{type(e).__name__}: {e}"[:300]})
+        wrong |= set() if result["checks"][-1].get("right") else {cut.name}
     for shape, first in zip(shapes, base, strict=True):
-        keep("rows", timed(shape, [("states", first), *((n, s) for n, s in made if (TIMED, s) not in failed)]))
+        signal.alarm(LIMIT)
+        left = ((n, s) for n, s in made if (TIMED, s) not in failed and s.name not in wrong)
+        keep("rows", timed(shape, [("states", first), *left]))
+    signal.alarm(0)
 
 
 if __name__ == "__main__":

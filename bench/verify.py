@@ -58,7 +58,8 @@ def shipped(arch: str = "sm_90", backend: str = "triton") -> Iterator[tuple[Cell
 def crowded() -> Iterator[Cell]:
     """Where there are sequences and heads enough for roles (`gdn_ir.schedules.defaults.roles_fit`)."""
     layouts = {"packed": PACKED, "dense": Layout((200, 200), H=1, HV=3, K=128, V=128)}
-    switches = {"": Switches(final_state=True), ", initial state": FULL,
+    switches = {"": Switches(final_state=True), ", initial state": FULL, ", no final state": Switches(),
+                ", initial state alone": Switches(initial_state=True),
                 ", negative eigenvalues": Switches(beta_sigmoid=True, neg_eigval=True, final_state=True)}
     for layout, lay in layouts.items():
         for name, s in switches.items():

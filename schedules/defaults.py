@@ -19,6 +19,8 @@ MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132}
 CROWDED = 48                                               # sequences x heads from which roles should win (arithmetic)
 SEGMENTS = False                                           # whether few long sequences are cut (docs/performance-log.md)
 SEGMENT = 64                                               # chunks of one
+ROLES_IN_SEGMENTS = False                                  # whether few long sequences are cut where roles can scan them
+LEAST = 8                                                  # chunks of a segment that roles scan
 LONG = 128                                                 # chunks of a sequence, on average, that is worth cutting
 FILLED = 0.9                                               # blocks of the scan for each multiprocessor that need no more
 
@@ -44,9 +46,14 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
         raise ValueError(f"arch: got {arch!r}; accepts cpu, {', '.join(MULTIPROCESSORS)}")
     steps = plan("states", erase, io, sums=decay, leave=instance.left)
     if backend == "tilelang" and roles_fit(arch, instance, sequences, heads):
-        return of_roles(SOLVED, replace(options(arch, instance, 32)["solve"], backend="triton")), \
+        return with_triton(instance), \
             f"{arch}: roles in one block for each of {sequences * heads} sequences and heads, beside each other on " \
             f"{MULTIPROCESSORS[arch]} multiprocessors; the inverses before, by triton"
+    if backend == "tilelang" and ROLES_IN_SEGMENTS and roles_can(arch, instance) and tokens >= LONG * 64 * sequences:
+        size = segment_of(sequences, heads, tokens)
+        return with_triton(instance, size), (
+            f"{arch}: {sequences * heads} blocks of roles would not fill {MULTIPROCESSORS[arch]} multiprocessors; each "
+            f"sequence is cut into segments of {size} chunks; what comes before their scan by triton")
     if backend == "tilelang":
         return of_tilelang(arch, instance, steps)
     if SEGMENTS and instance.keep == "nothing" and cuts(arch, instance, sequences, heads, tokens):
@@ -87,14 +94,40 @@ def of_roles(roles: Roles = SOLVED, solve: KernelOptions | None = None) -> Sched
                                                                           solve=solve or KernelOptions(None, 4, 1))
 
 
-def roles_fit(arch: str, instance: Instance, sequences: int, heads: int) -> bool:
-    """Whether the forward as roles serves a call, and should be the fastest there: one block takes a whole sequence and head,
-    so there must be enough of these to be busy beside each other."""
+def segment_of(sequences: int, heads: int, tokens: int) -> int:
+    """Chunks of a segment, a power of two, so that few kernels serve all lengths: as short as they can be without more blocks
+    of roles than multiprocessors, for a block has one to itself."""
+    each = max(1, MULTIPROCESSORS["sm_90"] // (sequences * heads))         # segments that a sequence may have
+    chunks = -(-tokens // (64 * sequences * each))
+    return max(LEAST, 1 << (chunks - 1).bit_length())
+
+
+def segmented_roles(instance: Instance, segment: int, roles: Roles = SOLVED) -> Schedule:
+    """The plan "cut", with that many chunks to a segment: all segments scanned as roles, the kernels before by Triton."""
+    before = {k: replace(o, backend="triton") for k, o in segmented("sm_90", instance, segment).kernels
+              if k not in ("*", "scan", "output")}
+    steps = plan("cut", instance.switches.erase, instance.io, sums=True, segment=segment)
+    return Schedule(f"roles-{segment}", steps=steps).with_options(**before, scan=KernelOptions(roles=roles))
+
+
+def with_triton(instance: Instance, segment: int = 0) -> Schedule:
+    """Roles as they serve, all before their scan by Triton. segment: chunks of one; with 0, sequences are whole."""
+    solve = replace(options("sm_90", instance, 32)["solve"], backend="triton")
+    return segmented_roles(instance, segment) if segment else of_roles(SOLVED, solve)
+
+
+def roles_can(arch: str, instance: Instance) -> bool:
+    """Whether the forward as roles can serve an instance."""
     s = instance.switches
     fits = arch == "sm_90" and instance.io == "bf16" and (instance.K, instance.V) == (128, 128) and not instance.grads \
         and not instance.recurrent and instance.keep == "nothing"
-    return fits and s.decay == "scalar" and s.erase and s.final_state and not s.l2norm and not s.state_v_first \
-        and sequences * heads >= CROWDED
+    return fits and s.decay == "scalar" and s.erase and not s.l2norm and not s.state_v_first
+
+
+def roles_fit(arch: str, instance: Instance, sequences: int, heads: int) -> bool:
+    """Whether they should also be the fastest for a call: one block takes a whole sequence and head, so there must be enough
+    of these to be busy beside each other."""
+    return roles_can(arch, instance) and sequences * heads >= CROWDED
 
 
 def scan_width(arch: str, instance: Instance, scans: int) -> int:

@@ -100,7 +100,7 @@ class Laid:
             if name not in self.named:
                 raise IllegalRoles(f"names: {program.name} computes no {expression!r} (for {name}); it computes "
                                    f"{', '.join(sorted(self.named))}")
-        (self.scan,) = (ScanView.of(s) for s in program.scans())
+        (self.scan,) = (ScanView.of(s) for s in program.scans() if s["carries"])         # around it: segments, all at once
         self.stores = {n["tensor"].name: n for n in self.scan.effects if n.op is Op.STORE}
         self.axes = {r.rows: r.copies for r in roles.roles if r.copies > 1}
         self.rings = {v: ring for ring in roles.rings for v in ring.values}

@@ -7,6 +7,7 @@
     wy        as states, with both halves of u (it is affine in the state) computed for all chunks at once
     segments  as states, with each sequence's scan cut into segments of chunks, which run at once: first for what they do to a
               state (transition and offset), then, composed, from the state that each starts with
+    cut       the same of solve: the last scan makes the output too
 
 The kernels are called solve, scan and output; and transition, offset and compose.
 
@@ -36,7 +37,7 @@ from gdn_ir.nodes import Node, Op
 from gdn_ir.program import Program, ScanView, toposort
 
 Steps = tuple[tuple[str | int, ...], ...]
-PLANS = {"forward": ("naive", "fused", "solve", "states", "wy", "segments"),
+PLANS = {"forward": ("naive", "fused", "solve", "states", "wy", "segments", "cut"),
          "backward": ("naive", "fused", "states", "grouped", "inside", "merged")}
 KEEP = ("nothing", "inverse", "states")                    # each with what those before it leave
 CHUNK = 64                                                 # tokens of a chunk of which something is left
@@ -75,7 +76,8 @@ def plan(name: str, erase: bool = True, io: str = "bf16", chunk: int = 64, block
         "states": (*scan, *invert, *hoist, *output, ("move_scales",)),
         "wy": (*scan, *invert, *(halves if erase else ()), *output, ("move_scales",)),
     }
-    table["segments"] = (*table["states"], ("segment", "S", segment, "f64" if io == "f64" else "tf32x3"))
+    for cut, whole in (("segments", "states"), ("cut", "solve")):
+        table[cut] = (*table[whole], ("segment", "S", segment, "f64" if io == "f64" else "tf32x3"))
     if name not in table:
         raise ValueError(f"plan: got {name!r}; accepts {', '.join(table)}")
     return (*table[name], ("leave", *leave)) if leave else table[name]

@@ -71,7 +71,7 @@ class Language:
     # -- memory
 
     def alloc_fragment(self, shape: tuple[int, ...], dtype: str) -> Any:
-        return np.full(shape, np.nan, DTYPES[dtype]).view(Buffer)
+        return np.full(shape, -1 if dtype == "int32" else np.nan, DTYPES[dtype]).view(Buffer)
     alloc_local = alloc_fragment
 
     def alloc_shared(self, shape: tuple[int, ...], dtype: str) -> Any:
@@ -124,11 +124,11 @@ def array(x: torch.Tensor, beyond: int) -> Any:
 
 
 def run(kernel: Kernel, source: Source, memory: Mapping[str, torch.Tensor], scale: float, call: Call, late: bool) -> None:
-    """Run a kernel of roles; its outputs are written to `memory`."""
+    """Run a kernel of roles; its outputs are written to `memory`, each element by one block at most."""
     assert kernel.options.roles is not None
     text = "\n".join(line for line in source.text.splitlines() if not line.startswith("import "))
     sizes = {"tokens": call.tokens, "sequences": call.sequences, "slots": call.slots(kernel.chunk), **call.heads,
-             "boundaries": call.sequences + 1}
+             "boundaries": call.sequences + 1, **{f"slots_{d}": call.slots(n) for d, n in kernel.segments.items()}}
     arrays = {f"{t.name}_": array(memory[t.name], kernel.chunk) for t in kernel.tensors()}
     given = {**arrays, "scale": np.float32(scale), "L": call.length, "N": call.sequences, **call.heads}
     given |= {"block0": 0, "blocks": 0}
@@ -147,7 +147,11 @@ def run(kernel: Kernel, source: Source, memory: Mapping[str, torch.Tensor], scal
             assert not language.running, "a product was never waited for"
         except BaseException as e:
             failed.append(e)
+    clean = {f"{n}_": arrays[f"{n}_"].copy() for n in kernel.program.written()}
+    whole = {n: x.copy() for n, x in clean.items()}
     for block in range(blocks(kernel, call)):
+        for n, x in clean.items():
+            arrays[n][...] = x
         made: dict[int, Any] = {}
         threads = [threading.Thread(target=role, args=(block, i, made)) for i in range(len(warps))]
         for t in threads:
@@ -156,8 +160,13 @@ def run(kernel: Kernel, source: Source, memory: Mapping[str, torch.Tensor], scal
             t.join()
         if failed:
             raise failed[0]
+        for n, x in clean.items():
+            bits = f"u{x.dtype.itemsize}"
+            mine, theirs = (y.view(bits) != x.view(bits) for y in (arrays[n], whole[n]))
+            assert not (mine & theirs).any(), f"two blocks write {n}"
+            whole[n][mine] = arrays[n][mine]
     for name in kernel.program.written():
-        found = arrays[f"{name}_"][:len(memory[name])].astype(np.float32)
+        found = whole[f"{name}_"][:len(memory[name])].astype(np.float32)
         memory[name].copy_(torch.from_numpy(found))
 
 

@@ -69,7 +69,7 @@ def of_cell(cell: Cell, schedule: Schedule | None = None, backend: str = BACKEND
 
 def of_plan(name: str, cell: Cell, chunk: int, segment: int = 32, tile: int | None = None) -> dict[str, Any]:
     s = cell.instance.switches
-    sums = name == "segments" and s.decay != "none"
+    sums = name in ("segments", "cut") and s.decay != "none"
     steps = plan(name, s.erase, cell.io, chunk, sums=sums, segment=segment) if chunk > 1 else ()
     return of_cell(cell, Schedule(name, chunk, steps).with_options(**{"*": KernelOptions(tile)}))
 

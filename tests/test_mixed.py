@@ -53,7 +53,8 @@ def test_roles_serve_where_there_are_blocks_enough(monkeypatch: pytest.MonkeyPat
         return next(c.backend for c in said.choices if c.state == "chosen")
     registry.forget()
     assert served(8) == "tilelang" and served(1) == "triton" and served(1, 64) == "tilelang"
-    for other in ({"l2norm": True}, {"final_state": False}, {"K": 64}, {"dtype": "f16"}, {"recurrent": True}, {"decay": "none"},
+    assert served(8, final_state=False) == "tilelang"      # of a forward whose gradient is wanted, or o alone
+    for other in ({"l2norm": True}, {"K": 64}, {"dtype": "f16"}, {"recurrent": True}, {"decay": "none"},
                   {"state_v_first": True}):
         assert served(8, **other) == "triton", other
     with gdn_ir.use("triton"):

@@ -23,7 +23,7 @@ from gdn_ir.cli import app
 from gdn_ir.compiler import Instance, Unsupported, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.reference import recurrence
-from gdn_ir.schedules.defaults import of_roles
+from gdn_ir.schedules.defaults import of_roles, segmented_roles
 from gdn_ir.schedules.plans import plan
 from gdn_ir.schedules.protocol import Plan, Step, Sync, derive
 from gdn_ir.schedules.schedule import Schedule
@@ -36,11 +36,11 @@ TOKENS = re.compile(r"(?P<barrier>\w+)\[(?P<slot>[^\]]*)\]\.(?P<what>wait|arrive
 
 
 @lru_cache(maxsize=4)
-def scan(varlen: bool = True, states: bool = True) -> tuple[Kernel, str, int]:
-    """The kernel, its CUDA and its shared memory."""
+def scan(varlen: bool = True, states: bool = True, segment: int = 0) -> tuple[Kernel, str, int]:
+    """The kernel, its CUDA and its shared memory. segment: chunks of one, where sequences are cut."""
     i = Instance(Switches(initial_state=states, final_state=states), 128, 128, "bf16", "bf16", varlen)
-    chosen = variant(i, of_roles(), "tilelang", "sm_90")
-    kernel, source = chosen.compiled.kernels[1], chosen.sources[1]
+    chosen = variant(i, segmented_roles(i, segment) if segment else of_roles(), "tilelang", "sm_90")
+    kernel, source = chosen.compiled.kernels[-1], chosen.sources[-1]
     function = getattr(load_source("tilelang", source.kernel, source.hash, source.text), source.kernel)
     return kernel, *lowered(function, "sm_90", TILELANG.flags(kernel))
 
@@ -61,9 +61,10 @@ def evaluated(text: str, chunk: int, late: bool) -> int:
     return int(eval(text.replace("/", "//")))
 
 
-@pytest.mark.parametrize(("varlen", "states"), [(True, True), (False, False)])
-def test_cuda_synchronises_as_planned(varlen: bool, states: bool) -> None:
-    kernel, cuda, shared = scan(varlen, states)
+@pytest.mark.parametrize(("varlen", "states", "segment"), [
+    (True, True, 0), (False, False, 0), (True, False, 32), (False, True, 16)])
+def test_cuda_synchronises_as_planned(varlen: bool, states: bool, segment: int) -> None:
+    kernel, cuda, shared = scan(varlen, states, segment)
     assert shared <= SHARED
     p = derive(RolePrinter(kernel).laid)
     init, body = cuda.split("fence_barrier_init();", 1)
@@ -97,14 +98,15 @@ def test_products() -> None:
     assert "atomic" not in cuda and cuda.count("tl::tma_store(") == 2
 
 
-def test_nvcc_serialises_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("varlen", "segment"), [(True, 0), (True, 32), (False, 16)])
+def test_nvcc_serialises_nothing(tmp_path: Path, varlen: bool, segment: int) -> None:
     """ptxas makes every product of a kernel wait for itself, with only a note, where a stage runs short of registers."""
     compiler()
     from tilelang.contrib import nvcc
     from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH
     if shutil.which(nvcc.get_nvcc_compiler()) is None:
         pytest.skip("no nvcc")
-    (tmp_path / "scan.cu").write_text(scan()[1])
+    (tmp_path / "scan.cu").write_text(scan(varlen, varlen == (segment == 0), segment)[1])
     command = [nvcc.get_nvcc_compiler(), "-std=c++20", "-O3", "--use_fast_math", "-gencode", "arch=compute_90a,code=sm_90a",
                f"-I{TILELANG_TEMPLATE_PATH}", f"-I{CUTLASS_INCLUDE_DIR}", "-Xptxas", "-v", "-cubin", "-o", "x", "scan.cu"]
     said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -133,26 +135,35 @@ def test_declines() -> None:
     assert "roles" not in json.loads(Schedule("x").to_json())["kernels"]["*"]
 
 
-@pytest.mark.parametrize(("late", "varlen", "states", "lengths"), [
-    (False, True, True, [130, 0, 64]), (True, True, False, [70]), (True, False, True, [65])])
-def test_emitted_text_computes_the_rule(late: bool, varlen: bool, states: bool, lengths: list[int]) -> None:
-    """The emitted text itself, executed role by role, against float64: ragged tails, an empty sequence, initial states, value
-    heads that share a key head; all behind the last sequence is NaN, and stays as it was."""
-    i = Instance(Switches(initial_state=states, final_state=True), 128, 128, "bf16", "bf16", varlen)
-    steps = Schedule("solve", steps=plan("solve", sums=True))
-    first, second = variant(i, steps, "torch", "torch"), variant(i, of_roles(), "tilelang", "sm_90")
+@pytest.mark.parametrize(("late", "varlen", "starts", "kept", "lengths", "segment"), [
+    (False, True, True, True, [130, 0, 64], 0), (True, True, False, True, [70], 0), (True, False, True, True, [65], 0),
+    (True, True, False, False, [65, 0, 3], 0), (False, False, True, False, [66], 0),
+    (False, True, True, True, [0, 300, 64, 0, 129, 1], 2), (True, True, False, False, [257, 70], 2),
+    (True, False, True, True, [193, 193], 2), (False, False, False, False, [200], 3)])
+def test_emitted_text_computes_the_rule(late: bool, varlen: bool, starts: bool, kept: bool, lengths: list[int],
+                                        segment: int) -> None:
+    """The emitted text itself, executed role by role, against float64: ragged tails, an empty sequence, with and without
+    initial and final states, value heads that share a key head; whole or in segments, a sequence's last one shorter; all behind
+    the last sequence is NaN, and stays as it was."""
+    i = Instance(Switches(initial_state=starts, final_state=kept), 128, 128, "bf16", "bf16", varlen)
+    steps = Schedule("x", steps=plan("cut", sums=True, segment=segment) if segment else plan("solve", sums=True))
+    roles = segmented_roles(i, segment) if segment else of_roles()
+    before, chosen = variant(i, steps, "torch", "torch"), variant(i, roles, "tilelang", "sm_90")
+    kernel, source = chosen.compiled.kernels[-1], chosen.sources[-1]
     x = inputs.make(lengths, 1, 2, device="cpu")
     ends, total, more = x["cu_seqlens"], sum(lengths), 10 * varlen
     want = recurrence(*(x[n][None] for n in ("q", "k", "v", "g", "beta")),
-                      initial_state=x["initial_state"] if states else None, cu_seqlens=ends)
+                      initial_state=x["initial_state"] if starts else None, cu_seqlens=ends)
     memory = {n: torch.cat([t, torch.full((more, *t.shape[1:]), float("nan"), dtype=t.dtype)])
               for n, t in x.items() if n in ("q", "k", "v", "g", "beta")}
     memory |= {"initial_state": x["initial_state"], "o": torch.full_like(memory["v"], 7.0),
                "final_state": torch.full_like(x["initial_state"], float("nan"))}
-    call = second.call_of(memory, len(lengths), ends if varlen else None)
-    memory |= first.compiled.launches[0](memory, {"scale": 1.0}, call) or {}
-    memory = {n: t.to(TORCH[second.compiled.kernels[1].program.tensors()[n].dtype]) if n in ("A_beta", "G", "total") else t
-              for n, t in memory.items()}
-    emulated.run(second.compiled.kernels[1], second.sources[1], memory, 128 ** -0.5, call, late)
-    assert relative(memory["o"][:total], want[0][0]) < 4.5e-3 and relative(memory["final_state"], want[1]) < 4.5e-3
+    call = chosen.call_of(memory, len(lengths), ends if varlen else None)
+    for launch in before.compiled.launches[:-1]:
+        memory |= launch(memory, {"scale": 1.0}, call) or {}
+    memory |= {n: memory[n].to(TORCH[t.dtype]) for n, t in kernel.program.tensors().items() if t.temp}
+    emulated.run(kernel, source, memory, 128 ** -0.5, call, late)
+    assert relative(memory["o"][:total], want[0][0]) < 4.5e-3
+    assert any("final_state" in k.program.written() for k in chosen.compiled.kernels) == kept
+    assert not kept or relative(memory["final_state"], want[1]) < 4.5e-3
     assert bool((memory["o"][total:] == 7).all())

@@ -24,14 +24,15 @@ from gdn_ir.schedules.schedule import Schedule
 
 
 @lru_cache(maxsize=2)
-def scan(varlen: bool = True) -> Kernel:
-    i = Instance(Switches(initial_state=True, final_state=True), 128, 128, "bf16", "bf16", varlen)
-    schedule = Schedule("solve", steps=plan("solve", sums=True))
-    return lower(i.program, schedule, BACKENDS["tilelang"], "sm_90", i.sizes, i.dtypes, varlen)[1]
+def scan(segment: int = 0) -> Kernel:
+    """Of whole sequences, or of segments of so many chunks."""
+    i = Instance(Switches(initial_state=True, final_state=True), 128, 128, "bf16", "bf16", True)
+    schedule = Schedule("x", steps=plan("cut", sums=True, segment=segment) if segment else plan("solve", sums=True))
+    return lower(i.program, schedule, BACKENDS["tilelang"], "sm_90", i.sizes, i.dtypes, True)[-1]
 
 
-def laid(roles: Roles = SOLVED) -> Laid:
-    return Laid(scan().program, roles)
+def laid(roles: Roles = SOLVED, segment: int = 0) -> Laid:
+    return Laid(scan(segment).program, roles)
 
 
 def with_events(role: str, *events: str) -> Roles:
@@ -135,15 +136,17 @@ def test_liveness_is_what_executing_finds() -> None:
 # ---- the plan, executed --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("segment", [0, 16])
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("chunks", [0, 1, 2, 7])
-def test_runs(chunks: int, ragged: bool) -> None:
-    execute(derive(laid()), chunks, ragged, seeds=20)
+def test_runs(chunks: int, ragged: bool, segment: int) -> None:
+    execute(derive(laid(segment=segment)), chunks, ragged, seeds=20)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_run(name: str) -> None:
-    execute(derive(laid(VARIANTS[name])), 7, True)
+    for segment in (0, 16):
+        execute(derive(laid(VARIANTS[name], segment)), 7, True)
 
 
 @pytest.mark.parametrize("depth", [1, 4])
@@ -168,9 +171,10 @@ def perturbed(p: Plan) -> Iterator[tuple[str, Plan]]:
                 yield f"{name} {off:+d}", replace(p, barriers={**p.barriers, name: replace(b, arrivals=b.arrivals + off)})
 
 
-def test_nothing_derived_is_redundant() -> None:
+@pytest.mark.parametrize("segment", [0, 16])
+def test_nothing_derived_is_redundant(segment: int) -> None:
     unseen = []
-    for what, mutant in perturbed(derive(laid())):
+    for what, mutant in perturbed(derive(laid(segment=segment))):
         try:
             for ragged in (True, False):
                 execute(mutant, 7, ragged)

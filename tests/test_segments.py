@@ -15,8 +15,8 @@ from gdn_ir.interp import Sizes, run, run_pipeline
 from gdn_ir.program import Program, ScanView
 from gdn_ir.programs.gated_delta import Switches, build
 from gdn_ir.reference import recurrence
-from gdn_ir.schedules import steps
-from gdn_ir.schedules.defaults import cuts, default, segmented
+from gdn_ir.schedules import defaults, steps
+from gdn_ir.schedules.defaults import cuts, default, of_roles, segment_of, segmented, segmented_roles
 from gdn_ir.schedules.plans import plan
 from gdn_ir.schedules.schedule import Schedule
 from gdn_ir.split import split
@@ -121,7 +121,7 @@ def test_refusals_of_segments() -> None:
         steps.apply(build(), (("segment", "o", 4),))
     with pytest.raises(steps.IllegalStep, match="2 chunks or more, got 1"):
         steps.apply(build(), (("segment", "S", 1),))
-    with pytest.raises(Unsupported, match="tilelang does not lower scans over segments"):
+    with pytest.raises(Unsupported, match="tilelang lowers scans over segments of chunks as roles alone"):
         variant(BF16, Schedule("x", steps=plan("segments")), "tilelang", "sm_90")
 
 
@@ -130,7 +130,8 @@ def test_refusals_of_segments() -> None:
 
 def test_by_triton() -> None:
     """Packed, one sequence empty, outputs poisoned, with states in and out and without; P's columns and V in tiles."""
-    found = interpreted([["plan", "segments", f"{cell}, f32", 16, 2, 32] for cell in ("initial state", "no final state")])
+    found = interpreted([["plan", name, f"{cell}, f32", 16, 2, 32] for name, cell in (
+        ("segments", "initial state"), ("segments", "no final state"), ("cut", "initial state"))])
     assert all(float(str(v.get("error", "nan"))) < 1e-6 for v in found.values()), found
 
 
@@ -163,3 +164,32 @@ def test_where_a_sequence_should_be_cut() -> None:
     assert not cuts("sm_90", BF16, 8, 8, 8192)                                              # short ones
     assert not cuts("sm_90", replace(BF16, K=256), 1, 8, 32768)
     assert default("sm_90", BF16, 1, 8, 32768)[0].name == "states-16"                       # until a GPU has run it
+
+
+@pytest.mark.parametrize(("sequences", "heads", "tokens", "segment"), [
+    (1, 8, 32768, 32), (1, 16, 32768, 64), (1, 32, 32768, 128), (1, 8, 8192, 8), (2, 8, 32768, 32), (1, 8, 33000, 64),
+    (1, 2, 2048, 8), (1, 512, 65536, 1024)])
+def test_segments_of_roles_fill_the_gpu(sequences: int, heads: int, tokens: int, segment: int,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """As short as they can be with a multiprocessor for each; served only where the flag is set, and few sequences are long."""
+    found = segment_of(sequences, heads, tokens)
+    each = -(-tokens // (64 * found * sequences))
+    assert found == segment and (each == 1 or sequences * heads * each <= 132)
+    assert default("sm_90", BF16, 1, 8, 32768, "tilelang")[0].name == "states-32"
+    monkeypatch.setattr(defaults, "ROLES_IN_SEGMENTS", True)
+    cut, why = default("sm_90", BF16, 1, 8, 32768, "tilelang")
+    assert cut == segmented_roles(BF16, 32) and "segments of 32 chunks" in why
+    assert default("sm_90", BF16, 8, 8, 8192, "tilelang")[0].name == of_roles().name        # enough blocks
+    assert default("sm_90", BF16, 4, 8, 8192, "tilelang")[0].name == "states-32"            # short ones
+
+
+def test_roles_in_segments() -> None:
+    """All before their scan is by Triton; rows of no sequence are cleared by the inverse's kernel."""
+    made = variant(BF16, segmented_roles(BF16, 32), "tilelang", "sm_90").compiled
+    assert [(k.name, b.name) for k, b in zip(made.kernels, made.makers, strict=True)] == [
+        *((n, "triton") for n in ("solve", "transition", "offset", "compose")), ("scan", "tilelang")]
+    assert made.kernels[0].sweeps and made.tails == ()
+    assert made.kernels[-1].program.written() == ("o",)    # the end of the last segment is compose's
+    first = variant(replace(BF16, switches=Switches()), segmented_roles(BF16, 32), "tilelang", "sm_90").compiled
+    idle = {k.name: s["idle"] for k in first.kernels for s in k.program.scans() if "idle" in dict(s.attr)}
+    assert idle == {"transition": ("first", "last"), "offset": ("last",)}

@@ -24,14 +24,14 @@ from gdn_ir.autotune.display import Display
 from gdn_ir.autotune.keys import Shape
 from gdn_ir.autotune.prune import Pruned, Ready, ready
 from gdn_ir.autotune.records import Records, winners
-from gdn_ir.autotune.space import Candidate, Frame, Space, candidates, compose, space_of
+from gdn_ir.autotune.space import Candidate, Frame, Space, based, candidates, compose, space_of, widened
 from gdn_ir.autotune.tune import Limits, Task, Tuner
 from gdn_ir.backends import BACKENDS
 from gdn_ir.bench import cases
-from gdn_ir.compiler import Instance
+from gdn_ir.compiler import Instance, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.registry import options
-from gdn_ir.schedules.defaults import CROWDED
+from gdn_ir.schedules.defaults import CROWDED, with_triton
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 SMALL = Instance(Switches(final_state=True), 16, 16, "f32", "f32", True)
@@ -96,6 +96,29 @@ def test_every_space_has_points(backend: str, arch: str, io: str, grads: tuple[s
     space = space_of(backend, arch, i)
     space = Space(space.frames[:2], space.v_tile[:2], space.num_warps[:2], space.num_stages[:2])
     assert any(isinstance(ready(c, i, backend, arch), Ready) for c in candidates(space, backend, arch, i))
+
+
+@pytest.mark.parametrize("heads", [8, 64])
+def test_roles_are_in_the_space(heads: int) -> None:
+    """Whole and in segments, whether or not the default has them; each is worth compiling, and Triton's part stays its own."""
+    space = space_of("tilelang", "sm_90", BF16)
+    frames = [f for f in space.frames if f.plan == "roles"]
+    assert [f.segment for f in frames] == [0, 16, 32, 64]
+    for f in frames:
+        base = based(f, "tilelang", "sm_90", BF16, heads)
+        found = ready(Candidate(base, f), BF16, "tilelang", "sm_90")
+        assert isinstance(found, Ready), found
+        assert [k.name for k in found.variant.compiled.kernels if k.options.roles] == ["scan"]
+        served = variant(BF16, with_triton(BF16, f.segment), "tilelang", "sm_90")
+        assert found.sources == {s.kernel: s.hash for s in served.sources}
+        every = [c.varies for c in widened(f, Space(space.frames, (None, 32), (1,), (1,)), "tilelang", "sm_90", BF16, heads)]
+        assert "solve" in every and "scan" not in every
+    varied = next(c for c in widened(frames[1], space, "tilelang", "sm_90", BF16, heads) if c.varies == "compose")
+    assert varied.schedule.options("compose").backend == "triton"
+    assert not based(space.frames[0], "tilelang", "sm_90", BF16, heads).options("scan").roles
+    for other in (replace(BF16, io="f16"), replace(BF16, V=64), replace(BF16, switches=Switches(l2norm=True))):
+        assert all(f.plan != "roles" for f in space_of("tilelang", "sm_90", other).frames)
+    assert all(f.plan != "roles" for f in space_of("triton", "sm_90", BF16).frames)
 
 
 def test_the_best_options_are_put_together() -> None:

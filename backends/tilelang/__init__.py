@@ -48,8 +48,8 @@ class TileLang:
                 return Reason(f"tilelang does not lower a store summed over {', '.join(n['sum'])} yet ({n['tensor'].name})")
         for scan in kernel.groups:
             return Reason(f"tilelang does not lower a loop over the {scan.axis} that share one {scan.group} yet")
-        if kernel.segments or any("idle" in dict(s.attr) for s in kernel.program.scans()):
-            return Reason("tilelang does not lower scans over segments of chunks yet")
+        if not kernel.options.roles and (kernel.segments or any("idle" in dict(s.attr) for s in kernel.program.scans())):
+            return Reason("tilelang lowers scans over segments of chunks as roles alone; triton lowers all")
         if not kernel.options.roles and (len(kernel.splits) > 1 or (kernel.parallel and len(kernel.parallel.chain) > 1)):
             return Reason("tilelang: one split axis a kernel, and one scan where its iterations go to the grid")
         if importlib.util.find_spec("tilelang") is None or (arch == "cpu" and shutil.which("g++") is None):
@@ -89,7 +89,7 @@ class TileLang:
             given: dict[str, torch.Tensor | int | float] = {f"{t.name}_": memory[t.name] for t in tensors}
             given |= {p: values[p] for p in params} | {h: call.heads[h] for h in sizes}
             given |= {"L": call.length, "N": call.sequences, "tokens": call.tokens, "sequences": call.sequences,
-                      "slots": call.slots(kernel.chunk)}
+                      "slots": call.slots(kernel.chunk), **{f"slots_{d}": call.slots(n) for d, n in kernel.segments.items()}}
             if call.cu_seqlens is not None:
                 given |= {"cu": call.cu_seqlens, "boundaries": call.sequences + 1}
             run(given, grid)

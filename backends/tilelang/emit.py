@@ -7,12 +7,14 @@ from gdn_ir.backends.printer import INDENT
 from gdn_ir.backends.tilelang.rules import DTYPES, where
 from gdn_ir.backends.tilelang.statements import Statements, Target, coordinate
 from gdn_ir.nodes import Tensor, base
+from gdn_ir.program import ScanView
 
 SIZES = {"T": "tokens", "N": "sequences", "X": "slots"}    # of tensors' dimensions that are known at the call
 
 
 def dimensions(kernel: Kernel, tensor: Tensor) -> list[str]:
-    return [str(kernel.extents[base(d)]) if base(d) in kernel.extents else SIZES.get(d, d) for d in tensor.dims]
+    known = SIZES | {d: f"slots_{d}" for d in kernel.segments}             # X is an axis too, where it is one of two scans'
+    return [known[d] if d in known else str(kernel.extents.get(base(d), d)) for d in tensor.dims]
 
 
 def symbols(kernel: Kernel) -> list[str]:
@@ -72,7 +74,8 @@ class TileLangPrinter(Statements):
 
     def prologue(self) -> int:
         """The tile, head, sequence and chunk of this block; returns the depth at which its work is written."""
-        k, grid, chunk = self.kernel, self.kernel.program.grid, self.kernel.chunk
+        k, grid = self.kernel, self.kernel.program.grid
+        span = k.span(k.parallel) if k.parallel else 0     # tokens of a chunk, or of a segment of them
         left = "block + block0"
         for a in reversed([g for g in grid if g != "N"]):
             count = str(-(-k.extents[a[:-1]] // k.tile(a[:-1]))) if a.endswith("#") else a
@@ -86,22 +89,28 @@ class TileLangPrinter(Statements):
         for h, a in self.shared_heads():
             self.bind(f"i_{h}", f"T.truncdiv(i_{a}, T.truncdiv({a}, {h}))")
         if k.parallel and k.varlen:
-            self.locate(chunk)
+            self.locate(span)
         elif k.parallel:
-            chunks = f"T.max(T.ceildiv(L, {chunk}), 1)"    # TVM refuses what it thinks could divide by zero
+            chunks = f"T.max(T.ceildiv(L, {span}), 1)"     # TVM refuses what it thinks could divide by zero
             self.bind(f"i_{k.parallel.axis}", f"T.truncmod(pid, {chunks})")
             self.bind("n", f"T.truncdiv(pid, {chunks})")
         else:
             self.bind("n", "pid")
         self.bounds()
-        if k.parallel:
-            turn = f"i_{k.parallel.axis}"
-            if k.varlen:
-                self.tail(chunk)
-                self.bind(turn, f"pid - T.truncdiv(first, {chunk}) - n")
-                self.put(2, f"if T.And({turn} >= 0, {turn} * {chunk} < length):")
-            self.chunk(k.parallel, 2 + k.varlen)
-        return 2 + bool(k.parallel and k.varlen)
+        if not k.parallel:
+            return 2
+        if k.varlen:
+            self.tail(span)
+            self.bind(f"i_{k.parallel.axis}", f"pid - T.truncdiv(first, {span}) - n")
+        return self.turn(k.parallel)
+
+    def turn(self, scan: ScanView) -> int:
+        """The chunk of a block that has one, if it has; returns the depth at which its work is written."""
+        if self.kernel.varlen:
+            at = f"i_{scan.axis}"
+            self.put(2, f"if T.And({at} >= 0, {at} * {self.span(scan)} < length):")
+        self.chunk(scan, 2 + self.kernel.varlen)
+        return 2 + self.kernel.varlen
 
     def tail(self, chunk: int) -> None:
         """Slots past those of the last sequence are of the rows that no sequence owns, which come back as zeros."""

@@ -13,6 +13,7 @@ from gdn_ir.backends.linearize import listed
 from gdn_ir.backends.tilelang.role_steps import Lies, RoleSteps
 from gdn_ir.backends.tilelang.rules import DTYPES, where
 from gdn_ir.nodes import IRError, Node, Op
+from gdn_ir.program import ScanView
 from gdn_ir.schedules.execute import Fault, execute
 from gdn_ir.schedules.events import Step
 from gdn_ir.schedules.protocol import Sync
@@ -27,8 +28,9 @@ def supports(kernel: Kernel, arch: str) -> Reason | None:
     """Why a kernel's role schedule cannot be printed, if so."""
     if arch != "sm_90":
         return Reason(f"roles are printed for sm_90, not for {arch}")
-    if kernel.parallel or kernel.splits or len(kernel.program.scans()) != 1:
-        return Reason("roles: one scan a kernel, that carries something, V whole")
+    scans = [s for s in kernel.program.scans() if not kernel.parallel or s is not kernel.parallel.node]
+    if kernel.splits or len(scans) != 1 or not scans[0]["carries"] or "idle" in dict(scans[0].attr):
+        return Reason("roles: one scan a kernel that carries something, and always runs, V whole; its segments may run at once")
     try:
         printer = RolePrinter(kernel)
         printer.check()
@@ -61,8 +63,18 @@ class RolePrinter(RoleSteps):
 
     # -- the kernel
 
+    def turn(self, scan: ScanView) -> int:
+        """Of a segment its place; a block that has none has no chunks."""
+        self.bind(f"slot_{scan.axis}", f"T.truncdiv(first, {self.span(scan)}) + n + i_{scan.axis}")
+        return 2
+
     def work(self, depth: int) -> None:
-        self.put(depth, f"chunks = T.ceildiv({self.length}, {self.kernel.chunk})")
+        chunks = f"T.ceildiv({self.length}, {self.kernel.chunk})"
+        if scan := self.kernel.parallel:
+            most, at = self.kernel.extents[self.scan.axis], f"i_{scan.axis}"
+            chunks = f"T.min({most}, {chunks} - {at} * {most})"
+            chunks = f"T.if_then_else({at} >= 0, T.max({chunks}, 0), 0)" if self.kernel.varlen else chunks
+        self.put(depth, f"chunks = {chunks}")
         self.buffers["chunks"] = 'T.alloc_var("int32")'
         for slots, cells in self.plan.rings.values():
             for cell in cells:

@@ -74,8 +74,8 @@ def region(n: Node, k: Kernel) -> str:
             case Rows(_, axis, False):
                 order.append(axis)
                 box.append(f"t0:t0 + {k.tile(axis)}")
-            case Slot():
-                box.append("slot")
+            case Slot(chain, _, inner):
+                box.append(slot(chain, inner))
             case Turn(scan):
                 box.append(f"i_{scan}")
             case _:
@@ -101,6 +101,11 @@ def point(grid: str, share: str | None, k: Kernel) -> str:
     return "n" if grid == "N" else f"i_{share or grid}"
 
 
+def slot(chain: tuple[str, ...], inner: tuple[str, ...]) -> str:
+    """The place of a chunk, or of a segment of them."""
+    return f"slot_{chain[-1]}" if inner else "slot"
+
+
 def where(n: Node, at: At_, k: Kernel, whole: bool = False, first: str = "t0", rows: str = "rows") -> tuple[str, str]:
     """A LOAD's or STORE's element: the indices of its tensor, and the condition under which it exists ("" where always).
     whole: whether the chunk has all of its rows; first and rows: its first token, and how many it has. Of several places,
@@ -118,8 +123,8 @@ def where(n: Node, at: At_, k: Kernel, whole: bool = False, first: str = "t0", r
                 indices.append(first if single else f"{first} + {at[axis]}")
                 if not single and not whole:
                     inside.append(f"{at[axis]} < {rows}")
-            case Slot():
-                indices.append("slot")
+            case Slot(chain, _, inner):
+                indices.append(slot(chain, inner))
             case Turn(scan):
                 indices.append(f"i_{scan}")
             case Members(grid) if grid:
