@@ -30,6 +30,21 @@ Tensors = dict[str, torch.Tensor]
 GRADS = ("q", "k", "v", "g", "beta")
 
 
+def made(lengths: list[int], H: int, HV: int) -> Tensors:
+    """Inputs, and d_o."""
+    x = inputs.make(lengths, H, HV)
+    return x | {"d_o": torch.randn(x["v"].shape, device="cuda").to(x["v"].dtype)}
+
+
+def of_one_sequence(p: argparse.ArgumentParser) -> tuple[argparse.Namespace, Tensors]:
+    """What was asked for, with options for the size of one sequence; and its inputs."""
+    p.add_argument("--tokens", type=int, default=32768)
+    p.add_argument("--H", type=int, default=16)
+    p.add_argument("--HV", type=int, default=32)
+    a = p.parse_args()
+    return a, made([a.tokens], a.H, a.HV)
+
+
 def ours(x: Tensors) -> tuple[Variant, Callable[[], Tensors], Callable[[], Tensors]]:
     """The backward's variant, its call, and the forward's call."""
     T, HV, V = x["v"].shape
@@ -81,8 +96,7 @@ def fla(x: Tensors) -> tuple[Callable[[], Tensors], Callable[[], object]]:
 
 
 def row(lengths: list[int], H: int, HV: int) -> dict[str, Any]:
-    x = inputs.make(lengths, H, HV)
-    x["d_o"] = torch.randn(x["v"].shape, device="cuda").to(x["v"].dtype)
+    x = made(lengths, H, HV)
     chosen, backward, forward = ours(x)
     wide = {n: t.float() if n in ("q", "k", "v", "beta", "d_o") else t for n, t in x.items()}
     exact = ours(wide)[1]()

@@ -21,8 +21,7 @@ import torch
 
 import gdn_ir
 from gdn_ir.autotune.measure import graph_ms
-from gdn_ir.bench import inputs
-from gdn_ir.bench.backward import GRADS, Tensors, kernels
+from gdn_ir.bench.backward import GRADS, Tensors, kernels, of_one_sequence
 from gdn_ir.bench.errors import relative
 from gdn_ir.compiler import NAMES, Instance, Variant, variant
 from gdn_ir.ops import chunk_gated_delta_rule, left
@@ -79,12 +78,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--commit", required=True)
-    p.add_argument("--tokens", type=int, default=32768)
-    p.add_argument("--H", type=int, default=16)
-    p.add_argument("--HV", type=int, default=32)
-    a = p.parse_args()
-    x = inputs.make([a.tokens], a.H, a.HV)
-    x["d_o"] = torch.randn(x["v"].shape, device="cuda").to(x["v"].dtype)
+    a, x = of_one_sequence(p)
     wide = {n: t.float() if n in ("q", "k", "v", "beta", "d_o") else t for n, t in x.items()}
     exact = {**pair(wide, "nothing")[0][1](), **pair(wide, "nothing")[1][1]()}
     rows: list[dict[str, Any]] = []

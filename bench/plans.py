@@ -18,8 +18,7 @@ from functools import partial
 import torch
 
 from gdn_ir.autotune.measure import graph_ms
-from gdn_ir.bench import inputs
-from gdn_ir.bench.backward import GRADS, Tensors, kernels
+from gdn_ir.bench.backward import GRADS, Tensors, kernels, of_one_sequence
 from gdn_ir.bench.errors import bound, relative, worst
 from gdn_ir.compiler import Instance, Variant, variant
 from gdn_ir.programs.gated_delta import Switches
@@ -69,12 +68,7 @@ def main() -> None:
     p.add_argument("--vary", default="", help="a kernel")
     p.add_argument("--warps", type=numbers, default=[4, 8])
     p.add_argument("--stages", type=numbers, default=[1, 2])
-    p.add_argument("--tokens", type=int, default=32768)
-    p.add_argument("--H", type=int, default=16)
-    p.add_argument("--HV", type=int, default=32)
-    a = p.parse_args()
-    x = inputs.make([a.tokens], a.H, a.HV)
-    x["d_o"] = torch.randn(x["v"].shape, device="cuda").to(x["v"].dtype)
+    a, x = of_one_sequence(p)
     instance = Instance(Switches(), 128, 128, "bf16", "bf16", True, GRADS, a.HV > a.H)
     want: Tensors | None = None
     for name, schedule in candidates(a, instance):

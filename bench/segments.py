@@ -172,7 +172,7 @@ def timed(shape: Shape, made: list[tuple[str, Schedule]]) -> dict[str, Any]:
         if again and worst(apart.values()) <= 2 * bound("bf16"):         # each may be as far from the truth as that
             found["plans"][name]["kernels"] = kernels(chosen, run[0])
             runs[name] = timer(run, "cuda")
-    interleave(list(runs.values()), SECONDS)
+    interleave(runs, SECONDS)
     for name, t in runs.items():
         found["plans"][name] |= t.summary()
     return found

@@ -140,9 +140,9 @@ def measure(run: Run, row: Row, rates: Rates, told: Callable[[str], None] = lamb
     entries = {c.name: attempt(run, c, ready) for c in run.contenders}
     told("timing")
     try:
-        interleave(list(timers.values()), run.seconds)
-    except RuntimeError:
-        settle(run.device)
+        interleave(timers, run.seconds)
+    except RuntimeError as e:
+        settle(run.device, str(e))
         raise
     for name, t in timers.items():
         entries[name] |= t.summary() | (energy.of(t, row.tokens, run.joules) if run.joules else {})

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,11 +76,15 @@ def timer(calls: Sequence[Callable[[], object]], device: str) -> Timer:
     return Timer(graph.replay, len(calls), "cuda graph", count, note)
 
 
-def interleave(timers: Sequence[Timer], seconds: float) -> None:
-    """Fills every timer's `ms`, in rounds through all of them. seconds: for each timer in all."""
+def interleave(timers: Mapping[str, Timer], seconds: float) -> None:
+    """Fills every timer's `ms`, in rounds through all of them. seconds: for each timer in all. Raises RuntimeError with the
+    name of one that fails."""
     for _ in range(ROUNDS):
-        for t in timers:
-            t.sample(seconds / ROUNDS, least=2)
+        for name, t in timers.items():
+            try:
+                t.sample(seconds / ROUNDS, least=2)
+            except RuntimeError as e:
+                raise RuntimeError(f"{name} failed when it was timed: {' '.join(str(e).split())[:200]}") from e
 
 
 def peak_bytes(call: Callable[[], object], device: str) -> int | None:

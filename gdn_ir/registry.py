@@ -22,7 +22,7 @@ from gdn_ir.providers import Offered
 from gdn_ir.programs.gated_delta import Switches
 
 # of what forwards leave to backwards, what a GPU has run: (backend, architecture, what is kept)
-KEEP_SEEN: frozenset[tuple[str, str, str]] = frozenset()
+KEEP_SEEN = frozenset({("triton", "sm_90", "inverse"), ("triton", "sm_90", "states")})
 PREFERENCE = {"cuda": ("triton", "tilelang", "torch"), "cpu": ("tilelang", "torch", "triton")}
 
 

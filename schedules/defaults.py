@@ -112,8 +112,9 @@ def segmented_roles(instance: Instance, segment: int, roles: Roles = SOLVED) -> 
 
 def with_triton(instance: Instance, segment: int = 0) -> Schedule:
     """Roles as they serve, all before their scan by Triton. segment: chunks of one; with 0, sequences are whole."""
-    solve = replace(options("sm_90", instance, 32)["solve"], backend="triton")
-    return segmented_roles(instance, segment) if segment else of_roles(SOLVED, solve)
+    if segment:
+        return segmented_roles(instance, segment)
+    return of_roles(SOLVED, replace(options("sm_90", instance, 32)["solve"], backend="triton"))
 
 
 def roles_can(arch: str, instance: Instance) -> bool:

@@ -210,11 +210,16 @@ def test_floors() -> None:
 def test_quantiles_and_turns() -> None:
     assert timing.quantile([3.0, 1.0, 2.0], 0.5) == 2.0 and timing.quantile([1.0, 2.0], 0.1) == pytest.approx(1.1)
     order: list[str] = []
-    timers = [timing.Timer(lambda n=n: order.append(n), 1, "wall clock") for n in "ab"]          # type: ignore[misc]
+    timers = {n: timing.Timer(lambda n=n: order.append(n), 1, "wall clock") for n in "ab"}       # type: ignore[misc]
     timing.interleave(timers, 0.0)
     assert "".join(order) == "aabb" * timing.ROUNDS
-    assert timers[0].summary()["samples"] == 2 * timing.ROUNDS
-    assert energy.of(timers[0], 1, 0.1) == {"energy": "not read on a CPU"}
+    assert timers["a"].summary()["samples"] == 2 * timing.ROUNDS
+    assert energy.of(timers["a"], 1, 0.1) == {"energy": "not read on a CPU"}
+
+    def breaks() -> None:
+        raise RuntimeError("an illegal\nmemory access")
+    with pytest.raises(RuntimeError, match="b failed when it was timed: an illegal memory access"):
+        timing.interleave(timers | {"b": timing.Timer(breaks, 1, "wall clock")}, 0.0)
 
 
 def test_one_head_hardly_decays() -> None:
