@@ -67,8 +67,8 @@ def test_every_shipped_backward_was_measured(arch: str) -> None:
             elif not worst(errors.values()) <= bound(cell.io, True):
                 wrong.append(cell.name)
     assert not missing, f"never measured on a GPU (run bench/verify_backward.py): {len(missing)}: {missing[:5]}"
-    # known and not mended: dg of few tokens, in two small cells, is off by 6.9e-3 and 6.02e-3 (docs/performance-log.md). What is
-    # kept is what would have been computed again, and the first of these is as far off with it.
+    # known and not mended: dg of few tokens, in two small cells, is off by 6.9e-3 and 6.02e-3 (docs/performance-log.md). What
+    # is kept is what would have been computed again, and the first of these is as far off with it.
     gva = "gated delta rule, bf16, GVA"
     known = [gva, "96 x 128, bf16", f"{gva}, keeps inverse", f"{gva}, keeps states"] if arch == "sm_90" else []
     assert sorted(wrong) == sorted(known)
