@@ -101,7 +101,7 @@ class Linear:
             self._home(node).append(Write(node))
             return
         view = ScanView.of(node)
-        for i in view.inits:
+        for i in view.inits + view.recent:
             self._place(i)
         carried = {c["name"]: c for c in view.carry_nodes()}
         loop = Loop(view, [], list(view.inits))
@@ -180,8 +180,8 @@ class Linear:
 
     def _same_block(self, node: Node, user: Node) -> bool:
         loops = {a for a, _ in self._blocks if a}
-        own = self._scopes[user] | {user["axis"]} if user.op is Op.SCAN and node not in ScanView.of(user).inits \
-            else self._scopes[user]
+        before = user.op is not Op.SCAN or node in ScanView.of(user).inits + ScanView.of(user).recent
+        own = self._scopes[user] if before else self._scopes[user] | {user["axis"]}
         return (self._scopes[node] & loops) == (own & loops)
 
     def _default(self, node: Node) -> str:

@@ -41,7 +41,7 @@ from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 ARCH = "sm_90"
 SHAPES: list[Shape] = [([32768], 2, 8), ([32768], 4, 16), ([32768], 16, 16), ([32768], 16, 32), ([8192], 16, 32),
-                       ([8192], 2, 8), ([28672, 4096], 2, 8), ([1024] * 8, 4, 16)]
+                       ([8192], 2, 8), ([28672, 4096], 2, 8), ([1024] * 8, 4, 16), ([8192] * 4, 2, 8), ([2048], 16, 32)]
 TIMED = Instance(Switches(), 128, 128, "bf16", "bf16", True)
 STATES = Switches(initial_state=True, final_state=True)
 WORSE = 1.2                                                # times the error of "states", at most
@@ -71,7 +71,8 @@ class Check:
 
 
 CHECKS = (Check("packed"), Check("dense", dense=True), Check("no decay", kind="no_decay"),
-          Check("correlated", kind="correlated"), Check("hardly decays", kind="real"), Check("without states", Switches()),
+          Check("correlated", kind="correlated"), Check("hardly decays", kind="real"), Check("fades", kind="strong_decay"),
+          Check("without states", Switches()),
           Check("float16", io="f16"), Check("float32", io="f32"), Check("no decay at all", replace(STATES, decay="none")),
           Check("no erase", replace(STATES, erase=False)), Check("neither", replace(STATES, decay="none", erase=False)),
           Check("K = 64, V = 96", K=64, V=96))
@@ -157,7 +158,7 @@ def checked(c: Check, segment: int, cut: Schedule) -> dict[str, Any]:
 def timed(shape: Shape, made: list[tuple[str, Schedule]]) -> dict[str, Any]:
     """Milliseconds of all candidates on one shape, in turns, and of each of their kernels."""
     lengths, H, HV = shape
-    x = inputs.make(lengths, H, HV)
+    x = inputs.make(lengths, H, HV, kind="real")
     size = sum(t.numel() * t.element_size() for t in x.values())
     copies = [x, *({n: t.clone() for n, t in x.items()} for _ in range(copies_beyond_l2(size) - 1))]
     found: dict[str, Any] = {"shape": name_of(lengths), "heads": [H, HV], "plans": {}}

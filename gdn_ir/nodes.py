@@ -40,7 +40,8 @@ class Op(Enum):
     CARRY = auto()      # what a scan carries into an iteration; attr name, scan, axes
     SCAN = auto()       # args inits, nexts, effects; attr axis, chain, tile, carries, reverse, group (absent where it steps
                         # through chunks; else the grid axis whose points' members, along `axis`, it steps through), idle
-                        # (absent, or of an inner scan: "first", "last": iterations around it in which it does not run)
+                        # (absent, or of an inner scan: "first", "last": iterations around it in which it does not run),
+                        # recent (absent, or of an inner scan: the last argument says how many of its last iterations run)
     FINAL = auto()      # what a scan carries out; attr i
 
 
@@ -407,7 +408,10 @@ def infer(op: Op, args: tuple[Node, ...], attr: dict[str, Any]) -> Type:
             for carry, init, step in zip(attr["carries"], args[:n], args[n:2 * n], strict=True):
                 if init.axes != step.axes:
                     raise IRError(f"scan {attr['axis']}: carry {carry} starts as {init.type} and becomes {step.type}")
-            for effect in args[2 * n:]:
+            recent = args[-1:] if attr.get("recent") else ()
+            if any(r.axes or r.type.dtype in ("bool", "effect") for r in recent):
+                raise IRError(f"scan {attr['axis']}: how many iterations run must be one number, got {recent[0].type}")
+            for effect in args[2 * n:len(args) - len(recent)]:
                 if effect.type.dtype != "effect":
                     raise IRError(f"scan {attr['axis']}: only stores and scans may follow the carries, got {effect!r}")
             return Type((), "effect")

@@ -209,19 +209,22 @@ class ScanView:
     effects: tuple[Node, ...]
     group: str = ""            # of a scan over the members of a group: the grid axis whose points are the groups
     idle: tuple[str, ...] = ()                             # iterations around it, "first" or "last", in which it does not run
+    recent: tuple[Node, ...] = ()                          # at most one: how many of its last iterations run; else all do
 
     @staticmethod
     def of(node: Node) -> ScanView:
         n = len(node["carries"])
         a, attr = node.args, dict[str, Any](node.attr)
+        end = len(a) - bool(attr.get("recent"))
         return ScanView(node, node["axis"], node["chain"], node["tile"], node["carries"], node["reverse"],
-                        a[:n], a[n:2 * n], a[2 * n:], attr.get("group", ""), attr.get("idle", ()))
+                        a[:n], a[n:2 * n], a[2 * n:end], attr.get("group", ""), attr.get("idle", ()), a[end:])
 
     def with_parts(self, **parts: Any) -> Node:
         """The same scan with some of carries, inits, nexts, effects (or reverse) replaced."""
         v = replace(self, **parts)
-        return make(Op.SCAN, v.inits + v.nexts + v.effects, axis=v.axis, chain=v.chain, tile=v.tile,
-                    carries=v.carries, reverse=v.reverse, **{k: x for k, x in (("group", v.group), ("idle", v.idle)) if x})
+        rare = (("group", v.group), ("idle", v.idle), ("recent", bool(v.recent)))
+        return make(Op.SCAN, v.inits + v.nexts + v.effects + v.recent, axis=v.axis, chain=v.chain, tile=v.tile,
+                    carries=v.carries, reverse=v.reverse, **{k: x for k, x in rare if x})
 
     def carry_nodes(self) -> tuple[Node, ...]:
         """The CARRY nodes of the body (those it uses), in the order of `carries`; absent ones are left out."""

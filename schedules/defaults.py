@@ -155,11 +155,13 @@ def segmented(arch: str, instance: Instance, segment: int = SEGMENT) -> Schedule
     steps = plan("segments", s.erase, instance.io, sums=s.decay != "none", segment=segment)
     chosen = options(arch, instance, width)
     chosen["output"] = replace(chosen["output"], follows=False)                # segments are stored beside each other
-    chosen |= {"transition": chosen["scan"], "offset": chosen["scan"],
+    chosen |= {"reach": KernelOptions(None, 1, 1), "transition": chosen["scan"], "offset": chosen["scan"],
                "compose": KernelOptions(width, 8, 1) if arch == "sm_90" else KernelOptions(16, 8, 2)}
     chosen = {k: o for k, o in chosen.items() if s.erase or k != "solve"}
     if s.decay == "none" and not s.erase:                  # a state moves by what is added to it alone
         del chosen["transition"]
+    if s.decay == "none" or not s.erase:                   # nothing that fades, or no kernel that knows
+        del chosen["reach"]
     return Schedule(f"segments-{segment}", steps=steps).with_options(**chosen)
 
 

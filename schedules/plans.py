@@ -9,6 +9,8 @@
               state (transition and offset), then, composed, from the state that each starts with
     cut       the same of solve: the last scan makes the output too
 
+(What has faded at a segment's end is left out of the two where the log decay's sums are there to tell: `sums`.)
+
 The kernels are called solve, scan and output; and transition, offset and compose.
 
 The derived backward has plans of its own (`backward_plan`), of the same steps:
@@ -76,8 +78,9 @@ def plan(name: str, erase: bool = True, io: str = "bf16", chunk: int = 64, block
         "states": (*scan, *invert, *hoist, *output, ("move_scales",)),
         "wy": (*scan, *invert, *(halves if erase else ()), *output, ("move_scales",)),
     }
+    fades: Steps = (("forget", "S"),) if erase and sums else ()
     for cut, whole in (("segments", "states"), ("cut", "solve")):
-        table[cut] = (*table[whole], ("segment", "S", segment, "f64" if io == "f64" else "tf32x3"))
+        table[cut] = (*table[whole], ("segment", "S", segment, "f64" if io == "f64" else "tf32x3"), *fades)
     if name not in table:
         raise ValueError(f"plan: got {name!r}; accepts {', '.join(table)}")
     return (*table[name], ("leave", *leave)) if leave else table[name]

@@ -37,12 +37,15 @@ def of_program(name: str) -> dict[str, Any]:
     return {"error": distance(got, run(case.program, case.inputs(), case.sizes()))}
 
 
-def of_cell(cell: Cell, schedule: Schedule | None = None, backend: str = BACKEND, arch: str = ARCH) -> dict[str, Any]:
-    """A cell of the coverage table, outputs poisoned, a tail of unowned rows after packed sequences: its largest error."""
+def of_cell(cell: Cell, schedule: Schedule | None = None, backend: str = BACKEND, arch: str = ARCH, decay: float = 1.0) \
+        -> dict[str, Any]:
+    """A cell of the coverage table, outputs poisoned, a tail of unowned rows after packed sequences: its largest error. decay:
+    times that of a model."""
     s, lay, dtype = cell.switches, cell.layout, TORCH[cell.io]
     tail = 30 if lay.varlen else 0
     T, N = sum(lay.lengths) + tail, len(lay.lengths)
     x = inputs.make(1, T, lay.H, lay.HV, lay.K, lay.V, dtype)
+    x["g"] *= decay
     if s.beta_sigmoid:
         x["beta"] = torch.randn_like(x["beta"])
     cu = torch.tensor([0, *torch.tensor(lay.lengths).cumsum(0).tolist()], dtype=torch.int32)
@@ -67,11 +70,11 @@ def of_cell(cell: Cell, schedule: Schedule | None = None, backend: str = BACKEND
     return {"error": worst(errors) if clean else float("inf")}
 
 
-def of_plan(name: str, cell: Cell, chunk: int, segment: int = 32, tile: int | None = None) -> dict[str, Any]:
+def of_plan(name: str, cell: Cell, chunk: int, segment: int = 32, tile: int | None = None, decay: float = 1.0) -> dict[str, Any]:
     s = cell.instance.switches
     sums = name in ("segments", "cut") and s.decay != "none"
     steps = plan(name, s.erase, cell.io, chunk, sums=sums, segment=segment) if chunk > 1 else ()
-    return of_cell(cell, Schedule(name, chunk, steps).with_options(**{"*": KernelOptions(tile)}))
+    return of_cell(cell, Schedule(name, chunk, steps).with_options(**{"*": KernelOptions(tile)}), decay=decay)
 
 
 def of_backward(cell: Cell, tile: int | None = None, plan: str = "", heads: tuple[int, int] | None = None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gdn_ir.build import Tracer, cast, cumsum, dot, elem, exp, last, reduce_sum, select, tri_solve, zeros
+from gdn_ir.build import Tracer, as_node, cast, cumsum, dot, elem, exp, last, reduce_sum, select, tri_solve, zeros
 from gdn_ir.interp import Sizes, round_to, run
 from gdn_ir.nodes import At, IRError, Member, Node, Op, Rows, Tensor, Tile, Type, make
 from gdn_ir.printer import dump, evaluate
@@ -186,6 +186,19 @@ def idle_without_a_scan_around() -> Program:
     return p.rebuild(lambda n, args: n.but(args, idle=("last",)) if n.op is Op.SCAN else None)
 
 
+def recent_and_outermost() -> Program:
+    p = traced(lambda t: t.store(Y, t.load(X)) and None)
+    return p.rebuild(lambda n, args: n.but((*args, as_node(2.0)), recent=True) if n.op is Op.SCAN else None)
+
+
+def recent_and_stored() -> Program:
+    t = Tracer("broken", grid=("N", "HV"), chain=("Y", "X"))
+    with t.recording():
+        t.scan_chunks(lambda: t.store(Y, t.load(X)) and None)
+    return t.program().rebuild(lambda n, args: n.but((*args, as_node(2.0)), recent=True)
+                               if n.op is Op.SCAN and n["axis"] == "X" else None)
+
+
 def idle_and_stored() -> Program:
     t = Tracer("broken", grid=("N", "HV"), chain=("Y", "X"))
     with t.recording():
@@ -205,7 +218,9 @@ BREACHES = [
     (unordered_memory, "memory_is_ordered", "have no order; give one of them the other as `after`"),
     (member_of_no_group, "members_are_of_groups", r"index Member\(grid=.N., scan=.X., own=False\) is of no scan"),
     (idle_without_a_scan_around, "idle_scans_are_inner", r"is idle in iterations \('last',\) of no scan around it"),
-    (idle_and_stored, "idle_scans_are_inner", "is not stored in the iterations"),
+    (idle_and_stored, "idle_scans_are_inner", r"is not stored in the iterations \('last',\)"),
+    (recent_and_outermost, "idle_scans_are_inner", "runs its last iterations alone, which only an inner scan"),
+    (recent_and_stored, "idle_scans_are_inner", "is not stored in the iterations that its scan leaves out"),
     (unsummed, "sums_cover", "is written by every point of HV: say that they are summed"),
 ]
 

@@ -1,8 +1,10 @@
 """Prints a kernel as torch: sizes, which chunks and heads there are, then the statements, for all of the grid at once."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 from gdn_ir.backends.base import Kernel, Source, heads
-from gdn_ir.backends.linearize import Loop, listed
+from gdn_ir.backends.linearize import Loop, listed, paren
 from gdn_ir.backends.printer import Printer
 from gdn_ir.backends.torch.rules import DTYPES, RULES, aligned, number
 from gdn_ir.nodes import Node, Op, base
@@ -106,8 +108,12 @@ class TorchPrinter(Printer):
         if not (self.kernel.varlen or inner) or scan.group or text == s.carries[i]:
             return text
         live = f"length > {self.trip(scan)} * {self.span(scan)}"
-        if scan.idle:
-            live = " & ".join(f"({x})" for x in (live, *(f"~({y})" for y in self.idle(scan))))
+        rest = [f"~({y})" for y in self.idle(scan)]
+        if scan.recent:
+            most, around = self.kernel.extents[scan.axis], replace(scan, axis=scan.chain[scan.chain.index(scan.axis) - 1])
+            end = f"(-(-length // {self.span(scan)})).clamp(max=({self.trip(around)} + 1) * {most})"
+            rest += [f"({self.trip(scan)} >= {end} - {paren(self.linear.text(scan.recent[0]))})"]
+        live = " & ".join(f"({x})" for x in (live, *rest)) if rest else live
         return f"torch.where({aligned(live, (), node.axes)}, {text}, {s.carries[i]})"
 
     def trips(self, scan: ScanView) -> str:

@@ -22,7 +22,7 @@ def signature(kernel: Kernel) -> list[str]:
 
 class TritonPrinter(Printer):
     def __init__(self, kernel: Kernel) -> None:
-        own = {"tl", "triton", "n", "slot", "t0", "first", "length", "pid", "start"}
+        own = {"tl", "triton", "n", "slot", "t0", "first", "length", "pid", "start", "trips"}
         super().__init__(kernel, RULES, own | set(signature(kernel)) | {f"i_{h}" for h in heads(kernel)} | set(HELPERS))
         self.slots |= bool(kernel.counts or kernel.awaits or kernel.clears)
 
@@ -120,10 +120,11 @@ class TritonPrinter(Printer):
     def chunk(self, scan: ScanView, depth: int) -> None:
         """At the start of a chunk: its first token, its slot, which of its rows exist."""
         size, at = self.kernel.extents[scan.tile], self.trip(scan)
-        self.put(depth, f"t0 = first + {at} * {size}")
+        if self.rows:
+            self.put(depth, f"t0 = first + {at} * {size}")
         if self.slots:
             self.put(depth, f"slot = first // {size} + n + {at}")
-        if not self.single:
+        if self.rows and not self.single:
             self.put(depth, f"rows = length - {at} * {size}")
             self.put(depth, f"in_{scan.tile} = {scan.tile} < rows")
 
@@ -138,6 +139,9 @@ class TritonPrinter(Printer):
         elif scan.reverse:
             self.put(depth, f"for turn in range(0, {self.trips(scan)}):")
             self.put(depth + 1, f"i_{scan.axis} = {self.trips(scan)} - 1 - turn")
+        elif scan.recent:
+            self.put(depth, f"trips = {self.trips(scan)}")
+            self.put(depth, f"for i_{scan.axis} in range(tl.maximum(0, trips - ({text(scan.recent[0])}).to(tl.int32)), trips):")
         else:
             self.put(depth, f"for i_{scan.axis} in range(0, {self.trips(scan)}):")
         if not scan.group:

@@ -1,0 +1,87 @@
+"""What a segment does to a state, from its last chunks alone, where those before them have faded: decided for each segment and
+head on the device.
+
+    fade        of each chunk, the logarithm of a bound of the norm of its transition
+    reach       of each segment, how many chunks from its end have to be looked at, and the whole bound
+    transition  zero where all has faded
+    offset      from zero, over the chunks within reach
+
+A chunk's transition is exp(total) times the product of its tokens' I - beta k k^T, whose norms are max(1, |1 - beta |k|^2|): not
+over 1 where keys are normalised, but a caller's may not be, and then a far state can grow however strong the decay.
+"""
+from __future__ import annotations
+
+from dataclasses import replace
+
+from gdn_ir.build import elem, index, log, maximum, reduce_sum, select, zeros
+from gdn_ir.nodes import REAL, At, IRError, Node, Op, Slot, Tensor, Term, make
+from gdn_ir.program import Program, ScanView, only
+from gdn_ir.schedules.partition import parallel
+from gdn_ir.schedules.pipeline import IllegalStep, Pipeline, put, replace_node, step
+from gdn_ir.schedules.segments import OUTER
+
+FADED = 20                 # e^-20 is 2e-9: below what float32 keeps of a sum
+
+
+@step
+def forget(pipeline: Pipeline, name: str, least: int = FADED) -> Pipeline:
+    """Leave out of a segment's transition and offset what moves its end by a factor under e^-least. Legal iff the scan that
+    carries `name` is cut into segments, and a kernel of all chunks at once computes the decay's sum `total` and has the
+    products of keys `kk` and `beta` at hand."""
+    names = [p.name for p in pipeline]
+    if "offset" not in names or "transition" not in names:
+        raise IllegalStep(f"forget: {name} is not cut into segments with a transition; there are {', '.join(names)}")
+    i = next((i for i, p in enumerate(pipeline) if parallel(p) and "total" in p.written()), None)
+    if i is None:
+        raise IllegalStep("forget: no kernel of all chunks at once computes total, the sum of the log decay")
+    before = pipeline[i]
+    scan = ScanView.of(before.roots[0])
+    fade, where = _bound(before)
+    tensor = Tensor("fade", ("X", "HV"), "f32", temp=True)
+    stores = (*scan.effects, make(Op.STORE, (fade,), tensor=tensor, index=where, sum=()))
+    pipeline = put(pipeline, i, replace(before, roots=(scan.with_parts(effects=stores),)).with_note(fade, "fade"))
+    at = names.index("transition")
+    reach, bound, within = _reach(pipeline[at], tensor, least)
+    alive = elem("gt", bound, -float(least))
+    for kernel in ("transition", "offset"):
+        j = names.index(kernel)
+        p = pipeline[j]
+        inner = next(ScanView.of(s) for s in p.scans() if s["axis"] != OUTER)
+        if kernel == "transition":
+            cut = inner.with_parts(inits=(select(alive, inner.inits[0], 0.0),), recent=(select(alive, within, 0.0),))
+        else:
+            cut = inner.with_parts(recent=(within,))
+        pipeline = put(pipeline, j, replace_node(p, inner.node, cut))
+    return (*pipeline[:at], reach, *pipeline[at:])
+
+
+def _bound(p: Program) -> tuple[Node, tuple[Term, ...]]:
+    """The logarithm of a bound of the norm of a chunk's transition, and where it is kept."""
+    store = next(e for e in ScanView.of(p.roots[0]).effects if e["tensor"].name == "total")
+    try:
+        kk, beta = p.named("kk"), p.named("beta")
+    except IRError as e:
+        raise IllegalStep(f"forget: {e}") from e
+    norms = reduce_sum(select(elem("eq", index("C"), index("C'")), kk, 0.0), "C'")
+    along = 1.0 - beta * norms                             # what a token does to the part of the state along its key
+    return store.args[0] + reduce_sum(log(maximum(1.0, maximum(along, -along))), "C"), store["index"]
+
+
+def _reach(cut: Program, fade: Tensor, least: int) -> tuple[Program, Node, Node]:
+    """The kernel that goes back from each segment's end until all has faded; and its loads: of the bound so far and of how
+    many chunks that took."""
+    outer = ScanView.of(cut.roots[0])
+    inner = next(ScanView.of(s) for s in cut.scans() if s["axis"] != OUTER)
+    grid = tuple(g for g in cut.grid if g != "N")
+    chunk = make(Op.LOAD, (), tensor=fade, index=(Slot(inner.chain, inner.tile), *map(At, grid)))
+    index = (Slot((OUTER,), inner.tile, inner.chain[1:]), *map(At, grid))
+    names = ("bound", "within")
+    bound, within = (make(Op.CARRY, name=n, scan=inner.axis, axes=()) for n in names)
+    more = elem("gt", bound, -float(least))
+    nexts = (select(more, bound + chunk, bound), select(more, within + 1.0, within))
+    back = make(Op.SCAN, (zeros(), zeros(), *nexts), axis=inner.axis, chain=inner.chain, tile=inner.tile, carries=names, reverse=True)
+    kept = [Tensor(n, (OUTER, *grid), "f32", temp=True) for n in names]
+    stores = tuple(make(Op.STORE, (make(Op.FINAL, (back,), i=i),), tensor=t, index=index, sum=()) for i, t in enumerate(kept))
+    root = outer.with_parts(effects=stores)
+    loads = [make(Op.LOAD, (), tensor=t, index=index) for t in kept]
+    return Program("reach", cut.grid, (root,), only(cut.notes, (root,))), loads[0], loads[1]

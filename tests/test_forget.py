@@ -1,0 +1,121 @@
+"""What has faded before a segment's end is left out of its transition and offset: only where it may be, and then in fact."""
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from gdn_ir.compiler import Instance, variant
+from gdn_ir.interp import Sizes, run_pipeline
+from gdn_ir.programs.gated_delta import Switches, build
+from gdn_ir.reference import recurrence
+from gdn_ir.schedules import steps
+from gdn_ir.schedules.forget import FADED
+from gdn_ir.schedules.plans import plan
+from gdn_ir.schedules.schedule import Schedule
+from tests import inputs
+from tests.differential import interpreted
+
+STATES = Switches(initial_state=True, final_state=True)
+CHUNK, SEGMENT, ENDS = 16, 4, [0, 200, 200, 328, 337]      # segments of 64 tokens; some sequences end within one, or a chunk
+
+
+def fading(norm: float = 1.0, K: int = 5, V: int = 6) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Inputs of three heads, and states: the first fades within two chunks, the second within a segment, the last hardly.
+    norm: that of the keys."""
+    x = inputs.make(1, ENDS[-1], 1, 3, K, V, torch.float64)
+    x["k"] = norm * x["k"]
+    x["g"] = torch.tensor([-1.1, -0.4, -1e-4], dtype=torch.float64).expand_as(x["g"]).contiguous()
+    return x, torch.randn(len(ENDS) - 1, 3, K, V, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def by_interpreter(x: dict[str, torch.Tensor], S0: torch.Tensor, taken: tuple[tuple[str | int, ...], ...]) \
+        -> dict[str, torch.Tensor]:
+    """All that the kernels of a plan store, in float64."""
+    sizes = Sizes({"C": CHUNK, "K": 5, "V": 6, "H": 1, "HV": 3, "X": SEGMENT}, ENDS)
+    given = {n: t[0] for n, t in x.items()} | {"initial_state": S0}
+    return run_pipeline(list(steps.apply(build(STATES), taken)), given, sizes, {"scale": 5 ** -0.5})
+
+
+def cut(plan_name: str = "cut", least: int | None = None) -> tuple[tuple[str | int, ...], ...]:
+    """The steps; least: nats that count as faded, 0 for a plan that forgets nothing."""
+    taken = plan(plan_name, True, "f64", CHUNK, 4, sums=True, segment=SEGMENT)
+    assert ("forget", "S") in taken
+    return tuple(s if s[0] != "forget" else (*s, least) for s in taken if s[0] != "forget" or least != 0) \
+        if least is not None else taken
+
+
+@pytest.mark.parametrize("name", ["segments", "cut"])
+def test_what_is_left_out_is_below_rounding(name: str) -> None:
+    x, S0 = fading()
+    o, S = inputs.expected(x, S0, torch.tensor(ENDS))
+    got = by_interpreter(x, S0, cut(name))
+    assert inputs.error(got["o"], o[0]) < math.exp(-FADED) and inputs.error(got["final_state"], S) < math.exp(-FADED)
+    # of the first sequence's segments: 4, 4, 4 chunks and one, of 8 tokens
+    assert got["within"][:4].tolist() == [[2, 4, 4]] * 3 + [[1, 1, 1]]
+    alive = got["P_S"].abs().amax((-2, -1)) > 0
+    assert alive[:4].tolist() == [[False, False, True]] * 3 + [[True, True, True]]
+    bound = torch.tensor([-1.1 * 32, -0.4 * 64, -1e-4 * 64], dtype=torch.float64)
+    assert torch.allclose(got["bound"][0], bound, atol=1e-5)
+
+
+def test_it_is_what_makes_it_cheap() -> None:
+    """With less left out, more is computed: the same kernels without the step, and with one that forgets too soon."""
+    x, S0 = fading()
+    o, _ = inputs.expected(x, S0, torch.tensor(ENDS))
+    whole, early = (by_interpreter(x, S0, cut(least=n)) for n in (0, 3))
+    assert inputs.error(whole["o"], o[0]) < 1e-13 and "within" not in whole
+    assert early["within"][0].tolist() == [1, 1, 4] and inputs.error(early["o"], o[0]) > 1e-6
+
+
+def test_keys_that_are_not_normalised() -> None:
+    """With keys of norm 1.6 and beta up to 1 a token may stretch a state by 1.56: a decay that would forget does not."""
+    x, S0 = fading(1.6)
+    x["beta"] = torch.ones_like(x["beta"])
+    o, S = inputs.expected(x, S0, torch.tensor(ENDS))
+    got = by_interpreter(x, S0, cut())
+    stretch = math.log(1.6 ** 2 - 1)
+    assert torch.allclose(got["bound"][0, 1:], SEGMENT * CHUNK * (stretch - torch.tensor([0.4, 1e-4], dtype=torch.float64)), atol=1e-5)
+    assert got["within"][0].tolist() == [2, 4, 4] and got["P_S"][0, 1].abs().max() > 0
+    assert inputs.error(got["o"], o[0]) < math.exp(-FADED) and inputs.error(got["final_state"], S) < math.exp(-FADED)
+
+
+def test_a_nan_is_not_forgotten() -> None:
+    x, S0 = fading()
+    x["v"][0, 63, 0] = math.nan                            # within reach of the first segment's end
+    x["g"][0, 70, 1] = math.nan
+    got = by_interpreter(x, S0, cut())
+    assert got["o"][64:, 0].isnan().any() and got["o"][70:, 1].isnan().any()
+
+
+def test_by_torch_and_triton() -> None:
+    x, S0 = fading(K=16, V=16)
+    o, S = inputs.expected(x, S0, torch.tensor(ENDS))
+    instance = Instance(STATES, 16, 16, "f32", "f32", True)
+    made = variant(instance, Schedule("x", CHUNK, plan("cut", True, "f32", CHUNK, 4, sums=True, segment=SEGMENT)), "torch", "torch")
+    got = made.apply({n: t[0].float() for n, t in x.items()} | {"initial_state": S0.float()}, 0.25, 4,
+                     torch.tensor(ENDS, dtype=torch.int32))
+    assert inputs.error(got["o"], o[0]) < 1e-6 and inputs.error(got["final_state"], S) < 1e-6
+    found = interpreted([["plan", "cut", "initial state, f32", 16, 4, 32, 8.0]])
+    assert all(float(str(v.get("error", "nan"))) < 1e-6 for v in found.values()), found
+
+
+def test_refusals() -> None:
+    p = build(STATES)
+    with pytest.raises(steps.IllegalStep, match="forget: S is not cut into segments"):
+        steps.apply(p, (*plan("solve", sums=True), ("forget", "S")))
+    taken = tuple(s for s in plan("cut", segment=4, sums=False))
+    assert not any(s[0] == "forget" for s in taken)
+    with pytest.raises(steps.IllegalStep, match="no kernel of all chunks at once computes total"):
+        steps.apply(p, (*taken, ("forget", "S")))
+
+
+def test_reference_is_of_the_op() -> None:
+    """The recurrence that the others are held against does forget: what came before the last 64 tokens is gone, to the digit."""
+    x, S0 = fading()
+    tokens = {n: x[n][:, 100:164] for n in ("q", "k", "v", "g", "beta")}
+    _, from_zero = recurrence(*tokens.values())
+    _, from_one = recurrence(*tokens.values(), initial_state=S0[:1] + 1.0)
+    far = (from_zero - from_one).abs().amax((-2, -1))[0]
+    assert far[0] < 1e-20 and far[1] < math.exp(-FADED) and far[2] > 1e-3
