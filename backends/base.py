@@ -37,7 +37,8 @@ class Kernel:
     padded, smaller where it is split over the grid. varlen: sequences are found through cu_seqlens, else all have length T.
     counts: of a scan that is followed, where it counts a chunk's columns that are stored; awaits: of its follower, those counts
     and how high they must be, and whether the scan goes backwards; clears: of a kernel before such a scan, the counts that it
-    sets to zero (`gdn_ir.follow`). sweeps: stores of another kernel's outputs, whose rows past the last sequence it clears.
+    sets to zero (`gdn_ir.follow`). beside: whether it may start while the kernel before it runs; leads: whether the one after
+    it may. sweeps: stores of another kernel's outputs, whose rows past the last sequence it clears.
     """
     name: str
     program: Program
@@ -49,6 +50,8 @@ class Kernel:
     counts: Tensor | None = None
     awaits: tuple[Tensor, int, bool] | None = None
     clears: Tensor | None = None
+    beside: bool = False
+    leads: bool = False
     sweeps: tuple[Node, ...] = ()
 
     @cached_property

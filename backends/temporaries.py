@@ -51,7 +51,7 @@ class Place(NamedTuple):
 def moments(kernels: Sequence[Kernel]) -> list[int]:
     """When each kernel runs: numbers from 1 on, a follower's that of the kernel that it runs beside. At 0, before all of them,
     whoever launches them sets counts to zero."""
-    return list(accumulate(0 if k.awaits else 1 for k in kernels))
+    return list(accumulate(0 if k.beside else 1 for k in kernels))
 
 
 def temporaries(kernels: Sequence[Kernel]) -> dict[str, Life]:

@@ -16,7 +16,7 @@ from gdn_ir.artifacts import NotCompiled
 from gdn_ir.autodiff import backward
 from gdn_ir.backends.base import TORCH, Backend, Call, Kernel, Launch, Source
 from gdn_ir.backends.temporaries import in_order
-from gdn_ir.follow import clears, ready
+from gdn_ir.follow import clears, followers
 from gdn_ir.inverse import doubled
 from gdn_ir.legalize import collapse, small_products, split_products, ungrouped
 from gdn_ir.nodes import RUNS_ALONG, At, IRError, Tensor, base
@@ -143,9 +143,9 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
     for p in pipeline:
         if any("V#" in p.tensors()[n].dims for n in p.written()):
             extents["V#"] = -(-extents["V"] // split[p.name])
-    followed = {i: ready(pipeline[i - 1], p) for i, p in enumerate(pipeline) if i and schedule.options(p.name).follows}
+    followed = followers(pipeline, {p.name for p in pipeline if schedule.options(p.name).follows})
     cleared: dict[int, Tensor] = {}                        # by the last kernel before the scan that can
-    for i, t in followed.items():
+    for i, t in ((i, t) for i, t in followed.items() if t):
         able = [j for j in range(i - 1) if j not in cleared and clears(pipeline[j], pipeline[i - 1])]
         cleared |= {able[-1]: t} if able else {}
     kernels: list[Kernel] = []
@@ -163,11 +163,12 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
         padded = {a for a in tile_axes(p) if a in tokens or extents[a] % tiles[a]}
         p = pad(p, frozenset(padded))
         awaits: tuple[Tensor, int, bool] | None = None
-        if i in followed:
+        counts = followed.get(i)
+        if counts:
             last = kernels[-1]
-            awaits = followed[i], -(-extents["V"] // last.columns) * last.columns, bool(pipeline[i - 1].roots[0]["reverse"])
+            awaits = counts, -(-extents["V"] // last.columns) * last.columns, bool(pipeline[i - 1].roots[0]["reverse"])
         kernels.append(Kernel(p.name, p, extents, tiles, options, varlen, origin, followed.get(i + 1), awaits,
-                              cleared.get(i)))
+                              cleared.get(i), i in followed, i + 1 in followed))
     return swept(tuple(kernels), backend)
 
 

@@ -2,9 +2,12 @@
 
 A serial scan of few blocks leaves most of a GPU idle, and the kernel after it, which takes all chunks at once, waits for the
 last of them though most are long done. Where all that it reads of the scan belongs to its own chunk it need not: the scan
-counts, for every few chunks (`TOGETHER`), the columns that it has stored, and the follower waits for that count alone.
+counts, for every few chunks (`TOGETHER`), the columns that it has stored, and the follower waits for that count alone. A kernel
+that reads nothing of the one before it waits for nothing: the two run beside each other.
 """
 from __future__ import annotations
+
+from collections.abc import Container, Sequence
 
 from gdn_ir.nodes import IRError, Node, Op, Rows, Slot, Tensor
 from gdn_ir.program import Program, ScanView
@@ -12,10 +15,17 @@ from gdn_ir.program import Program, ScanView
 TOGETHER = 8               # chunks that are counted as one: a count waits for all that was stored before it, 0.4 us on an H100
 
 
-def ready(scan: Program, follower: Program) -> Tensor:
+def apart(before: Program, after: Program) -> bool:
+    """Whether neither kernel writes what the other touches."""
+    return not (set(before.written()) & {*after.read(), *after.written()} or set(after.written()) & set(before.read()))
+
+
+def ready(scan: Program, follower: Program) -> Tensor | None:
     """The counts that `follower` waits for: for the first chunk of each few, and each grid point, how many columns of them
-    `scan` has stored. Raises IRError naming what forbids it: another grid, or a load of what the scan stores elsewhere than
-    in the same chunk's turn."""
+    `scan` has stored; None where it need not wait. Raises IRError naming what forbids it: another grid, or a load of what the
+    scan stores elsewhere than in the same chunk's turn."""
+    if apart(scan, follower):
+        return None
     serial, parallel = _only_scan(scan), _only_scan(follower)
     if not serial["carries"]:
         raise IRError(f"follow: {scan.name} takes all its chunks at once, so that there is nothing to follow")
@@ -37,6 +47,19 @@ def ready(scan: Program, follower: Program) -> Tensor:
                 raise IRError(f"follow: {follower.name} reads what {scan.name} does not store chunk by chunk\n  in "
                               f"{follower.describe(n)}")
     return Tensor(f"{scan.name}_ready", ("X", *(a for a in grid if a != "N")), "int", temp=True)
+
+
+def followers(pipeline: Sequence[Program], names: Container[str]) -> dict[int, Tensor | None]:
+    """For each kernel of these names (but the first) its place in the pipeline, and the counts that it waits for. Raises
+    IRError where one cannot follow, as `ready` does; or where the one before it follows too, and it meets what that follows."""
+    found = {i: ready(pipeline[i - 1], p) for i, p in enumerate(pipeline) if i and p.name in names}
+    for i in found:
+        j = i - 1
+        while j in found:
+            j -= 1
+            if not apart(pipeline[j], pipeline[i]):
+                raise IRError(f"follow: {pipeline[i].name} could run before {pipeline[j].name} has ended, and they meet in memory")
+    return found
 
 
 def can_follow(scan: Program, follower: Program) -> bool:

@@ -160,6 +160,8 @@ def segmented(arch: str, instance: Instance, segment: int = SEGMENT) -> Schedule
     chosen = {k: o for k, o in chosen.items() if s.erase or k != "solve"}
     if s.decay == "none" and not s.erase:                  # a state moves by what is added to it alone
         del chosen["transition"]
+    elif arch == "sm_90":                                  # neither reads the other
+        chosen["offset"] = replace(chosen["offset"], follows=True)
     if s.decay == "none" or not s.erase:                   # nothing that fades, or no kernel that knows
         del chosen["reach"]
     return Schedule(f"segments-{segment}", steps=steps).with_options(**chosen)

@@ -6,15 +6,15 @@ head on the device.
     transition  zero where all has faded
     offset      from zero, over the chunks within reach
 
-A chunk's transition is exp(total) times the product of its tokens' I - beta k k^T, whose norms are max(1, |1 - beta |k|^2|): not
-over 1 where keys are normalised, but a caller's may not be, and then a far state can grow however strong the decay.
+A chunk's transition is exp(total) times the product of its tokens' I - beta k k^T, whose norms are max(1, |1 - beta |k|^2|):
+not over 1 where keys are normalised, but a caller's may not be, and then a far state can grow however strong the decay.
 """
 from __future__ import annotations
 
 from dataclasses import replace
 
 from gdn_ir.build import elem, index, log, maximum, reduce_sum, select, zeros
-from gdn_ir.nodes import REAL, At, IRError, Node, Op, Slot, Tensor, Term, make
+from gdn_ir.nodes import At, IRError, Node, Op, Slot, Tensor, Term, make
 from gdn_ir.program import Program, ScanView, only
 from gdn_ir.schedules.partition import parallel
 from gdn_ir.schedules.pipeline import IllegalStep, Pipeline, put, replace_node, step
@@ -79,7 +79,7 @@ def _reach(cut: Program, fade: Tensor, least: int) -> tuple[Program, Node, Node]
     bound, within = (make(Op.CARRY, name=n, scan=inner.axis, axes=()) for n in names)
     more = elem("gt", bound, -float(least))
     nexts = (select(more, bound + chunk, bound), select(more, within + 1.0, within))
-    back = make(Op.SCAN, (zeros(), zeros(), *nexts), axis=inner.axis, chain=inner.chain, tile=inner.tile, carries=names, reverse=True)
+    back = inner.with_parts(carries=names, inits=(zeros(), zeros()), nexts=nexts, effects=(), reverse=True, idle=(), recent=())
     kept = [Tensor(n, (OUTER, *grid), "f32", temp=True) for n in names]
     stores = tuple(make(Op.STORE, (make(Op.FINAL, (back,), i=i),), tensor=t, index=index, sum=()) for i, t in enumerate(kept))
     root = outer.with_parts(effects=stores)

@@ -10,9 +10,9 @@ from gdn_ir.schedules.roles import Roles
 @dataclass(frozen=True)
 class KernelOptions:
     """How one kernel of the plan runs. v_tile: columns of V a block owns (None: all); the rest goes to the grid. follows:
-    whether it starts beside the scan before it and takes each chunk as soon as that has stored it (`gdn_ir.follow`). roles:
-    what its warps do, where they do not all do the same (then it decides their number, and how far loads run ahead). backend:
-    which makes this kernel, where it is another than makes the rest."""
+    whether it starts beside the scan before it (`gdn_ir.follow`): at once where it reads nothing of it, else each chunk as
+    soon as that has stored it. roles: what its warps do, where they do not all do the same (then it decides their number, and
+    how far loads run ahead). backend: which makes this kernel, where it is another than makes the rest."""
     v_tile: int | None = None
     num_warps: int = 4
     num_stages: int = 2

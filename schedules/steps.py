@@ -1,10 +1,10 @@
 """The steps a plan is made of: each a legality-checked function from a pipeline of programs to a pipeline of programs.
 
-A step names values of the user's program ("u", "o"; of a derived one also "d_u"), does nothing but what exact algebra
-allows (`forget` what float32 does), and refuses with the node's name and line. They are in algebra.py (a value computed another way), sums.py (sums and
-products rearranged, so that there are fewer of them), pieces.py (a value taken apart), partition.py (which kernel computes
-what), given.py (what a backward reads of its forward), groups.py (sums over grid points), segments.py (a sequence's scan in
-parts that run at once) and forget.py (what has faded before a segment's end is left out).
+A step names values of the user's program ("u", "o"; of a derived one also "d_u"), does nothing but what exact algebra allows
+(`forget`: float32's), and refuses with the node's name and line. They are in algebra.py (a value computed another way), sums.py
+(sums and products rearranged, so that there are fewer of them), pieces.py (a value taken apart), partition.py (which kernel
+computes what), given.py (what a backward reads of its forward), groups.py (sums over grid points), segments.py (a sequence's
+scan in parts that run at once) and forget.py (what has faded before a segment's end is left out).
 """
 from __future__ import annotations
 

@@ -70,7 +70,8 @@ def of_cell(cell: Cell, schedule: Schedule | None = None, backend: str = BACKEND
     return {"error": worst(errors) if clean else float("inf")}
 
 
-def of_plan(name: str, cell: Cell, chunk: int, segment: int = 32, tile: int | None = None, decay: float = 1.0) -> dict[str, Any]:
+def of_plan(name: str, cell: Cell, chunk: int, segment: int = 32, tile: int | None = None, decay: float = 1.0) \
+        -> dict[str, Any]:
     s = cell.instance.switches
     sums = name in ("segments", "cut") and s.decay != "none"
     steps = plan(name, s.erase, cell.io, chunk, sums=sums, segment=segment) if chunk > 1 else ()

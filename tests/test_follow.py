@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from gdn_ir.backends.temporaries import temporaries
+from gdn_ir.backends.temporaries import moments, temporaries
 from gdn_ir.backends.triton import cross_compile
 from gdn_ir.backends.triton.driver import Batch, Image
-from gdn_ir.compiler import Instance, Unsupported, variant
+from gdn_ir.compiler import Instance, Unsupported, planned, variant
+from gdn_ir.follow import followers
 from gdn_ir.nodes import IRError
 from gdn_ir.programs.gated_delta import Switches
-from gdn_ir.schedules.defaults import default
+from gdn_ir.schedules.defaults import default, segmented
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 FORWARD = Instance(Switches(final_state=True), 128, 128, "bf16", "bf16", True)
@@ -58,13 +59,31 @@ def test_counts_start_at_zero() -> None:
 
 def test_what_cannot_follow_says_why() -> None:
     for instance, name, why in ((FORWARD, "scan", "solve takes all its chunks at once"),
-                                (BACKWARD, "back", "heads takes all its chunks at once"),
                                 (BACKWARD, "heads", "local takes all its chunks at once")):
         with pytest.raises(IRError, match=why):
             variant(instance, following(instance, name), "triton", "sm_90")
     for backend, arch in (("triton", "sm_80"), ("tilelang", "sm_90"), ("torch", "torch")):
         with pytest.raises(Unsupported, match=r"beside"):
             variant(FORWARD, following(FORWARD, "output"), backend, arch)
+
+
+def test_what_reads_nothing_of_the_kernel_before_it_waits_for_nothing() -> None:
+    """The offset beside the transition; and two that run beside one another and the third, where those two meet."""
+    made = variant(FORWARD, segmented("sm_90", FORWARD, 32), "triton", "sm_90")
+    kernels = {k.name: k for k in made.compiled.kernels}
+    assert [n for n, k in kernels.items() if k.beside] == ["offset"]
+    assert [n for n, k in kernels.items() if k.leads] == ["transition"]
+    assert not any(k.counts or k.awaits or k.clears for k in kernels.values())
+    texts = {s.kernel: s.text for s in made.sources}
+    assert "start_follower()" in texts["transition"] and "wait_for_followed()" in texts["offset"]
+    lives = moments(made.compiled.kernels)
+    assert lives[2] == lives[3] < lives[4]
+    pipeline = planned(FORWARD.program, segmented("sm_90", FORWARD, 32).steps)
+    offset = next(i for i, p in enumerate(pipeline) if p.name == "offset")
+    both = (*pipeline[:offset + 1], pipeline[offset - 1], *pipeline[offset + 1:])
+    assert followers(both[offset - 1:offset + 1], {"offset"}) == {1: None}
+    with pytest.raises(IRError, match="transition could run before transition has ended"):
+        followers(both[offset - 1:offset + 2], {"offset", "transition"})
 
 
 def test_the_options_say_so() -> None:

@@ -76,7 +76,8 @@ def test_keys_that_are_not_normalised() -> None:
     o, S = inputs.expected(x, S0, torch.tensor(ENDS))
     got = by_interpreter(x, S0, cut())
     stretch = math.log(1.6 ** 2 - 1)
-    assert torch.allclose(got["bound"][0, 1:], SEGMENT * CHUNK * (stretch - torch.tensor([0.4, 1e-4], dtype=torch.float64)), atol=1e-5)
+    grows = SEGMENT * CHUNK * (stretch - torch.tensor([0.4, 1e-4], dtype=torch.float64))
+    assert torch.allclose(got["bound"][0, 1:], grows, atol=1e-5)
     assert got["within"][0].tolist() == [2, 4, 4] and got["P_S"][0, 1].abs().max() > 0
     assert inputs.error(got["o"], o[0]) < math.exp(-FADED) and inputs.error(got["final_state"], S) < math.exp(-FADED)
 
@@ -93,7 +94,8 @@ def test_by_torch_and_triton() -> None:
     x, S0 = fading(K=16, V=16)
     o, S = inputs.expected(x, S0, torch.tensor(ENDS))
     instance = Instance(STATES, 16, 16, "f32", "f32", True)
-    made = variant(instance, Schedule("x", CHUNK, plan("cut", True, "f32", CHUNK, 4, sums=True, segment=SEGMENT)), "torch", "torch")
+    taken = plan("cut", True, "f32", CHUNK, 4, sums=True, segment=SEGMENT)
+    made = variant(instance, Schedule("x", CHUNK, taken), "torch", "torch")
     got = made.apply({n: t[0].float() for n, t in x.items()} | {"initial_state": S0.float()}, 0.25, 4,
                      torch.tensor(ENDS, dtype=torch.int32))
     assert inputs.error(got["o"], o[0]) < 1e-6 and inputs.error(got["final_state"], S) < 1e-6
@@ -112,7 +114,7 @@ def test_refusals() -> None:
 
 
 def test_reference_is_of_the_op() -> None:
-    """The recurrence that the others are held against does forget: what came before the last 64 tokens is gone, to the digit."""
+    """The recurrence that the others are held against forgets too: after 64 tokens a state is gone, where it should be."""
     x, S0 = fading()
     tokens = {n: x[n][:, 100:164] for n in ("q", "k", "v", "g", "beta")}
     _, from_zero = recurrence(*tokens.values())

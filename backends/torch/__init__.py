@@ -22,7 +22,7 @@ class Torch:
     sweeps = False
 
     def supports(self, kernel: Kernel, arch: str) -> Reason | None:
-        if kernel.awaits or kernel.counts:
+        if kernel.beside or kernel.leads:
             return Reason("torch runs one kernel after another; triton starts one beside another on sm_90")
         return Reason("torch has no roles; tilelang has") if kernel.options.roles else None
 

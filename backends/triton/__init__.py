@@ -54,7 +54,7 @@ class Triton:
             return Reason(f"triton: no barrier orders what one kernel writes and reads of {', '.join(sorted(both))}")
         if len(kernel.splits) > 1:
             return Reason("triton: one split axis a kernel")
-        if (kernel.counts or kernel.awaits) and arch != "sm_90" and not interpreting():
+        if (kernel.leads or kernel.beside) and arch != "sm_90" and not interpreting():
             return Reason("triton: one kernel follows another on sm_90 alone, which can start it beside the other")
         return None if interpreting() else denied(kernel, arch)
 

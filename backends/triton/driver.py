@@ -140,7 +140,7 @@ class Frame:
         self.launches: list[tuple[int, int, int, str]] = []
         for image, grid in plan.grids:
             config = Config(grid, 1, 1, 32 * image.launch["num_warps"], 1, 1, image.launch["shared"])
-            if image.kernel.awaits:                        # it may start beside the kernel before it
+            if image.kernel.beside:                        # it may start beside the kernel before it
                 beside = Attribute(BESIDE, 0, 1)
                 config.attributes, config.count = ctypes.addressof(beside), 1
                 self.held.append(beside)

@@ -44,12 +44,12 @@ class TritonPrinter(Printer):
         k, grid = self.kernel, self.kernel.program.grid
         chunk = k.span(k.parallel) if k.parallel else 0    # or a segment of them
         self.put(1, "pid = tl.program_id(0)")
-        if k.counts:
+        if k.leads:
             self.put(1, "start_follower()")
-        if k.awaits:
+        if k.beside:
             self.put(1, "if pid == tl.num_programs(0) - 1:  # so that this kernel does not end before the one that it follows")
             self.put(2, "wait_for_followed()")
-            if k.awaits[2]:
+            if k.awaits and k.awaits[2]:
                 self.put(1, "pid = tl.num_programs(0) - 1 - pid  # in the order of the scan, which goes backwards")
         for a in reversed([g for g in grid if g != "N"]):
             if a.endswith("#"):
