@@ -17,7 +17,7 @@ from gdn_ir.artifacts import digest
 from gdn_ir.compiler import Instance, planned
 from gdn_ir.follow import can_follow
 from gdn_ir.program import Program
-from gdn_ir.schedules.defaults import CROWDED, default, lean, roles_can, segmented, with_triton
+from gdn_ir.schedules.defaults import CROWDED, LENGTHS, default, lean, roles_can, segmented, with_triton
 from gdn_ir.schedules.plans import Steps, backward_plan, plan
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
@@ -100,7 +100,7 @@ def space_of(backend: str, arch: str, instance: Instance) -> Space:
         frames.insert(0 if lean(arch, instance, backend) else len(frames), Frame("grouped"))
     frames += [Frame("states", dot="tf32")] if f32 else []
     frames += [Frame("segments", segment=n) for n in (16, 32, 64) if not back and backend == "triton" and instance.K <= 128]
-    frames += [Frame("roles", segment=n) for n in (0, 16, 32, 64) if backend == "tilelang" and roles_can(arch, instance)]
+    frames += [Frame("roles", segment=n) for n in (0, *LENGTHS) if backend == "tilelang" and roles_can(arch, instance)]
     return Space(tuple(frames), (None, 16, 32, 64, 128), (1, 2, 4, 8), (1, 2, 3, 4))
 
 

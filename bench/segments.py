@@ -40,8 +40,8 @@ from gdn_ir.schedules.defaults import default, roles_can, segmented, with_triton
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 ARCH = "sm_90"
-SHAPES: list[Shape] = [([32768], 2, 8), ([32768], 4, 16), ([32768], 16, 16), ([32768], 16, 32), ([8192], 16, 32),
-                       ([8192], 2, 8), ([28672, 4096], 2, 8), ([1024] * 8, 4, 16), ([8192] * 4, 2, 8), ([2048], 16, 32)]
+SHAPES: list[Shape] = [([32768], 2, 8), ([32768], 16, 32), ([32768], 4, 16), ([32768], 16, 16), ([8192], 16, 32),
+                       ([8192], 2, 8), ([28672, 4096], 2, 8), ([1024] * 8, 4, 16), ([8192] * 4, 2, 8), ([4096], 16, 32), ([4096], 2, 8)]
 TIMED = Instance(Switches(), 128, 128, "bf16", "bf16", True)
 STATES = Switches(initial_state=True, final_state=True)
 WORSE = 1.2                                                # times the error of "states", at most
@@ -87,12 +87,12 @@ def backend_of(schedule: Schedule) -> str:
     return "tilelang" if any(o.roles for _, o in schedule.kernels) else "triton"
 
 
-def candidates(instance: Instance, lengths: list[int], changes: dict[str, KernelOptions]) -> Iterator[tuple[str, Schedule]]:
+def candidates(instance: Instance, lengths: list[int], changes: list[tuple[str, KernelOptions]]) -> Iterator[tuple[str, Schedule]]:
     """The plan "segments" with each number of chunks, and each change of a kernel's options."""
     for n in lengths:
         s = segmented(ARCH, instance, n)
         yield s.name, s
-        for kernel, o in changes.items():
+        for kernel, o in changes:
             if kernel in dict(s.kernels):
                 yield f"{s.name}, {kernel} {o}", s.with_options(**{kernel: o})
 
@@ -194,14 +194,15 @@ def main() -> None:
                    help="chunks of segments that roles scan; 0: whole sequences")
     p.add_argument("--set", type=change, action="append", default=[], metavar="KERNEL=TILE,WARPS,STAGES")
     p.add_argument("--only", choices=("checks", "times"), help="one half of the run")
+    p.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes are timed")
     a = p.parse_args()
     checks = [(c, n, segmented(ARCH, c.instance, n)) for n in a.segments
               for c in (CHECKS if n == a.segments[0] else CHECKS[:3])]
     able = [c for c in CHECKS if roles_can(ARCH, c.instance)]
     checks += [(c, max(n, 2), with_triton(c.instance, n)) for n in a.roles for c in (able if n in a.roles[:2] else able[:2])]
     checks = checks if a.only != "times" else []
-    shapes = SHAPES if a.only != "checks" else []
-    made = [*candidates(TIMED, a.segments, dict(a.set)), *((s.name, s) for n in a.roles for s in [with_triton(TIMED, n)])]
+    shapes = SHAPES[:a.shapes] if a.only != "checks" else []
+    made = [*candidates(TIMED, a.segments, a.set), *((s.name, s) for n in a.roles for s in [with_triton(TIMED, n)])]
     base = [states(TIMED, HV * len(lengths)) for lengths, _, HV in shapes]
     jobs = [(c.instance, s) for c, _, cut in checks for s in (states(c.instance), cut)]
     jobs += [(TIMED, s) for s in (*base, *(s for _, s in made))] if shapes else []

@@ -21,7 +21,7 @@ from gdn_ir.backends.triton.ptx import TritonPtx
 from gdn_ir.compiler import Unsupported, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.reference import recurrence
-from gdn_ir.schedules.defaults import default
+from gdn_ir.schedules.defaults import LENGTHS, default, with_triton
 from gdn_ir.schedules.schedule import Schedule
 
 FULL = Switches(initial_state=True, final_state=True)
@@ -55,15 +55,27 @@ def shipped(arch: str = "sm_90", backend: str = "triton") -> Iterator[tuple[Cell
         yield from ((cell, 512) for cell in crowded())
 
 
-def crowded() -> Iterator[Cell]:
+def crowded(title: str = "roles", packed: Layout = PACKED, dense: Layout = Layout((200, 200), H=1, HV=3, K=128, V=128)) \
+        -> Iterator[Cell]:
     """Where there are sequences and heads enough for roles (`gdn_ir.schedules.defaults.roles_fit`)."""
-    layouts = {"packed": PACKED, "dense": Layout((200, 200), H=1, HV=3, K=128, V=128)}
+    layouts = {"packed": packed, "dense": dense}
     switches = {"": Switches(final_state=True), ", initial state": FULL, ", no final state": Switches(),
                 ", initial state alone": Switches(initial_state=True),
                 ", negative eigenvalues": Switches(beta_sigmoid=True, neg_eigval=True, final_state=True)}
     for layout, lay in layouts.items():
         for name, s in switches.items():
-            yield Cell(f"roles, {layout}{name}, bf16", s, "bf16", lay)
+            yield Cell(f"{title}, {layout}{name}, bf16", s, "bf16", lay)
+
+
+def cut() -> Iterator[tuple[Cell, Schedule]]:
+    """Where sequences are cut into segments that roles scan: each length of these, some sequences ending with one and some a
+    token after."""
+    for n in LENGTHS:
+        size = 64 * n
+        packed, dense = (2 * size + 300, 0, size, 129, size + 1), (size + 300, size + 300)
+        layouts = replace(PACKED, lengths=packed), Layout(dense, H=1, HV=3, K=128, V=128)
+        for cell in crowded(f"segments of {n} by roles", *layouts):
+            yield cell, with_triton(cell.instance, n)
 
 
 def decoding(arch: str) -> Iterator[tuple[Cell, Schedule]]:
@@ -152,6 +164,9 @@ def main() -> None:
     if (a.backend, a.arch) == ("tilelang", "sm_90"):
         cell = Cell("accuracy of roles, bf16", replace(FULL, initial_state=False), "bf16", PEERS)
         jobs += [(cell, default(a.arch, cell.instance, 1, 512, 768, a.backend)[0], kind) for kind in inputs.KINDS]
+        jobs += [(cell, schedule, "model") for cell, schedule in cut()]
+        cell = replace(cell, name="accuracy of segments by roles, bf16")
+        jobs += [(cell, with_triton(cell.instance, LENGTHS[0]), kind) for kind in inputs.KINDS]
     for io in (DTYPES if a.backend == "triton" else ("bf16", "f16")) if a.arch == "sm_90" else ():
         jobs += [(Cell(f"naive {k} x {k}, {io}", FULL, io, replace(PACKED, K=k, V=k)), Schedule("naive"), "model")
                  for k in (64, 128)]

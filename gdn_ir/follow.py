@@ -51,14 +51,15 @@ def ready(scan: Program, follower: Program) -> Tensor | None:
 
 def followers(pipeline: Sequence[Program], names: Container[str]) -> dict[int, Tensor | None]:
     """For each kernel of these names (but the first) its place in the pipeline, and the counts that it waits for. Raises
-    IRError where one cannot follow, as `ready` does; or where the one before it follows too, and it meets what that follows."""
+    IRError where one cannot follow, as `ready` does; or where the one before it follows too, and it meets what is followed."""
     found = {i: ready(pipeline[i - 1], p) for i, p in enumerate(pipeline) if i and p.name in names}
     for i in found:
         j = i - 1
         while j in found:
             j -= 1
             if not apart(pipeline[j], pipeline[i]):
-                raise IRError(f"follow: {pipeline[i].name} could run before {pipeline[j].name} has ended, and they meet in memory")
+                late, soon = pipeline[j].name, pipeline[i].name
+                raise IRError(f"follow: {soon} could run before {late} has ended, and they meet in memory")
     return found
 
 

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from gdn_ir.compiler import Instance
 
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132}
-CROWDED = 48                                               # sequences x heads from which roles should win (arithmetic)
+CROWDED = 48                                               # sequences x heads from which roles win with whole sequences
 SEGMENTS = False                                           # whether few long sequences are cut (docs/performance-log.md)
 SEGMENT = 64                                               # chunks of one
-ROLES_IN_SEGMENTS = False                                  # whether few long sequences are cut where roles can scan them
-LEAST = 8                                                  # chunks of a segment that roles scan
+ROLES_IN_SEGMENTS = True                                   # whether sequences are cut where roles can scan them
+LENGTHS = (8, 16, 32, 64, 128)                             # chunks that a segment of roles may have
 LONG = 128                                                 # chunks of a sequence, on average, that is worth cutting
 FILLED = 0.9                                               # blocks of the scan for each multiprocessor that need no more
 
@@ -45,15 +45,15 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
     if arch not in MULTIPROCESSORS:
         raise ValueError(f"arch: got {arch!r}; accepts cpu, {', '.join(MULTIPROCESSORS)}")
     steps = plan("states", erase, io, sums=decay, leave=instance.left)
-    if backend == "tilelang" and roles_fit(arch, instance, sequences, heads):
+    if backend == "tilelang" and roles_fit(arch, instance, sequences, heads, tokens):
+        size = segment_of(sequences, heads, tokens)
+        if size:
+            return with_triton(instance, size), (
+                f"{arch}: {sequences * heads} blocks of roles would not fill {MULTIPROCESSORS[arch]} multiprocessors for long; "
+                f"each sequence is cut into segments of {size} chunks; what comes before their scan by triton")
         return with_triton(instance), \
             f"{arch}: roles in one block for each of {sequences * heads} sequences and heads, beside each other on " \
             f"{MULTIPROCESSORS[arch]} multiprocessors; the inverses before, by triton"
-    if backend == "tilelang" and ROLES_IN_SEGMENTS and roles_can(arch, instance) and tokens >= LONG * 64 * sequences:
-        size = segment_of(sequences, heads, tokens)
-        return with_triton(instance, size), (
-            f"{arch}: {sequences * heads} blocks of roles would not fill {MULTIPROCESSORS[arch]} multiprocessors; each "
-            f"sequence is cut into segments of {size} chunks; what comes before their scan by triton")
     if backend == "tilelang":
         return of_tilelang(arch, instance, steps)
     if SEGMENTS and instance.keep == "nothing" and cuts(arch, instance, sequences, heads, tokens):
@@ -95,11 +95,17 @@ def of_roles(roles: Roles = SOLVED, solve: KernelOptions | None = None) -> Sched
 
 
 def segment_of(sequences: int, heads: int, tokens: int) -> int:
-    """Chunks of a segment, a power of two, so that few kernels serve all lengths: as short as they can be without more blocks
-    of roles than multiprocessors, for a block has one to itself."""
-    each = max(1, MULTIPROCESSORS["sm_90"] // (sequences * heads))         # segments that a sequence may have
-    chunks = -(-tokens // (64 * sequences * each))
-    return max(LEAST, 1 << (chunks - 1).bit_length())
+    """Chunks of a segment that roles scan, one of LENGTHS, so that few kernels serve all lengths of sequences; 0 where these
+    should stay whole. By what an H100 takes, in microseconds: a block of roles has a multiprocessor to itself, so that blocks
+    come in waves of 2.8 a chunk; the transition and offset of what has not faded take 1 a chunk, composing 4 a segment."""
+    chunks = -(-tokens // (64 * sequences))
+
+    def takes(size: int) -> float:
+        segments = -(-chunks // size)
+        waves = -(-segments * sequences * heads // MULTIPROCESSORS["sm_90"])
+        return waves * (6 + 2.8 * size) + (4 * segments + size + 60 if segments > 1 else 0)
+    best = min((chunks, *(n for n in LENGTHS if n < chunks)), key=takes)
+    return best if best < chunks and ROLES_IN_SEGMENTS else 0
 
 
 def segmented_roles(instance: Instance, segment: int, roles: Roles = SOLVED) -> Schedule:
@@ -125,10 +131,11 @@ def roles_can(arch: str, instance: Instance) -> bool:
     return fits and s.decay == "scalar" and s.erase and not s.l2norm and not s.state_v_first
 
 
-def roles_fit(arch: str, instance: Instance, sequences: int, heads: int) -> bool:
-    """Whether they should also be the fastest for a call: one block takes a whole sequence and head, so there must be enough
-    of these to be busy beside each other."""
-    return roles_can(arch, instance) and sequences * heads >= CROWDED
+def roles_fit(arch: str, instance: Instance, sequences: int, heads: int, tokens: int) -> bool:
+    """Whether they should also be the fastest for a call: one block takes a whole sequence and head, so there must be enough of
+    these to be busy beside each other; or sequences so long that they are worth cutting."""
+    crowded, long = sequences * heads >= CROWDED, ROLES_IN_SEGMENTS and tokens >= LONG * 64 * sequences
+    return roles_can(arch, instance) and (crowded or long)
 
 
 def scan_width(arch: str, instance: Instance, scans: int) -> int:

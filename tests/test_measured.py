@@ -13,7 +13,7 @@ from gdn_ir.bench.cases import FORWARD_CORE, trains
 from gdn_ir.bench.errors import bound, worst
 from gdn_ir.bench import verify_backward
 from gdn_ir.bench.gradients import backward_of
-from gdn_ir.bench.verify import decoding, shipped
+from gdn_ir.bench.verify import cut, decoding, shipped
 from gdn_ir.compiler import variant
 from gdn_ir.registry import unseen
 from gdn_ir.schedules.defaults import default
@@ -40,7 +40,8 @@ def test_every_shipped_default_was_measured(arch: str, backend: str) -> None:
     missing, wrong = [], []
     jobs = [(cell, default(arch, cell.instance, 1, scans, sum(cell.layout.lengths), backend)[0])
             for cell, scans in shipped(arch, backend) if not unseen(cell.instance, backend, arch)]
-    for cell, schedule in (*jobs, *(decoding(arch) if backend == "triton" else ())):
+    more = decoding(arch) if backend == "triton" else cut() if arch == "sm_90" else ()
+    for cell, schedule in (*jobs, *more):
         sources = {s.kernel: s.hash for s in variant(cell.instance, schedule, backend, arch).sources}
         key = (cell.name, tuple(sorted(sources.items())))
         errors = measured.get(key)

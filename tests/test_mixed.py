@@ -75,8 +75,8 @@ def test_roles_serve_where_there_are_blocks_enough(monkeypatch: pytest.MonkeyPat
         assert served(8) == "triton"
         registry.forget()
     assert served(8) == "tilelang"
-    assert roles_fit("sm_90", PACKED, 1, CROWDED) and not roles_fit("sm_90", PACKED, 1, CROWDED - 1)
-    assert not roles_fit("sm_80", PACKED, 8, 64)
+    assert roles_fit("sm_90", PACKED, 1, CROWDED, 1024) and not roles_fit("sm_90", PACKED, 1, CROWDED - 1, 1024)
+    assert not roles_fit("sm_80", PACKED, 8, 64, 8192)
 
 
 @pytest.mark.parametrize("order", [("complete SK", None), ("compute R", "complete SK"), ("read v", "compute R")])
