@@ -30,7 +30,7 @@ from gdn_ir.schedules.schedule import KernelOptions, Schedule
 def planned(plan: str, instance: Instance, heads: int, tokens: int) -> Schedule:
     """A plan with the default's options for the kernels that it makes."""
     base = default("sm_90", instance, 1, heads, tokens)[0]
-    whole = replace(base, name=plan, steps=backward_plan(plan, instance.program, instance.io),
+    whole = replace(base, name=plan, steps=backward_plan(plan, instance.program, instance.io, beta=instance.beta),
                     kernels=(("*", base.options("inner")),))
     made = {s.kernel for s in variant(instance, whole, "triton", "sm_90").sources}
     return replace(whole, kernels=tuple((k, o) for k, o in base.kernels if k in made))
