@@ -152,6 +152,7 @@ def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64
         steps += [("peel", "d_k", "d_k_r", "d_S"), ("hoist", "d_k_r", "f32" if name == "states" else "io", "inner")]
         steps += [("peel", "d_G", "d_G_r", "d_S"), ("hoist", "d_G_r", "f32", "inner")] if "d_g" in out else []
         steps += [("lift", n, "inner") for n in ("d_beta", "d_v") if n in out]
+        steps += [("share", "inner")] if name in WIDENS else []
     steps += [("move_scales",)]
     if heads and name != "states":
         owned = {"grouped": ("d_k",), "inside": ("d_q", "d_k")}.get(name, ())

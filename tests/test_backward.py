@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -290,7 +291,9 @@ def test_triton_executed() -> None:
     found = interpreted([*(["backward", n] for n in names), ["backward", "gated delta rule, f32, GVA", 32],
                          *(["backward", f"gated delta rule, {layout}", None, plan, heads]
                            for layout, plan, heads in (("f32, varlen", "grouped", (1, 2)), ("f32, ragged", "inside", (1, 3)),
-                                                       ("f32, dense", "merged", (1, 2)), ("f16, varlen", "grouped", (1, 2))))])
+                                                       ("f32, dense", "merged", (1, 2)), ("f16, varlen", "grouped", (1, 2)))),
+                         *(["backward", f"gated delta rule, {layout}", None, "grouped", (1, 2), True]
+                           for layout in ("f32, varlen", "f16, varlen"))])
     bad = {k: v for k, v in found.items()
            if "error" not in v or not float(v["error"]) < (2e-5 if "f32" in k else 4.5e-3)}     # type: ignore[arg-type]
     assert not bad, json.dumps(bad, indent=1)[:3000]
@@ -355,6 +358,58 @@ def test_default_compiles_without_a_gpu(arch: str, size: int) -> None:
         built = cross_compile(kernel, source, arch)
         assert built.metadata.shared <= {"sm_80": 166912, "sm_90": 232448}[arch]
         assert "atom" not in source.text
+
+
+def tiles_of(kernel: Program) -> int:
+    """Products of tiles over C and C' with each other, elementwise."""
+    return sum(n.op is Op.ELEM and n["fn"] == "mul" and all(a.axes == ("C", "C'") for a in n.args) for n in kernel.nodes())
+
+
+def test_what_sharing_saves() -> None:
+    """inner multiplies three tiles where it would five, and makes no product of matrices more."""
+    p = backward(build())
+    plan = backward_plan("grouped", p)
+    before, after = ({k.name: k for k in steps.apply(p, tuple(s for s in plan if s[0] != left))} for left in ("share", ""))
+    assert (tiles_of(before["inner"]), tiles_of(after["inner"])) == (5, 2)
+    assert all(before[n] == after[n] for n in before if n != "inner")
+    products = [[n for n in k["inner"].nodes() if n.op is Op.DOT] for k in (before, after)]
+    assert len(products[0]) == len(products[1])
+    with pytest.raises(steps.IllegalStep, match="share: no kernel is named 'outer'; there are again, back"):
+        steps.apply(p, (("separate", "d_S", "again", "back"), ("share", "outer")))
+
+
+def test_sparing_holds_less() -> None:
+    """The same statements in another order: the sums that a tile is for follow it, and what is read once is read late."""
+    instance = Instance(Switches(), 128, 128, "bf16", "bf16", True, GRADS)
+    schedule = default("sm_90", instance, 1, 32, 8192)[0]
+    sparing = schedule.with_options(**{k: replace(o, sparing=True) for k, o in schedule.kernels})
+    for a, b in zip(*(variant(instance, s, "triton", "sm_90").sources for s in (schedule, sparing)), strict=True):
+        lines = [[x for x in s.text.splitlines() if x.startswith("    ") and "#" not in x] for s in (a, b)]
+        assert len(lines[0]) == len(lines[1])
+        if a.kernel == "inner":
+            first, then = ("\n".join(x) for x in lines)
+            assert first.index("d_k_r_ptr + t0") < first.index("d_v_ptr + t0", first.index("u = tl.load"))
+            assert then.index("d_v.to") < then.index("v = tl.load") < then.index("u = tl.load") < then.index("d_k_r_ptr + t0")
+
+
+@pytest.mark.parametrize(("kernel", "spills"), [("inner", 64), ("local", 0)])
+def test_four_warps_hold_what_is_sparing(kernel: str, spills: int) -> None:
+    """Bytes of the stack that ptxas takes, at two blocks a multiprocessor. (inner took 500 before share and sparing.)"""
+    instance = Instance(Switches(), 128, 128, "bf16", "bf16", True, GRADS)
+    schedule = default("sm_90", instance, 1, 32, 8192)[0]
+    s = schedule.with_options(**{kernel: replace(schedule.options(kernel), num_warps=4, sparing=True)})
+    made = variant(instance, s, "triton", "sm_90")
+    at = next(i for i, k in enumerate(made.sources) if k.kernel == kernel)
+    ptx = cross_compile(made.compiled.kernels[at], made.sources[at], "sm_90").asm["ptx"]
+    assert spilled(ptx) <= spills
+
+
+def spilled(ptx: str) -> int:
+    """What ptxas says of a kernel's stack, in bytes."""
+    from triton import knobs
+    found = subprocess.run([knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", "-o", "/dev/null", "-"], input=ptx, text=True,
+                           capture_output=True, check=True).stderr
+    return int(found.split(" bytes stack frame")[0].split()[-1])
 
 
 def narrow_loads(kernel: Kernel) -> set[str]:
