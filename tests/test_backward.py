@@ -366,7 +366,7 @@ def tiles_of(kernel: Program) -> int:
 
 
 def test_what_sharing_saves() -> None:
-    """inner multiplies three tiles where it would five, and makes no product of matrices more."""
+    """inner multiplies two pairs of tiles where it would five, and makes no product of matrices more."""
     p = backward(build())
     plan = backward_plan("grouped", p)
     before, after = ({k.name: k for k in steps.apply(p, tuple(s for s in plan if s[0] != left))} for left in ("share", ""))
