@@ -41,7 +41,7 @@ class Frame:
         if self.plan == "recurrent":
             return ()
         if instance.grads:
-            return backward_plan(self.plan, instance.program, instance.io, self.chunk, self.block)
+            return backward_plan(self.plan, instance.program, instance.io, self.chunk, self.block, beta=instance.beta)
         sums = self.sums and instance.switches.decay != "none"
         name = self.plan if self.plan != "roles" else "cut" if self.segment else "solve"
         return plan(name, instance.switches.erase, instance.io, self.chunk, self.block, sums, self.segment)

@@ -6,12 +6,13 @@ and not named by the user is written where it is used, so that emitted code read
 from __future__ import annotations
 
 import keyword
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from gdn_ir.backends.base import Kernel
 from gdn_ir.nodes import Members, Node, Op, twin
-from gdn_ir.program import Line, ScanView, Scopes, token_chains, uses
+from gdn_ir.program import Line, ScanView, Scopes, token_chains, toposort, uses
 
 
 @dataclass
@@ -85,7 +86,8 @@ class Linear:
         self._uses = uses(self._nodes)
         self.operands = {self.bare(a) for n in self._nodes if n.op in style.named for a in n.args}
         self._blocks: list[tuple[str | None, list[Stmt]]] = [(None, [])]
-        for r in parallel.effects if parallel else program.roots:
+        self._held = Held(kernel, self._uses) if kernel.options.sparing else None
+        for r in self._ordered(parallel.effects if parallel else program.roots):
             self._effect(r)
         self.body = self._blocks[0][1]
 
@@ -96,7 +98,7 @@ class Linear:
             return
         self.names[node] = ""
         if node.op is Op.STORE:
-            for a in node.args:
+            for a in self._ordered(node.args):
                 self._place(a)
             self._home(node).append(Write(node))
             return
@@ -111,7 +113,7 @@ class Linear:
             if name in carried:
                 self.names[carried[name]] = text
         self._blocks.append((view.axis, loop.body))
-        for e in view.effects:
+        for e in self._ordered(view.effects):
             self._effect(e)
         for x in view.nexts:
             self._place(x)
@@ -120,6 +122,19 @@ class Linear:
         for user in self._uses.get(node, []):
             if user.op is Op.FINAL:
                 self.names[user] = loop.carries[user["i"]]
+
+    def _ordered(self, nodes: tuple[Node, ...]) -> Iterator[Node]:
+        """The order in which values, or effects, are placed: as they come; or, in a kernel that is to be sparing, each time
+        the one after which least is held."""
+        if self._held is None or any(n.op is Op.SCAN for n in nodes):
+            yield from nodes
+            return
+        left = list(dict.fromkeys(nodes))
+        while left:
+            n = min(left, key=self._held.after)
+            left.remove(n)
+            yield n
+            self._held.place(n)
 
     def _home(self, node: Node) -> list[Stmt]:
         for axis, block in reversed(self._blocks):
@@ -133,7 +148,7 @@ class Linear:
         if node.op in (Op.STORE, Op.SCAN):
             self._effect(node)
             return
-        for a in node.args:
+        for a in self._ordered(node.args):
             self._place(a)
         if node in self.names or node.op is Op.FINAL or self.inlined(node):
             return
@@ -217,6 +232,43 @@ class Linear:
 
     def lines(self, node: Node) -> tuple[Line, ...]:
         return self.program.lines_of(node)
+
+
+class Held:
+    """What a block's registers hold while values are placed one after another, in bytes."""
+
+    def __init__(self, kernel: Kernel, users: Mapping[Node, list[Node]]) -> None:
+        self.kernel, self._users, self._done = kernel, users, set[Node]()
+
+    def place(self, node: Node) -> None:
+        self._done |= set(toposort([node]))
+
+    def after(self, node: Node) -> int:
+        """How much is held once a value is placed: all that is placed then and that something later takes, but for products,
+        whose operands lie in shared memory."""
+        done = self._done | set(toposort([node]))
+        return sum(self._size(n) for n in done if any(u not in done and u.op is not Op.DOT for u in self.takers(n)))
+
+    def takers(self, node: Node) -> Iterator[Node]:
+        """Who takes a value, itself or as what costs nothing more to hold."""
+        for u in self._users.get(node, []):
+            if self._thin(u):
+                yield from self.takers(u)
+            else:
+                yield u
+
+    def _thin(self, n: Node) -> bool:
+        return n.op in (Op.TWIN, Op.BROADCAST) or (n.op is Op.CAST and width(n) >= width(n.args[0]))
+
+    def _size(self, n: Node) -> int:
+        if not n.axes or n.op in FREE or self._thin(n) or n.op in (Op.STORE, Op.SCAN):
+            return 0
+        return math.prod(self.kernel.tile(a) for a in n.axes) * width(n)
+
+
+def width(n: Node) -> int:
+    """Bytes of an element."""
+    return {"bool": 0, "bf16": 2, "f16": 2, "f64": 8}.get(str(n.type.dtype), 4)
 
 
 def listed(items: list[str]) -> str:

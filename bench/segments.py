@@ -41,7 +41,8 @@ from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 ARCH = "sm_90"
 SHAPES: list[Shape] = [([32768], 2, 8), ([32768], 16, 32), ([32768], 4, 16), ([32768], 16, 16), ([8192], 16, 32),
-                       ([8192], 2, 8), ([28672, 4096], 2, 8), ([1024] * 8, 4, 16), ([8192] * 4, 2, 8), ([4096], 16, 32), ([4096], 2, 8)]
+                       ([8192], 2, 8), ([28672, 4096], 2, 8), ([1024] * 8, 4, 16), ([8192] * 4, 2, 8), ([4096], 16, 32),
+                       ([4096], 2, 8)]
 TIMED = Instance(Switches(), 128, 128, "bf16", "bf16", True)
 STATES = Switches(initial_state=True, final_state=True)
 WORSE = 1.2                                                # times the error of "states", at most
@@ -87,7 +88,8 @@ def backend_of(schedule: Schedule) -> str:
     return "tilelang" if any(o.roles for _, o in schedule.kernels) else "triton"
 
 
-def candidates(instance: Instance, lengths: list[int], changes: list[tuple[str, KernelOptions]]) -> Iterator[tuple[str, Schedule]]:
+def candidates(instance: Instance, lengths: list[int], changes: list[tuple[str, KernelOptions]]) \
+        -> Iterator[tuple[str, Schedule]]:
     """The plan "segments" with each number of chunks, and each change of a kernel's options."""
     for n in lengths:
         s = segmented(ARCH, instance, n)

@@ -26,6 +26,7 @@ from gdn_ir.schedules.schedule import Schedule
 
 FULL = Switches(initial_state=True, final_state=True)
 PACKED = Layout((300, 0, 64, 129), varlen=True, H=2, HV=4, K=128, V=128)
+DENSE = Layout((200, 200), H=1, HV=3, K=128, V=128)
 PEERS = Layout((768,), varlen=True, H=2, HV=4, K=128, V=128)         # the shape of the peers' accuracy measurements
 
 
@@ -55,8 +56,7 @@ def shipped(arch: str = "sm_90", backend: str = "triton") -> Iterator[tuple[Cell
         yield from ((cell, 512) for cell in crowded())
 
 
-def crowded(title: str = "roles", packed: Layout = PACKED, dense: Layout = Layout((200, 200), H=1, HV=3, K=128, V=128)) \
-        -> Iterator[Cell]:
+def crowded(title: str = "roles", packed: Layout = PACKED, dense: Layout = DENSE) -> Iterator[Cell]:
     """Where there are sequences and heads enough for roles (`gdn_ir.schedules.defaults.roles_fit`)."""
     layouts = {"packed": packed, "dense": dense}
     switches = {"": Switches(final_state=True), ", initial state": FULL, ", no final state": Switches(),
@@ -73,7 +73,7 @@ def cut() -> Iterator[tuple[Cell, Schedule]]:
     for n in LENGTHS:
         size = 64 * n
         packed, dense = (2 * size + 300, 0, size, 129, size + 1), (size + 300, size + 300)
-        layouts = replace(PACKED, lengths=packed), Layout(dense, H=1, HV=3, K=128, V=128)
+        layouts = replace(PACKED, lengths=packed), replace(DENSE, lengths=dense)
         for cell in crowded(f"segments of {n} by roles", *layouts):
             yield cell, with_triton(cell.instance, n)
 

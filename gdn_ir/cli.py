@@ -83,7 +83,7 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch")]
         known = PLANS["backward" if wrt else "forward"]
         if schedule not in known:
             raise ValueError(f"--schedule: got {schedule!r}; accepts default, {', '.join(known)}, or a JSON file that exists")
-        steps = backward_plan(schedule, instance.program, dtype, keep=keep) if wrt else \
+        steps = backward_plan(schedule, instance.program, dtype, keep=keep, beta=instance.beta) if wrt else \
             plan(schedule, erase, dtype, sums=decay and bool(instance.left), leave=instance.left)
         wanted = Schedule(schedule, steps=steps)
     if json:

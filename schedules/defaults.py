@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from gdn_ir.schedules.plans import CHUNK, Steps, backward_plan, plan
+from gdn_ir.schedules.plans import CHUNK, Steps, backward_plan, narrow, plan
 from gdn_ir.schedules.roles import SOLVED, Roles
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
@@ -44,7 +44,8 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
         return Schedule("fused", steps=plan("fused", erase, io)), "any device: one pass over the chunks, the whole grid at once"
     if arch not in MULTIPROCESSORS:
         raise ValueError(f"arch: got {arch!r}; accepts cpu, {', '.join(MULTIPROCESSORS)}")
-    steps = plan("states", erase, io, sums=decay, leave=instance.left)
+    widen = arch == "sm_90" and backend == "triton" and instance.keep != "nothing" and narrow(instance.beta)
+    steps = plan("states", erase, io, sums=decay, leave=instance.left, widen=widen)
     if backend == "tilelang" and roles_fit(arch, instance, sequences, heads, tokens):
         size = segment_of(sequences, heads, tokens)
         if size:
@@ -207,7 +208,8 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
         raise ValueError(f"no schedule of a backward for {backend} on {arch} yet")
     whole = instance.io == "f32"
     grouped = lean(arch, instance, backend)
-    steps = backward_plan("grouped" if grouped else "states", instance.program, instance.io, keep=instance.keep)
+    steps = backward_plan("grouped" if grouped else "states", instance.program, instance.io, keep=instance.keep,
+                          beta=instance.beta)
     if arch == "torch":
         return Schedule(f"backward{kept(instance)}", steps=steps), \
             "any device: one pass over the chunks each way, the rest of them at once"
@@ -226,7 +228,8 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
     if max(instance.K, instance.V) > 128:                  # a state is more than a block holds: sums over V in parts
         every = local = inner = KernelOptions(32 if whole else 64, 8, 1)
         again = back = KernelOptions(width, 8 if width == 64 else 4, 2 if arch == "sm_90" and not whole else 1)
-    kernels = {"solve": KernelOptions(None, 1 if not whole and backend == "triton" else 4, 1), "again": again, "local": local,
+    kernels = {"solve": KernelOptions(None, 1 if not whole and backend == "triton" else 4, 1),
+               "widen": KernelOptions(None, 1, 1), "again": again, "local": local,
                "back": back if carried else every, "inner": inner,
                "grads": every, "heads": KernelOptions(None, 4, 1)}
     made = {step[-1] for step in steps if step[0] in ("hoist", "lift", "sink")} | \

@@ -30,6 +30,10 @@ A forward may leave values that its kernels store anyway (LEFT), which its backw
     nothing   all is computed again
     inverse   the inverse A and the sums of the log decay: there is no solve
     states    these, the state entering each chunk and u: there is no again either
+
+A serial scan waits for what it does not read ahead, and hardware copies ahead no less than four bytes at a place: where beta
+has two, one for each row, a scan reads it as float32 from an earlier kernel (WIDENS; a forward when told to): from solve,
+where there is one; else from local; else from one of its own, widen.
 """
 from __future__ import annotations
 
@@ -42,6 +46,7 @@ Steps = tuple[tuple[str | int, ...], ...]
 PLANS = {"forward": ("naive", "fused", "solve", "states", "wy", "segments", "cut"),
          "backward": ("naive", "fused", "states", "grouped", "inside", "merged")}
 KEEP = ("nothing", "inverse", "states")                    # each with what those before it leave
+WIDENS = ("grouped", "inside", "merged")                   # plans of the backward whose scans read a float32 beta
 CHUNK = 64                                                 # tokens of a chunk of which something is left
 LESS: Steps = (("factor",), ("regroup",), ("exchange",), ("symmetric",))       # fewer products than reverse mode derives
 
@@ -56,17 +61,19 @@ def left(keep: str, decay: bool = True, erase: bool = True) -> tuple[str, ...]:
 
 
 def plan(name: str, erase: bool = True, io: str = "bf16", chunk: int = 64, block: int = 16, sums: bool = False,
-         segment: int = 32, leave: tuple[str, ...] = ()) -> Steps:
+         segment: int = 32, leave: tuple[str, ...] = (), widen: bool = False) -> Steps:
     """The steps of a plan. Without erase there is nothing to solve: what is left of the plan is where the output is computed.
     Float32 inputs merge the inverse's blocks in split tf32, others in tf32. sums: the running sums of the log decay are
     computed beside the inverse, not in the serial scan. segment: chunks of a segment. leave: what is left to the backward.
+    widen: the scan reads beta, if it does, as float32 from beside the inverse.
     Raises ValueError for a name it lacks."""
     merges = {"f64": "f64", "f32": "tf32x3"}.get(io, "tf32")
     invert: Steps = (("invert", "u", "A"), ("merge", "A", chunk, block, merges)) if erase else ()
     shared: Steps = (("hoist", "G", "f32", "solve"), ("hoist", "total", "f32", "solve")) if erase and sums else ()
     # the scan need not read beta: the stored inverse's columns are scaled by it
     absorbed: Steps = (("absorb", "u", "A_beta"), ("hoist", "A_beta", "io", "solve"))
-    alone: Steps = (("hoist", "A", "io", "solve"),)        # the backward needs it without beta
+    alone: Steps = (("hoist", "A", "io", "solve"),         # the backward needs it without beta
+                    *((("hoist", "beta", "f32", "solve"),) if widen else ()))
     hoist: Steps = (*(alone if leave else absorbed), *shared) if erase else ()
     halves: Steps = (("distribute", "u", "u0", "w"), ("hoist", "u0", "io", "solve"), ("hoist", "w", "io", "solve"), *shared)
     output: Steps = (("sink", "o", "u" if erase else "", "output"),)
@@ -86,10 +93,15 @@ def plan(name: str, erase: bool = True, io: str = "bf16", chunk: int = 64, block
     return (*table[name], ("leave", *leave)) if leave else table[name]
 
 
-def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64, block: int = 16, keep: str = "nothing") \
-        -> Steps:
+def narrow(beta: str) -> bool:
+    """Whether what is stored in a dtype is too small for a copy ahead of a loop, one at a place."""
+    return beta in ("bf16", "f16")
+
+
+def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64, block: int = 16, keep: str = "nothing",
+                  beta: str = "") -> Steps:
     """The steps of a plan of a derived backward: those whose values `program` has (it computes only the gradients that were
-    asked for). keep: what it is given. Raises ValueError for a name it lacks."""
+    asked for). keep: what it is given. beta: its dtype, where it is not io. Raises ValueError for a name it lacks."""
     named = {note.name for note in program.notes.values() if note.name}
     stores = [n for n in program.nodes() if n.op is Op.STORE and not n["tensor"].temp]
     scans = [r for r in program.roots if r.op is Op.SCAN]
@@ -124,11 +136,15 @@ def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64
         steps += [("invert", n, "A") for n in solves]
         steps += [("merge", "A", chunk, block, merges), ("hoist", "A", "io", "solve")] if solves else []
         steps += [("hoist", n, "f32", "solve") for n in ("G", "total") if n in named] if solves else []
+    widens = name in WIDENS and narrow(beta or io) and back and "d_r" in named
+    if widens and "S" not in known:
+        steps += [("hoist", "beta", "f32", "widen" if "A" in known else "solve")]
     out = {n["tensor"].name for n in stores}
     if not back:                                           # nothing is carried: all chunks at once already
         return (*steps, ("move_scales",), *heads)
     if "d_r" in named:
         steps += [("peel", "d_u", "d_u_o"), ("turn", "d_u_o"), ("hoist", "d_u_o", "io", "local")]
+    steps += [("hoist", "beta", "f32", "local")] if widens and "S" in known else []
     steps += [("hoist", "d_qk", "io", "local")] if "d_qk" in named else []
     steps += [("lift", "d_q", "local")] if "d_q" in out else []
     if "d_G" in named:
@@ -139,6 +155,7 @@ def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64
         steps += [("peel", "d_k", "d_k_r", "d_S"), ("hoist", "d_k_r", "f32" if name == "states" else "io", "inner")]
         steps += [("peel", "d_G", "d_G_r", "d_S"), ("hoist", "d_G_r", "f32", "inner")] if "d_g" in out else []
         steps += [("lift", n, "inner") for n in ("d_beta", "d_v") if n in out]
+        steps += [("share", "inner")] if name in WIDENS else []
     steps += [("move_scales",)]
     if heads and name != "states":
         owned = {"grouped": ("d_k",), "inside": ("d_q", "d_k")}.get(name, ())

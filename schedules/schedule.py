@@ -12,20 +12,22 @@ class KernelOptions:
     """How one kernel of the plan runs. v_tile: columns of V a block owns (None: all); the rest goes to the grid. follows:
     whether it starts beside the scan before it (`gdn_ir.follow`): at once where it reads nothing of it, else each chunk as
     soon as that has stored it. roles: what its warps do, where they do not all do the same (then it decides their number, and
-    how far loads run ahead). backend: which makes this kernel, where it is another than makes the rest."""
+    how far loads run ahead). backend: which makes this kernel, where it is another than makes the rest. sparing: whether its
+    statements stand in an order in which a block holds little at once, not in the program's."""
     v_tile: int | None = None
     num_warps: int = 4
     num_stages: int = 2
     follows: bool = False
     roles: Roles | None = None
     backend: str = ""
+    sparing: bool = False
 
     def __str__(self) -> str:
         tile = f", V in tiles of {self.v_tile}" if self.v_tile else ""
         tile += f", by {self.backend}" if self.backend else ""
         if self.roles:
             return f"roles {', '.join(r.name for r in self.roles.roles)}{tile}"
-        more = tile + (", follows the scan before it" if self.follows else "")
+        more = tile + (", follows the scan before it" if self.follows else "") + (", sparing" if self.sparing else "")
         return f"{self.num_warps} warp{'s' * (self.num_warps > 1)}, {self.num_stages} stage{'s' * (self.num_stages > 1)}{more}"
 
     def __post_init__(self) -> None:
@@ -36,6 +38,7 @@ class KernelOptions:
                 raise ValueError(f"KernelOptions.{name}: got {value!r}; accepts a power of two "
                                  "(v_tile also None; num_warps to 16; num_stages is any number from 1 to 8)")
         for name, given, kind, accepts in (("follows", self.follows, bool, "true or false"),
+                                           ("sparing", self.sparing, bool, "true or false"),
                                            ("backend", self.backend, str, "a backend's name, or nothing")):
             if not isinstance(given, kind):
                 raise ValueError(f"KernelOptions.{name}: got {given!r}; accepts {accepts}")
@@ -45,6 +48,7 @@ class KernelOptions:
         plain: dict[str, object] = {"v_tile": self.v_tile, "num_warps": self.num_warps, "num_stages": self.num_stages}
         plain |= {"follows": True} if self.follows else {}
         plain |= {"backend": self.backend} if self.backend else {}
+        plain |= {"sparing": True} if self.sparing else {}
         return plain | ({"roles": self.roles.data()} if self.roles else {})
 
 

@@ -5,17 +5,20 @@ multiplies more than it must.
     regroup     (a * b + c * d) * D = (a * D) * b + (c * D) * d, where a * D and c * D are computed anyway
     exchange    sum_V(x * dot(a, S)) = sum_K(a * dot(x, S)), where dot(x, S) is computed anyway: saves a product
     symmetric   P k + P^T k = (P + P^T) k: saves a product
+    share       a * b * c and b * d * a as (a * b) * c and (a * b) * d: a block holds fewer tiles at once
 """
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from typing import Union
 
 from gdn_ir.build import broadcast, dot, reduce_sum
 from gdn_ir.nodes import Node, Op, base, make
 from gdn_ir.program import Program
 from gdn_ir.rewrite import simplify
-from gdn_ir.schedules.pipeline import Pipeline, step
+from gdn_ir.schedules.pipeline import IllegalStep, Pipeline, put, step
 from gdn_ir.schedules.terms import Term, addends, factors, is_elem, multiply, total
 from gdn_ir.verify import verify
 
@@ -197,3 +200,62 @@ def _merged(n: Node) -> Node | None:
                     rest = [part for m, part in enumerate(parts) if m not in (i, j)]
                     return total([(s, dot(P + P.twin(a), k, over=t)), *rest])
     return None
+
+
+# ---- share ------------------------------------------------------------------------------------------------------------------
+
+
+@step
+def share(pipeline: Pipeline, kernel: str) -> Pipeline:
+    """What elementwise products of a kernel's tiles have in common is multiplied once: the two factors that most of them share,
+    as one factor, until no two products share two. What scales rows comes last. Saves what would be held until the last of the
+    products is made."""
+    at = next((i for i, p in enumerate(pipeline) if p.name == kernel), None)
+    if at is None:
+        raise IllegalStep(f"share: no kernel is named {kernel!r}; there are {', '.join(p.name for p in pipeline)}")
+    p = pipeline[at]
+    used = {a for n in p.nodes() if not is_elem(n, "mul", "neg") for a in n.args}
+    terms = {n: factors(n) for n in p.nodes() if n in used and is_elem(n, "mul", "neg") and len(n.axes) > 1}
+    signs, parts = {n: s for n, (s, _) in terms.items()}, {n: list[Factor](fs) for n, (_, fs) in terms.items()}
+    taken = set[Node]()
+    while best := _shared(parts):
+        for n, fs in parts.items():
+            if set(best) <= set(fs):
+                rest = list(fs)
+                for f in best:
+                    rest.remove(f)
+                parts[n] = [best, *rest]
+                taken.add(n)
+    memo: dict[Node, Node] = {}
+
+    def made(f: Factor) -> Node:
+        return memo[f] if isinstance(f, Node) else made(f[0]) * made(f[1])
+
+    def change(old: Node, args: tuple[Node, ...]) -> Node:
+        new = old if args == old.args else old.but(args)
+        if old in taken:
+            new = multiply(made(f) for f in parts[old])
+            new = new if signs[old] > 0 else -new
+        memo[old] = new
+        return new
+    return put(pipeline, at, p.rebuild(change))
+
+
+Factor = Union[Node, "tuple[Factor, Factor]"]              # a factor of a product, or two of them as one
+
+
+def _axes(f: Factor) -> tuple[str, ...]:
+    return f.axes if isinstance(f, Node) else _axes(f[0])
+
+
+def _shared(products: Mapping[Node, list[Factor]]) -> tuple[Factor, Factor] | None:
+    """The two factors, tiles both where that can be, that most products share; None where no two do."""
+    found: dict[tuple[Factor, Factor], int] = {}
+    for n, fs in products.items():
+        for a, b in itertools.combinations(dict.fromkeys(fs), 2):
+            pair = (a, b) if _axes(a) == n.axes else (b, a)
+            if _axes(pair[0]) == n.axes:
+                key = next((k for k in (pair, pair[::-1]) if k in found), pair)
+                found[key] = found.get(key, 0) + 1
+    several = [(count, _axes(a) == _axes(b), (a, b)) for (a, b), count in found.items() if count > 1]
+    return max(several, key=lambda x: x[:2])[2] if several else None

@@ -78,11 +78,12 @@ def of_plan(name: str, cell: Cell, chunk: int, segment: int = 32, tile: int | No
     return of_cell(cell, Schedule(name, chunk, steps).with_options(**{"*": KernelOptions(tile)}), decay=decay)
 
 
-def of_backward(cell: Cell, tile: int | None = None, plan: str = "", heads: tuple[int, int] | None = None) -> dict[str, Any]:
+def of_backward(cell: Cell, tile: int | None = None, plan: str = "", heads: tuple[int, int] | None = None,
+                sparing: bool = False) -> dict[str, Any]:
     if heads:
         cell = replace(cell, layout=replace(cell.layout, H=heads[0], HV=heads[1]))
     steps = backward_plan(plan or "states", backward_of(cell).program, cell.io)
-    schedule = Schedule("x", 64, steps).with_options(**{"*": KernelOptions(tile)})
+    schedule = Schedule("x", 64, steps).with_options(**{"*": KernelOptions(tile, sparing=sparing)})
     return {"error": worst(check(cell, BACKEND, ARCH, schedule=schedule if tile or plan else None)["errors"].values())}
 
 

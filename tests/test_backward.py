@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -12,13 +13,14 @@ from gdn_ir.bench.errors import worst
 from gdn_ir.bench.gradients import FULL, backward_of, check
 from gdn_ir.analysis import cost
 from gdn_ir.autodiff import backward
+from gdn_ir.backends.base import Kernel
 from gdn_ir.backends.triton import cross_compile
 from gdn_ir.build import Tensor, Tracer, dot, exp, reduce_sum, zeros
 from gdn_ir.compiler import Instance, variant
 from gdn_ir.coverage import LAYOUTS, Cell, Layout, table
 from gdn_ir.interp import Sizes, run, run_pipeline
 from gdn_ir.legalize import ungrouped
-from gdn_ir.nodes import IRError, Member, Node, Op
+from gdn_ir.nodes import IRError, Member, Node, Op, Tile
 from gdn_ir.padding import pad
 from gdn_ir.printer import dump, evaluate
 from gdn_ir.program import Program, ScanView, tile_axes
@@ -35,6 +37,7 @@ from tests.differential import executed, interpreted
 FAMILY = list(itertools.product(("scalar", "none"), (True, False)))
 AXES, CU = {"C": 16, "K": 5, "V": 6, "H": 1, "HV": 2}, [0, 37, 37, 53]
 STATES = {"initial_state": True, "final_state": True}
+GRADS = ("q", "k", "v", "g", "beta")
 
 
 def memory(p: Program, sizes: Sizes) -> dict[str, torch.Tensor]:
@@ -286,9 +289,11 @@ def test_triton_executed() -> None:
                                                            or "V, K" in c.name or "sigmoid" in c.name or "l2norm" in c.name)]
     names += ["gated delta rule, f16, varlen", "gated delta rule, f16, GVA"]
     found = interpreted([*(["backward", n] for n in names), ["backward", "gated delta rule, f32, GVA", 32],
-                         *(["backward", f"gated delta rule, f32, {layout}", None, plan, heads]
-                           for layout, plan, heads in (("varlen", "grouped", (1, 2)), ("ragged", "inside", (1, 3)),
-                                                       ("dense", "merged", (1, 2))))])
+                         *(["backward", f"gated delta rule, {layout}", None, plan, heads]
+                           for layout, plan, heads in (("f32, varlen", "grouped", (1, 2)), ("f32, ragged", "inside", (1, 3)),
+                                                       ("f32, dense", "merged", (1, 2)), ("f16, varlen", "grouped", (1, 2)))),
+                         *(["backward", f"gated delta rule, {layout}", None, "grouped", (1, 2), True]
+                           for layout in ("f32, varlen", "f16, varlen"))])
     bad = {k: v for k, v in found.items()
            if "error" not in v or not float(v["error"]) < (2e-5 if "f32" in k else 4.5e-3)}     # type: ignore[arg-type]
     assert not bad, json.dumps(bad, indent=1)[:3000]
@@ -353,6 +358,93 @@ def test_default_compiles_without_a_gpu(arch: str, size: int) -> None:
         built = cross_compile(kernel, source, arch)
         assert built.metadata.shared <= {"sm_80": 166912, "sm_90": 232448}[arch]
         assert "atom" not in source.text
+
+
+def tiles_of(kernel: Program) -> int:
+    """Products of tiles over C and C' with each other, elementwise."""
+    return sum(n.op is Op.ELEM and n["fn"] == "mul" and all(a.axes == ("C", "C'") for a in n.args) for n in kernel.nodes())
+
+
+def test_what_sharing_saves() -> None:
+    """inner multiplies two pairs of tiles where it would five, and makes no product of matrices more."""
+    p = backward(build())
+    plan = backward_plan("grouped", p)
+    before, after = ({k.name: k for k in steps.apply(p, tuple(s for s in plan if s[0] != left))} for left in ("share", ""))
+    assert (tiles_of(before["inner"]), tiles_of(after["inner"])) == (5, 2)
+    assert all(before[n] == after[n] for n in before if n != "inner")
+    products = [[n for n in k["inner"].nodes() if n.op is Op.DOT] for k in (before, after)]
+    assert len(products[0]) == len(products[1])
+    with pytest.raises(steps.IllegalStep, match="share: no kernel is named 'outer'; there are again, back"):
+        steps.apply(p, (("separate", "d_S", "again", "back"), ("share", "outer")))
+
+
+def test_sparing_holds_less() -> None:
+    """The same statements in another order: the sums that a tile is for follow it, and what is read once is read late."""
+    instance = Instance(Switches(), 128, 128, "bf16", "bf16", True, GRADS)
+    schedule = default("sm_90", instance, 1, 32, 8192)[0]
+    sparing = schedule.with_options(**{k: replace(o, sparing=True) for k, o in schedule.kernels})
+    for a, b in zip(*(variant(instance, s, "triton", "sm_90").sources for s in (schedule, sparing)), strict=True):
+        lines = [[x for x in s.text.splitlines() if x.startswith("    ") and "#" not in x] for s in (a, b)]
+        assert len(lines[0]) == len(lines[1])
+        if a.kernel == "inner":
+            first, then = ("\n".join(x) for x in lines)
+            assert first.index("d_k_r_ptr + t0") < first.index("d_v_ptr + t0", first.index("u = tl.load"))
+            assert then.index("d_v.to") < then.index("v = tl.load") < then.index("u = tl.load") < then.index("d_k_r_ptr + t0")
+
+
+@pytest.mark.parametrize(("kernel", "spills"), [("inner", 64), ("local", 0)])
+def test_four_warps_hold_what_is_sparing(kernel: str, spills: int) -> None:
+    """Bytes of the stack that ptxas takes, at two blocks a multiprocessor. (inner took 500 before share and sparing.)"""
+    instance = Instance(Switches(), 128, 128, "bf16", "bf16", True, GRADS)
+    schedule = default("sm_90", instance, 1, 32, 8192)[0]
+    s = schedule.with_options(**{kernel: replace(schedule.options(kernel), num_warps=4, sparing=True)})
+    made = variant(instance, s, "triton", "sm_90")
+    at = next(i for i, k in enumerate(made.sources) if k.kernel == kernel)
+    ptx = cross_compile(made.compiled.kernels[at], made.sources[at], "sm_90").asm["ptx"]
+    assert spilled(ptx) <= spills
+
+
+def spilled(ptx: str) -> int:
+    """What ptxas says of a kernel's stack, in bytes."""
+    from triton import knobs
+    found = subprocess.run([knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", "-o", "/dev/null", "-"], input=ptx, text=True,
+                           capture_output=True, check=True).stderr
+    return int(found.split(" bytes stack frame")[0].split()[-1])
+
+
+def narrow_loads(kernel: Kernel) -> set[str]:
+    """Tensors that a serial scan loads two bytes at a place."""
+    return {n["tensor"].name for n in kernel.program.nodes() if n.op is Op.LOAD and kernel.parallel is None
+            and n["tensor"].dtype in ("bf16", "f16") and not (isinstance(n["index"][-1], Tile) and n.axes)}
+
+
+@pytest.mark.parametrize("keep", ["nothing", "inverse", "states"])
+@pytest.mark.parametrize("beta", ["bf16", "f32"])
+def test_serial_scans_load_no_two_bytes_at_a_place(beta: str, keep: str) -> None:
+    """No hardware copies them ahead. Four bytes for each row and head are all that it takes, and none where beta has them."""
+    back = Instance(Switches(), 128, 128, "bf16", beta, True, GRADS, keep=keep)
+    for instance in (back, replace(back, grads=()))[:1 + (keep != "nothing")]:
+        kernels = variant(instance, default("sm_90", instance, 1, 32, 8192)[0], "triton", "sm_90").compiled.kernels
+        assert any(k.parallel is None for k in kernels) and not set().union(*map(narrow_loads, kernels))
+        kept = {t for k in kernels for t in k.tensors() if t.name == "beta_kept"}
+        assert [(t.dtype, t.dims, t.left) for t in kept] == [("f32", ("T", "HV"), False)] * (beta == "bf16")
+    plain = Schedule("x", steps=backward_plan("states", back.program))
+    assert keep != "nothing" or {n for k in variant(back, plain, "triton", "sm_90").compiled.kernels for n in narrow_loads(k)} \
+        == ({"beta"} if beta == "bf16" else set())
+
+
+@pytest.mark.parametrize("kernel", ["again", "back"])
+def test_serial_scans_wait_for_no_load(kernel: str) -> None:
+    """As Triton compiles them for Hopper: every load of the loop is a copy that was begun chunks before."""
+    instance = Instance(Switches(), 128, 128, "bf16", "bf16", True, GRADS)
+    schedule = default("sm_90", instance, 1, 32, 8192)[0]
+    alone = replace(schedule, steps=tuple(s for s in schedule.steps if s[:2] != ("hoist", "beta")))
+    for s, waits in ((schedule, 0), (alone, 1)):
+        made = variant(instance, s, "triton", "sm_90")
+        at = next(i for i, k in enumerate(made.sources) if k.kernel == kernel)
+        text = cross_compile(made.compiled.kernels[at], made.sources[at], "sm_90").asm["ttgir"]
+        loop = text[text.index("scf.for"):]
+        assert loop.count("async_copy_global_to_local") >= 5 and loop.count("tt.load") == waits
 
 
 def test_plans_make_one_source() -> None:

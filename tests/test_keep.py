@@ -57,10 +57,10 @@ def test_forward_and_backward_are_exact(decay: str, erase: bool, keep: str, flag
     given = memory(f, sizes) | memory(b, sizes)
     want = run(f, given, sizes, {"scale": 0.7}) | run(b, given, sizes, {"scale": 0.7})
     leave = names_left(keep, decay == "scalar", erase)
-    forward = steps.apply(f, in_f64(plan("states", erase, "f64", 16, 4, decay == "scalar", leave=leave)))
+    forward = steps.apply(f, in_f64(plan("states", erase, "f64", 16, 4, decay == "scalar", leave=leave, widen=True)))
     assert {t.name for k in forward for t in k.tensors().values() if t.left} == set(leave)
     for name in ("naive", "fused", "states", "grouped", "inside", "merged"):
-        kernels = [*forward, *steps.apply(b, in_f64(backward_plan(name, b, "f64", 16, 4, keep)))]
+        kernels = [*forward, *steps.apply(b, in_f64(backward_plan(name, b, "f64", 16, 4, keep, "bf16")))]
         assert all(evaluate(dump(k)) == k for k in kernels)
         assert ("again" in [k.name for k in kernels]) == (keep != "states")
         assert [k.name for k in kernels].count("solve") == erase
@@ -170,14 +170,15 @@ def test_kernels_of_a_gpu(arch: str, keep: str) -> None:
                     (Instance(Switches(), 128, 128, "bf16", "bf16", True, GRADS, keep=k) for k in ("nothing", keep)))
     before, after = ([s.kernel for s in v.sources] for v in (plain, given))
     gone = {"solve"} | ({"again"} if keep == "states" else set())
-    assert after == [n for n in before if n not in gone]
+    own = ["widen"] if (arch, keep) == ("sm_90", "inverse") else []            # no kernel before again could store what it does
+    assert after == [*own, *(n for n in before if n not in gone)]
     assert [k.awaits is not None for k in given.compiled.kernels if k.name == "local"] == [arch == "sm_90" and keep != "states"]
     same = {s.kernel: s.hash for s in plain.sources}
-    assert {s.kernel for s in given.sources if s.hash == same[s.kernel]} >= {"back", "heads"}
+    assert {s.kernel for s in given.sources if s.hash == same.get(s.kernel)} >= {"back", "heads"}
 
 
-@pytest.mark.parametrize(("keep", "kept", "block"), [("nothing", 0, 2186.1), ("inverse", 132.1, 2054.1),
-                                                     ("states", 901.1, 1285.1)])
+@pytest.mark.parametrize(("keep", "kept", "block"), [("nothing", 0, 2190.1), ("inverse", 132.1, 2058.1),
+                                                     ("states", 901.1, 1289.1)])
 def test_how_much_is_kept(keep: str, kept: float, block: float) -> None:
     """MiB at 1x32768, 16/32: between forward and backward, and of the backward's block."""
     i = Instance(Switches(), 128, 128, "bf16", "bf16", True, GRADS, keep=keep)

@@ -102,7 +102,8 @@ def test_not_affine_is_refused() -> None:
         steps.apply(squared, (("distribute", "u", "u0", "w"),))
 
 
-option = st.builds(KernelOptions, st.sampled_from([None, 16, 32, 64]), st.sampled_from([1, 2, 4, 8]), st.integers(1, 8))
+option = st.builds(KernelOptions, st.sampled_from([None, 16, 32, 64]), st.sampled_from([1, 2, 4, 8]), st.integers(1, 8),
+                   sparing=st.booleans())
 
 
 @given(st.builds(Schedule, st.text(max_size=5), st.sampled_from([1, 16, 64, 128]),
@@ -118,6 +119,7 @@ def test_schedules_survive_json(s: Schedule) -> None:
     (lambda: KernelOptions(v_tile=48), "KernelOptions.v_tile: got 48; accepts a power of two"),
     (lambda: KernelOptions(num_warps=3), "KernelOptions.num_warps: got 3"),
     (lambda: KernelOptions(num_stages=0), "KernelOptions.num_stages: got 0"),
+    (lambda: KernelOptions(sparing="yes"), "KernelOptions.sparing: got 'yes'; accepts true or false"),       # type: ignore[arg-type]
     (lambda: Schedule.from_json('{"name": "x", "warps": 3}'), "Schedule: unknown field warps"),
     (lambda: Schedule.from_json("{}"), "Schedule.name: got None; accepts a string"),
     (lambda: Schedule.from_json("[1]"), "Schedule: got [1]; accepts an object with name, chunk"),
