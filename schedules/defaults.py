@@ -223,8 +223,8 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
     if grouped:                                            # a third stage of a scan, where it costs no block a multiprocessor
         crowded = sequences * heads * -(-instance.V // width) > MULTIPROCESSORS[arch]
         again, back = KernelOptions(width, 4, 3), KernelOptions(width, 4, 2 if crowded else 3)
-        local = KernelOptions(None, 4, 1, follows=runs_again)
-        inner = KernelOptions(None, 8, 1, follows=bool(carried))
+        every = KernelOptions(None, 4, 1, sparing=True)    # so that two blocks have a multiprocessor
+        local, inner = replace(every, follows=runs_again), replace(every, follows=bool(carried))
     if max(instance.K, instance.V) > 128:                  # a state is more than a block holds: sums over V in parts
         every = local = inner = KernelOptions(32 if whole else 64, 8, 1)
         again = back = KernelOptions(width, 8 if width == 64 else 4, 2 if arch == "sm_90" and not whole else 1)

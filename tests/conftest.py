@@ -14,7 +14,9 @@ hypothesis.settings.load_profile("gdn_ir")
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(2)
+    """Tests run side by side, on small tensors: where OpenMP's threads spin while they wait, they take more than they bring."""
+    os.environ["OMP_NUM_THREADS"] = "1"                    # of processes that tests start
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)

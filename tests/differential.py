@@ -53,8 +53,10 @@ def interpreted(cases: list[list[object]]) -> dict[str, dict[str, object]]:
 
 
 def executed(cases: list[list[object]], backend: str, arch: str, processes: int = 2) -> dict[str, dict[str, object]]:
-    """Run cases on the CPU, in processes of their own."""
+    """Run cases on the CPU, in processes of their own; native code's blocks are shared out between two threads."""
     found: dict[str, dict[str, object]] = {}
+    threads = {"OMP_NUM_THREADS": "2" if backend == "tilelang" else "1", "OMP_WAIT_POLICY": "passive"}
+    environment = {**os.environ, **threads, "TRITON_INTERPRET": "1"}
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{i}.json" for i in range(processes)]
         running = []
@@ -62,7 +64,7 @@ def executed(cases: list[list[object]], backend: str, arch: str, processes: int 
             file.write_text(json.dumps(cases[i::processes]))
             running.append(subprocess.Popen([sys.executable, "-m", "tests.interpreted", backend, arch, str(file)],
                                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                                            env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=Path(__file__).parent.parent))
+                                            env=environment, cwd=Path(__file__).parent.parent))
         for process, file in zip(running, files, strict=True):
             _, said = process.communicate()
             assert process.returncode == 0, said[-3000:]

@@ -8,13 +8,11 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
 import tests.faulty as faulty
@@ -37,16 +35,6 @@ from gdn_ir.schedules.schedule import KernelOptions, Schedule
 SMALL = Instance(Switches(final_state=True), 16, 16, "f32", "f32", True)
 BF16 = Instance(Switches(final_state=True), 128, 128, "bf16", "bf16", True)
 SHAPE = Shape((64,), 1, 2)
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """For each worker, and here for the oracle: threads of several that spin at once cost more than they bring."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def sorted_out(space: Space, instance: Instance, arch: str) -> tuple[dict[str, Ready], Pruned, list[str]]:
@@ -155,7 +143,7 @@ def tuner(path: Path, stages: tuple[int, ...], console: Console | None = None, r
           shapes: tuple[Shape, ...] = (SHAPE,), count: int = 1) -> Tuner:
     space = Space((Frame("fused", 16),), num_warps=(4, 16), num_stages=stages)
     # what hangs only sleeps, so waiting for it costs no time of a processor; on busy ones the rest takes seconds
-    limits = Limits(400, compiling=30, checking=45, timing=60, workers=count, checkers=count, seconds=0.01)
+    limits = Limits(400, compiling=10, checking=15, timing=60, workers=count, checkers=count, seconds=0.01)
     return Tuner(Task(SMALL, "faulty", "torch", shapes), Records(path), limits, Display(console, 400), resume,
                  ("tests.faulty",), space)
 
