@@ -92,6 +92,9 @@ def space_of(backend: str, arch: str, instance: Instance) -> Space:
     if arch == "cpu":
         chunked = [Frame(p, c) for p in (("states", "naive") if back else ("fused", "naive", "states")) for c in (16, 32, 64)]
         return Space(((Frame("recurrent", 1),) if not back else ()) + tuple(chunked), v_tile=(None, 16, 32, 64))
+    if backend == "tilelang" and roles_can(arch, instance):            # without roles TileLang takes half again what Triton does
+        roles = (Frame("roles", segment=n) for n in (0, *LENGTHS))
+        return Space((*roles, Frame("states")), (None, 32, 64), (1, 2, 4, 8), (1, 2, 3))
     plans = ("states",) if back else ("states", "wy", "solve", "fused")
     frames = [Frame(p, c, b) for p in plans for c, b in ((64, 16), (64, 32), (32, 16), (128, 16))]
     frames += [Frame(p, sums=False) for p in ("states", "wy") if not back and instance.switches.decay != "none"]
@@ -100,7 +103,6 @@ def space_of(backend: str, arch: str, instance: Instance) -> Space:
         frames.insert(0 if lean(arch, instance, backend) else len(frames), Frame("grouped"))
     frames += [Frame("states", dot="tf32")] if f32 else []
     frames += [Frame("segments", segment=n) for n in (16, 32, 64) if not back and backend == "triton" and instance.K <= 128]
-    frames += [Frame("roles", segment=n) for n in (0, *LENGTHS) if backend == "tilelang" and roles_can(arch, instance)]
     return Space(tuple(frames), (None, 16, 32, 64, 128), (1, 2, 4, 8), (1, 2, 3, 4))
 
 
