@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gdn_ir.schedules.plans import CHUNK, Steps, backward_plan, narrow, plan
-from gdn_ir.schedules.roles import SOLVED, Roles
+from gdn_ir.schedules.roles import FUSED, SOLVED, Roles
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 if TYPE_CHECKING:
@@ -93,6 +93,11 @@ def of_roles(roles: Roles = SOLVED, solve: KernelOptions | None = None) -> Sched
     are hoisted too."""
     return Schedule("roles", steps=plan("solve", sums=True)).with_options(scan=KernelOptions(roles=roles),
                                                                           solve=solve or KernelOptions(None, 4, 1))
+
+
+def roles_in_one(roles: Roles = FUSED) -> Schedule:
+    """The plan "fused" as cooperating roles, the inverse among what they make: one kernel."""
+    return Schedule("roles-fused", steps=plan("fused", scaled=True)).with_options(scan=KernelOptions(roles=roles))
 
 
 def segment_of(sequences: int, heads: int, tokens: int) -> int:
