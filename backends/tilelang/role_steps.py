@@ -55,6 +55,7 @@ class RoleSteps(TileLangPrinter):
         self.registers: dict[str, tuple[str, tuple[str, ...]]] = {}    # cell -> name, order of axes
         self.rings: dict[str, Lies] = {}                   # by cell
         self.called: list[str] = []                        # macros (warps.py)
+        self.whole_matrix = False                          # whether what is written above a diagonal does not matter
         self.chosen: dict[Node, str] = {}                  # what a choice is between, where it was computed before
         self.buffers_of_role: list[str] = []               # lines that make more registers for the role at hand
 
@@ -107,7 +108,10 @@ class RoleSteps(TileLangPrinter):
         return self.ring_of(name).element(0, self.c, at)
 
     def expression(self, node: Node, at: Mapping[str, str]) -> str:
-        """A choice between values that are at hand is no branch: then TileLang computes several elements at once."""
+        """A choice between values that are at hand is no branch: then TileLang computes several elements at once. Of what nobody
+        reads above its diagonal, no choice is made between the two sides of that."""
+        if self.whole_matrix and node.op is Op.SELECT and below(node.args[0]):
+            return self.element(node.args[1], at)
         if node.op is Op.SELECT and not self.loads(node):
             return f"T.Select({', '.join(self.element(a, at) for a in node.args)})"
         return super().expression(node, at)
@@ -271,7 +275,7 @@ class RoleSteps(TileLangPrinter):
     def ready(self, n: Node, to: str, depth: int) -> None:
         """Of an eager role: what a choice within a matrix would read from shared memory is computed before it."""
         self.chosen = {}
-        if not self.role.eager or len(n.axes) != 2:
+        if not self.role.eager or len(n.axes) != 2 or self.whole_matrix:
             return
 
         def walk(x: Node) -> Iterator[Node]:
@@ -343,7 +347,9 @@ class RoleSteps(TileLangPrinter):
         n, here, name = s.node, self.here(s.node.axes), s.event.value
         (text, order), (row, column) = self.registers[self.cell(name)], (coordinate(a) for a in n.axes)
         at, lies = f"{text}[{', '.join(here[a] for a in order)}]", self.rings[name]
-        self.fill_with(n.args[1] if n.op is Op.SELECT else n, at, depth)
+        self.whole_matrix = True
+        self.fill_with(n, at, depth)
+        self.whole_matrix = False
         self.put(self.over_rows(n, depth), f'{lies.element(0, self.c, here)} = T.cast({at}, "float16")')
         inside = self.over_rows(n, depth)
         self.put(inside, f"if {row} // {warps.BLOCK} == {column} // {warps.BLOCK}:")
@@ -375,3 +381,10 @@ class RoleSteps(TileLangPrinter):
                     and s.node.type.dtype == "bf16" and self.role.warps == 4:
                 return self.laid.held[x], self.laid.held[bare], s.reads[-1].cell
         raise IRError(f"roles: {self.instance}: {s.event}: four warps join an inverse, its columns scaled by a value in a ring, in bf16")
+
+
+def below(condition: Node) -> bool:
+    """Whether it holds wherever the row is greater than the column."""
+    rows, columns = ((a.args[0] if a.op in (Op.TWIN, Op.BROADCAST) else a) for a in condition.args) \
+        if condition.op is Op.ELEM and condition["fn"] in ("gt", "ge") else (condition, condition)
+    return rows.op is Op.INDEX and columns.op is Op.INDEX and not condition.args[0].axes[0].endswith("'")
