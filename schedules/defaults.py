@@ -20,6 +20,7 @@ CROWDED = 48                                               # sequences x heads f
 SEGMENTS = False                                           # whether few long sequences are cut (docs/performance-log.md)
 SEGMENT = 64                                               # chunks of one
 ROLES_IN_SEGMENTS = True                                   # whether sequences are cut where roles can scan them
+ROLES_IN_ONE = False                                       # whether roles make the inverse too, where sequences are whole
 LENGTHS = (8, 16, 32, 64, 128)                             # chunks that a segment of roles may have
 LONG = 128                                                 # chunks of a sequence, on average, that is worth cutting
 FILLED = 0.9                                               # blocks of the scan for each multiprocessor that need no more
@@ -52,6 +53,9 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
             return with_triton(instance, size), (
                 f"{arch}: {sequences * heads} blocks of roles would not fill {MULTIPROCESSORS[arch]} multiprocessors for long; "
                 f"each sequence is cut into segments of {size} chunks; what comes before their scan by triton")
+        if ROLES_IN_ONE:
+            return roles_in_one(), \
+                f"{arch}: roles in one block for each of {sequences * heads} sequences and heads, the inverses among what they make"
         return with_triton(instance), \
             f"{arch}: roles in one block for each of {sequences * heads} sequences and heads, beside each other on " \
             f"{MULTIPROCESSORS[arch]} multiprocessors; the inverses before, by triton"
