@@ -1,4 +1,4 @@
-"""Checks and times role kernels on the GPU at hand: the scan of the plan "solve", or of "fused", derived from a schedule of roles.
+"""Checks and times role kernels on the GPU at hand: the scan of the plan "solve", or "fused", from a schedule of roles.
 
     python -m gdn_ir.bench.roles --out DIR --commit HASH [--variants shipped,turns,...] [--roles FILE ...] [--solve tilelang]
 
@@ -194,15 +194,22 @@ def with_rings(**depths: int) -> Roles:
     return replace(SOLVED, rings=tuple(Ring(r.values, depths.get(r.values[0], r.depth)) for r in SOLVED.rings))
 
 
-def with_events(role: str, *events: str) -> Roles:
+def with_events(role: str, *events: str, base: Roles = SOLVED) -> Roles:
     """The shipped roles, of which one does other things, or in another order."""
     new = tuple(map(Event.of, events))
-    return replace(SOLVED, roles=tuple(replace(r, events=new) if r.name == role else r for r in SOLVED.roles))
+    return replace(base, roles=tuple(replace(r, events=new) if r.name == role else r for r in base.roles))
+
+
+def with_registers(base: Roles, **registers: int) -> Roles:
+    return replace(base, roles=tuple(replace(r, registers=registers.get(r.name, registers["rest"])) for r in base.roles))
 
 
 VARIANTS = {
     "shipped": SOLVED,
     "fused": FUSED,                                        # one kernel: the inverse too
+    "fused_soon": with_events("aux", "issue kk", "complete kk", "compute M", "issue qk", "complete qk", "compute P", "join A16",
+                              base=FUSED),                 # joined in its own chunk
+    "fused_64": with_registers(FUSED, state=208, aux=64, rest=32),
     "deeper": with_rings(q=3, A_beta=3, v=3, o16=2),
     # the states take turns at the tensor cores: one multiplies by its state while the other computes what it writes
     "turns": replace(SOLVED, turns=(Turn("state0", Event.of("issue u"), "state1", Event.of("issue SK")),)),

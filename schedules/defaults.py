@@ -55,7 +55,7 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
                 f"each sequence is cut into segments of {size} chunks; what comes before their scan by triton")
         if ROLES_IN_ONE:
             return roles_in_one(), \
-                f"{arch}: roles in one block for each of {sequences * heads} sequences and heads, the inverses among what they make"
+                f"{arch}: roles in one block for each of {sequences * heads} sequences and heads; they make the inverses too"
         return with_triton(instance), \
             f"{arch}: roles in one block for each of {sequences * heads} sequences and heads, beside each other on " \
             f"{MULTIPROCESSORS[arch]} multiprocessors; the inverses before, by triton"

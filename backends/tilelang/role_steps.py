@@ -108,8 +108,8 @@ class RoleSteps(TileLangPrinter):
         return self.ring_of(name).element(0, self.c, at)
 
     def expression(self, node: Node, at: Mapping[str, str]) -> str:
-        """A choice between values that are at hand is no branch: then TileLang computes several elements at once. Of what nobody
-        reads above its diagonal, no choice is made between the two sides of that."""
+        """A choice between values that are at hand is no branch: then TileLang computes several elements at once. Of what
+        nobody reads above its diagonal, no choice is made between the two sides of that."""
         if self.whole_matrix and node.op is Op.SELECT and below(node.args[0]):
             return self.element(node.args[1], at)
         if node.op is Op.SELECT and not self.loads(node):
@@ -330,12 +330,13 @@ class RoleSteps(TileLangPrinter):
         """A running sum of 64 tokens, or its last element."""
         n, over = s.node, s.node["axis" if s.node.op is Op.CUMSUM else "over"]
         running = next((name for x, name in self.laid.held.items() if x.op is Op.CUMSUM and x.args == n.args), "")
-        if self.role.warps != 1 or n.axes not in ((), (over,)) or self.size(self.role, over) != warps.SIZE or not running \
-                or Event("compute", running) not in self.role.events or dict(n.attr).get("reverse") or dict(n.attr).get("fn", "sum") != "sum":
+        plain = not dict(n.attr).get("reverse") and dict(n.attr).get("fn", "sum") == "sum"
+        if self.role.warps != 1 or n.axes not in ((), (over,)) or self.size(self.role, over) != warps.SIZE or not plain \
+                or not running or Event("compute", running) not in self.role.events:
             raise IRError(f"roles: {self.instance}: {s.event}: one warp sums {warps.SIZE} tokens, running, first to last")
         lies = self.rings[running]
         if n.op is Op.REDUCE:
-            text, order = self.registers[self.cell(s.event.value)]
+            text, _ = self.registers[self.cell(s.event.value)]
             self.put(depth, f"{text}[0] = {lies.element(0, self.c, {over: str(warps.SIZE - 1)})}")
             return
         here = self.here(n.axes)
@@ -358,8 +359,8 @@ class RoleSteps(TileLangPrinter):
     def solve(self, s: Step, depth: int) -> None:
         (block, size, dtype), matrix = s.node["merges"], s.reads[0].cell
         if self.role.warps != 1 or (block, size, dtype) != (warps.BLOCK, warps.SIZE, "f16"):
-            raise IRError(f"roles: {self.instance}: {s.event}: one warp solves blocks of {warps.BLOCK} of {warps.SIZE} rows, for "
-                          "products in f16")
+            raise IRError(f"roles: {self.instance}: {s.event}: one warp solves blocks of {warps.BLOCK} of {warps.SIZE} rows, "
+                          "for products in f16")
         self.call("invert_blocks", depth, self.rings[matrix].buffers[1], self.turn_of(matrix),
                   self.rings[s.event.value].buffers[0], self.turn_of(s.event.value))
 
@@ -380,7 +381,8 @@ class RoleSteps(TileLangPrinter):
             if self.laid.held.get(x) in inverses and factor.axes == x.axes[1:] and bare in self.laid.held \
                     and s.node.type.dtype == "bf16" and self.role.warps == 4:
                 return self.laid.held[x], self.laid.held[bare], s.reads[-1].cell
-        raise IRError(f"roles: {self.instance}: {s.event}: four warps join an inverse, its columns scaled by a value in a ring, in bf16")
+        raise IRError(f"roles: {self.instance}: {s.event}: four warps join an inverse, its columns scaled by what lies in a "
+                      "ring, in bf16")
 
 
 def below(condition: Node) -> bool:

@@ -1,12 +1,13 @@
-"""What the threads of a warp do together, as macros of TileLang that a kernel of roles brings along: sums by shuffles, an inverse
-in blocks.
+"""What the threads of a warp do together, as macros of TileLang that a kernel of roles brings along: sums by shuffles, an
+inverse in blocks.
 
 The inverse A of I + M, M strictly lower with 64 rows, is made transposed, for then no product waits for memory: a warp has a
 column w of its blocks, A_ww = D_w the inverse of a diagonal block,
 
     A_jw^T = -(sum of A_tw^T M_jt^T over w <= t < j) D_j^T
 
-and each left operand is what the same warp has in registers as an accumulator; right ones are M's blocks and the D_j.
+and each left operand is what the same warp has in registers as an accumulator; right ones are M's blocks and the D_j. (All D
+and A are kept negated, so that no product is: -A_jw^T is the sum of (-A_tw^T) M_jt^T, times -D_j^T.)
 """
 from __future__ import annotations
 
@@ -39,12 +40,12 @@ def running_sum(x, at):
     "invert_blocks": '''
 @T.macro
 def invert_blocks(m, at, inverses, to):
-    """The inverses of I + m, m four strictly lower blocks of 16 rows, transposed: by substitution, a column of two a lane."""
+    """The inverses of I + m, four strictly lower blocks of 16 rows, transposed and negated; a column is a lane's."""
     lane = T.get_thread_binding() % 32
     x = T.alloc_local((16,), "float32")
     for half in T.serial(2):
         for i in T.unroll(16):
-            x[i] = T.Select(lane % 16 == i, 1.0, 0.0)
+            x[i] = T.Select(lane % 16 == i, -1.0, 0.0)
         for i in T.unroll(1, 16):
             for j in T.unroll(i):
                 x[i] -= m[at, half * 32 + lane // 16 * 16 + i, j] * x[j]
@@ -68,7 +69,7 @@ def multiply(sums, at, left, left_at, right, right_at):
     "join_blocks": '''
 @T.macro
 def join_blocks(m, m_at, inverses, at, factors, f_at, to, to_at):
-    """The inverse of I + M, its columns scaled, transposed: a column of blocks a warp. m: M; inverses: of its diagonal blocks."""
+    """The inverse of I + M, its columns scaled, transposed: a column of blocks a warp. inverses: of the diagonal blocks."""
     lane, warp = T.get_thread_binding() % 32, T.get_thread_binding() // 32 % 4
     left = T.alloc_local((24,), "float16")                 # blocks of the column, as left operands
     right = T.alloc_local((8,), "float16")
@@ -76,7 +77,7 @@ def join_blocks(m, m_at, inverses, at, factors, f_at, to, to_at):
     sums = T.alloc_local((8,), "float32")
     factor = T.alloc_local((2,), "float32")
     for i in T.unroll(2):
-        factor[i] = T.cast(factors[f_at, warp * 16 + i * 8 + lane // 4], "float32")
+        factor[i] = -T.cast(factors[f_at, warp * 16 + i * 8 + lane // 4], "float32")
     load_matrix(left, 0, inverses, at, warp * 16, 0, False, False)
     for i in T.unroll(4):
         for e in T.vectorized(2):
@@ -91,7 +92,7 @@ def join_blocks(m, m_at, inverses, at, factors, f_at, to, to_at):
                 multiply(sums, 0, left, 8 * t, right, 0)
                 multiply(sums, 4, left, 8 * t, right, 4)
             for i in T.unroll(8):
-                half[i] = T.cast(-sums[i], "float16")
+                half[i] = T.cast(sums[i], "float16")
                 sums[i] = 0.0
             load_matrix(right, 0, inverses, at, (warp + s) * 16, 0, True, False)
             multiply(sums, 0, half, 0, right, 0)
