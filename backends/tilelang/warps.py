@@ -40,7 +40,7 @@ def running_sum(x, at):
     "invert_blocks": '''
 @T.macro
 def invert_blocks(m, at, inverses, to):
-    """The inverses of I + m, four strictly lower blocks of 16 rows, transposed and negated; a column is a lane's."""
+    """The inverses of I + m, four strictly lower blocks of 16 rows, transposed, with the other sign; a column a lane."""
     lane = T.get_thread_binding() % 32
     x = T.alloc_local((16,), "float32")
     for half in T.serial(2):
