@@ -17,7 +17,7 @@ from gdn_ir.artifacts import digest
 from gdn_ir.compiler import Instance, planned
 from gdn_ir.follow import can_follow
 from gdn_ir.program import Program
-from gdn_ir.schedules.defaults import CROWDED, LENGTHS, default, lean, roles_can, segmented, with_triton
+from gdn_ir.schedules.defaults import CROWDED, LENGTHS, default, lean, roles_can, roles_in_one, segmented, with_triton
 from gdn_ir.schedules.plans import Steps, backward_plan, plan
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
@@ -29,7 +29,7 @@ class Frame:
     """All of a schedule but its kernels' options. block: rows that the triangular solve substitutes before it merges blocks by
     products; sums: whether the log decay's running sums are hoisted beside the solve; dot: what products' operands are rounded
     to; segment: chunks of a segment, in a plan that cuts sequences into such. The plan "roles" is "solve" ("cut", where it has
-    segments) with a scan as roles, which are not varied."""
+    segments) with a scan as roles, which are not varied; "roles-fused" has the inverse among them."""
     plan: str
     chunk: int = 64
     block: int = 16
@@ -42,6 +42,8 @@ class Frame:
             return ()
         if instance.grads:
             return backward_plan(self.plan, instance.program, instance.io, self.chunk, self.block, beta=instance.beta)
+        if self.plan == "roles-fused":
+            return roles_in_one().steps
         sums = self.sums and instance.switches.decay != "none"
         name = self.plan if self.plan != "roles" else "cut" if self.segment else "solve"
         return plan(name, instance.switches.erase, instance.io, self.chunk, self.block, sums, self.segment)
@@ -92,8 +94,8 @@ def space_of(backend: str, arch: str, instance: Instance) -> Space:
     if arch == "cpu":
         chunked = [Frame(p, c) for p in (("states", "naive") if back else ("fused", "naive", "states")) for c in (16, 32, 64)]
         return Space(((Frame("recurrent", 1),) if not back else ()) + tuple(chunked), v_tile=(None, 16, 32, 64))
-    if backend == "tilelang" and roles_can(arch, instance):            # without roles TileLang takes half again what Triton does
-        roles = (Frame("roles", segment=n) for n in (0, *LENGTHS))
+    if backend == "tilelang" and roles_can(arch, instance):            # without roles it takes half again what Triton does
+        roles = (*(Frame("roles", segment=n) for n in (0, *LENGTHS)), Frame("roles-fused"))
         return Space((*roles, Frame("states")), (None, 32, 64), (1, 2, 4, 8), (1, 2, 3))
     plans = ("states",) if back else ("states", "wy", "solve", "fused")
     frames = [Frame(p, c, b) for p in plans for c, b in ((64, 16), (64, 32), (32, 16), (128, 16))]
@@ -154,7 +156,9 @@ def based(frame: Frame, backend: str, arch: str, instance: Instance, heads: int)
             known = {}
         if frame.plan in ("fused", "solve"):               # its scan does all the work
             known = {k: o for k, o in known.items() if k != "scan"}
-    if frame.plan == "roles":
+    if frame.plan == "roles-fused":
+        known = dict(roles_in_one().kernels)
+    elif frame.plan == "roles":
         known = dict(with_triton(instance, frame.segment).kernels)
     elif frame.segment and arch in ("sm_80", "sm_90"):
         known = dict(segmented(arch, instance).kernels)

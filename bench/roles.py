@@ -1,4 +1,4 @@
-"""Checks and times role kernels on the GPU at hand: the scan of the plan "solve", derived from a schedule of roles.
+"""Checks and times role kernels on the GPU at hand: the scan of the plan "solve", or "fused", from a schedule of roles.
 
     python -m gdn_ir.bench.roles --out DIR --commit HASH [--variants shipped,turns,...] [--roles FILE ...] [--solve tilelang]
 
@@ -28,8 +28,8 @@ from gdn_ir.bench.results import slug
 from gdn_ir.compiler import Instance, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.reference import recurrence
-from gdn_ir.schedules.defaults import default, of_roles
-from gdn_ir.schedules.roles import SOLVED, Event, Ring, Roles, Turn
+from gdn_ir.schedules.defaults import default, of_roles, roles_in_one
+from gdn_ir.schedules.roles import FUSED, SOLVED, Event, Ring, Roles, Turn
 from gdn_ir.schedules.schedule import KernelOptions
 
 Tensors = dict[str, torch.Tensor]
@@ -41,12 +41,13 @@ SOLVE = {"triton": KernelOptions(None, 1, 1, backend="triton"), "tilelang": Kern
 
 
 class Pair:
-    """The two kernels of an instance, and what they hand to each other."""
+    """The two kernels of an instance, and what they hand to each other; or one, where its roles solve too."""
 
     def __init__(self, roles: Roles, solve: str, varlen: bool = True, states: bool = True) -> None:
         switches = Switches(initial_state=states, final_state=True)
         self.instance = Instance(switches, 128, 128, "bf16", "bf16", varlen)
-        made = variant(self.instance, of_roles(roles, SOLVE[solve]), "tilelang", ARCH)
+        inside = any(e.do == "solve" for r in roles.roles for e in r.events)
+        made = variant(self.instance, roles_in_one(roles) if inside else of_roles(roles, SOLVE[solve]), "tilelang", ARCH)
         self.kernels, self.launches, self.call_of = made.compiled.kernels, made.compiled.launches, made.call_of
 
     def memory(self, x: Tensors, fill: float) -> tuple[Tensors, Call]:
@@ -60,8 +61,8 @@ class Pair:
             memory[name] = torch.full(call.shape(kernel, t), fill, dtype=TORCH[t.dtype], device=ends.device)
         return memory, call
 
-    def run(self, memory: Tensors, call: Call, which: tuple[int, ...] = (0, 1)) -> Tensors:
-        for i in which:
+    def run(self, memory: Tensors, call: Call, which: tuple[int, ...] = ()) -> Tensors:
+        for i in which or range(len(self.launches)):
             self.launches[i](memory, {"scale": SCALE}, call)
         return {n: memory[n] for n in ("o", "final_state")}
 
@@ -149,6 +150,8 @@ def time(roles: Roles, solve: str) -> list[dict[str, Any]]:
             "scan": [lambda m=m, c=c: pair.run(m, c, (1,)) for m, c in ready],        # type: ignore[misc]
             "both": [lambda m=m, c=c: pair.run(m, c) for m, c in ready],              # type: ignore[misc]
             "triton": [states_plan(x) for x in xs]}
+        if len(pair.launches) == 1:
+            calls = {"scan": calls["both"], **{n: calls[n] for n in ("both", "triton")}}
         for call in calls["both"]:
             call()
         other = states_plan(xs[0])()
@@ -191,14 +194,22 @@ def with_rings(**depths: int) -> Roles:
     return replace(SOLVED, rings=tuple(Ring(r.values, depths.get(r.values[0], r.depth)) for r in SOLVED.rings))
 
 
-def with_events(role: str, *events: str) -> Roles:
+def with_events(role: str, *events: str, base: Roles = SOLVED) -> Roles:
     """The shipped roles, of which one does other things, or in another order."""
     new = tuple(map(Event.of, events))
-    return replace(SOLVED, roles=tuple(replace(r, events=new) if r.name == role else r for r in SOLVED.roles))
+    return replace(base, roles=tuple(replace(r, events=new) if r.name == role else r for r in base.roles))
+
+
+def with_registers(base: Roles, **registers: int) -> Roles:
+    return replace(base, roles=tuple(replace(r, registers=registers.get(r.name, registers["rest"])) for r in base.roles))
 
 
 VARIANTS = {
     "shipped": SOLVED,
+    "fused": FUSED,                                        # one kernel: the inverse too
+    "fused_soon": with_events("aux", "issue kk", "complete kk", "compute M", "issue qk", "complete qk", "compute P", "join A16",
+                              base=FUSED),                 # joined in its own chunk
+    "fused_64": with_registers(FUSED, state=208, aux=64, rest=32),
     "deeper": with_rings(q=3, A_beta=3, v=3, o16=2),
     # the states take turns at the tensor cores: one multiplies by its state while the other computes what it writes
     "turns": replace(SOLVED, turns=(Turn("state0", Event.of("issue u"), "state1", Event.of("issue SK")),)),

@@ -36,7 +36,7 @@ from gdn_ir.bench.timing import interleave, timer
 from gdn_ir.compiler import Instance, Variant, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.reference import recurrence
-from gdn_ir.schedules.defaults import default, roles_can, segmented, with_triton
+from gdn_ir.schedules.defaults import default, roles_can, roles_in_one, segmented, with_triton
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 ARCH = "sm_90"
@@ -81,6 +81,10 @@ CHECKS = (Check("packed"), Check("dense", dense=True), Check("no decay", kind="n
 
 def states(instance: Instance, heads: int = 8, tokens: int = 32768) -> Schedule:
     return default(ARCH, instance, 1, heads, tokens)[0]
+
+
+def as_roles(instance: Instance, segment: int) -> Schedule:
+    return roles_in_one() if segment < 0 else with_triton(instance, segment)
 
 
 def backend_of(schedule: Schedule) -> str:
@@ -193,7 +197,7 @@ def main() -> None:
     p.add_argument("--commit", required=True)
     p.add_argument("--segments", type=lambda t: [int(n) for n in t.split(",")], default=[16, 32, 64])
     p.add_argument("--roles", type=lambda t: [int(n) for n in t.split(",") if n], default=[0, 16, 32, 64, 128],
-                   help="chunks of segments that roles scan; 0: whole sequences")
+                   help="chunks of segments that roles scan; 0: whole sequences; -1: these, the inverse among the roles")
     p.add_argument("--set", type=change, action="append", default=[], metavar="KERNEL=TILE,WARPS,STAGES")
     p.add_argument("--only", choices=("checks", "times"), help="one half of the run")
     p.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes are timed")
@@ -201,10 +205,10 @@ def main() -> None:
     checks = [(c, n, segmented(ARCH, c.instance, n)) for n in a.segments
               for c in (CHECKS if n == a.segments[0] else CHECKS[:3])]
     able = [c for c in CHECKS if roles_can(ARCH, c.instance)]
-    checks += [(c, max(n, 2), with_triton(c.instance, n)) for n in a.roles for c in (able if n in a.roles[:2] else able[:2])]
+    checks += [(c, max(n, 2), as_roles(c.instance, n)) for n in a.roles for c in (able if n in a.roles[:2] else able[:2])]
     checks = checks if a.only != "times" else []
     shapes = SHAPES[:a.shapes] if a.only != "checks" else []
-    made = [*candidates(TIMED, a.segments, a.set), *((s.name, s) for n in a.roles for s in [with_triton(TIMED, n)])]
+    made = [*candidates(TIMED, a.segments, a.set), *((s.name, s) for n in a.roles for s in [as_roles(TIMED, n)])]
     base = [states(TIMED, HV * len(lengths)) for lengths, _, HV in shapes]
     jobs = [(c.instance, s) for c, _, cut in checks for s in (states(c.instance), cut)]
     jobs += [(TIMED, s) for s in (*base, *(s for _, s in made))] if shapes else []

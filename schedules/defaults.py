@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gdn_ir.schedules.plans import CHUNK, Steps, backward_plan, narrow, plan
-from gdn_ir.schedules.roles import SOLVED, Roles
+from gdn_ir.schedules.roles import FUSED, SOLVED, Roles
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ CROWDED = 48                                               # sequences x heads f
 SEGMENTS = False                                           # whether few long sequences are cut (docs/performance-log.md)
 SEGMENT = 64                                               # chunks of one
 ROLES_IN_SEGMENTS = True                                   # whether sequences are cut where roles can scan them
+ROLES_IN_ONE = False                                       # whether roles make the inverse too, where sequences are whole
 LENGTHS = (8, 16, 32, 64, 128)                             # chunks that a segment of roles may have
 LONG = 128                                                 # chunks of a sequence, on average, that is worth cutting
 FILLED = 0.9                                               # blocks of the scan for each multiprocessor that need no more
@@ -52,6 +53,9 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
             return with_triton(instance, size), (
                 f"{arch}: {sequences * heads} blocks of roles would not fill {MULTIPROCESSORS[arch]} multiprocessors for long; "
                 f"each sequence is cut into segments of {size} chunks; what comes before their scan by triton")
+        if ROLES_IN_ONE:
+            return roles_in_one(), \
+                f"{arch}: roles in one block for each of {sequences * heads} sequences and heads; they make the inverses too"
         return with_triton(instance), \
             f"{arch}: roles in one block for each of {sequences * heads} sequences and heads, beside each other on " \
             f"{MULTIPROCESSORS[arch]} multiprocessors; the inverses before, by triton"
@@ -93,6 +97,11 @@ def of_roles(roles: Roles = SOLVED, solve: KernelOptions | None = None) -> Sched
     are hoisted too."""
     return Schedule("roles", steps=plan("solve", sums=True)).with_options(scan=KernelOptions(roles=roles),
                                                                           solve=solve or KernelOptions(None, 4, 1))
+
+
+def roles_in_one(roles: Roles = FUSED) -> Schedule:
+    """The plan "fused" as cooperating roles, the inverse among what they make: one kernel."""
+    return Schedule("roles-fused", steps=plan("fused", scaled=True)).with_options(scan=KernelOptions(roles=roles))
 
 
 def segment_of(sequences: int, heads: int, tokens: int) -> int:

@@ -3,18 +3,19 @@
 A step touches cells: registers of its role, or a ring in shared memory. What it reads is found by walking the node's arguments
 down to values that other events make; all between is computed where it is used. Three rules decide where a value lies:
 
-- a value that another role reads lies in its ring (and in registers too where its own role reads it again);
+- a value that another role reads lies in its ring (and in registers too where its own role reads it again, unless it is a
+  running sum, an inverse or the matrix that is inverted: of these a thread has no part of its own);
 - a product that is used once, in x + product, is added onto x: both lie in the registers of x;
 - such an x lies where the one product or carry lies that it is made of, element by element.
 """
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gdn_ir.nodes import FUNCTIONS, IRError, Node, Op
 from gdn_ir.program import Program, ScanView, uses
-from gdn_ir.schedules.roles import Event, Role, Roles
+from gdn_ir.schedules.roles import MAKE, Event, Role, Roles
 
 
 class IllegalRoles(IRError):
@@ -23,11 +24,13 @@ class IllegalRoles(IRError):
 
 @dataclass(frozen=True)
 class Access:
-    """A cell and the value that is in it: of this chunk, or (ahead: 1) of the next. ring: the cell is a ring's."""
+    """A cell and the value that is in it: of this chunk, or (ahead: 1) of the next. ring: the cell is a ring's. own: each warp
+    reads only what it wrote there itself."""
     cell: str
     value: str
     ring: bool = False
     ahead: int = 0
+    own: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,10 @@ class Laid:
         self.users = uses(program.nodes())
         for r in roles.roles:
             for e in r.events:
-                if e.do in ("load", "compute", "issue"):
+                if e.do in MAKE:
                     self.make(r, e)
+        self.matrices = {self.held.get(n.args[0], ""): name for n, name in self.held.items() if n.op is Op.TRI_SOLVE}
+        self.passed = {name for n, name in self.held.items() if n.op in (Op.TRI_SOLVE, Op.CUMSUM)} | set(self.matrices)
         self.carried()
         self.homes = self.lie()
         self.steps = {name: tuple(self.of(r, name, i)) for r in roles.roles for i in range(r.copies)
@@ -126,7 +131,9 @@ class Laid:
         node = self.node(r, e)
         if e.value in self.owner:
             raise IllegalRoles(f"{r.name}: {e}: {self.owner[e.value].name} makes {e.value} already")
-        if (node.op is Op.DOT) != (e.do == "issue") or (e.do == "load" and node.op is not Op.LOAD):
+        blocks = node.op is Op.TRI_SOLVE and bool(node["merges"])
+        if (node.op is Op.DOT) != (e.do == "issue") or (e.do == "load" and node.op is not Op.LOAD) \
+                or (node.op is Op.TRI_SOLVE or e.do == "solve") > (blocks and e.do == "solve"):
             raise IllegalRoles(f"{r.name}: {e}: {self.program.describe(node)} is not what one can {e.do}")
         self.owner[e.value] = r
         users = self.users.get(node, [])
@@ -198,18 +205,26 @@ class Laid:
     def registers(self, role: str, name: str, ahead: int = 0) -> Access:
         return Access(f"{role}:{self.homes.get(name, name)}", name, False, ahead)
 
+    def keeps(self, name: str, again: bool) -> bool:
+        """Whether a value lies in registers: it has no ring, or its role reads it again, or it is added onto another."""
+        if name in self.passed:
+            if name not in self.rings:
+                raise IllegalRoles(f"{name} lies in no thread's registers: it needs a ring")
+            return False
+        return again or name not in self.rings or name in self.onto
+
     def ring(self, name: str, part: int | None) -> Access:
         return Access(name if part is None else f"{name}_{part}", name, True)
 
     def of(self, r: Role, instance: str, copy: int) -> Iterator[Step]:
         here = {e.value for e in r.events if e.do != "load"}
 
-        def source(name: str, part: int | None) -> Access:
-            if name in here or name in self.scan.carries:
+        def source(name: str, part: int | None, own: bool = True) -> Access:
+            if (name in here and name not in self.passed) or name in self.scan.carries:
                 return self.registers(instance, name)
             if name not in self.rings:
                 raise IllegalRoles(f"{instance} reads {name}, which {self.owner[name].name} makes: it needs a ring")
-            return self.ring(name, part if self.split(name) > 1 else None)
+            return replace(self.ring(name, part if self.split(name) > 1 else None), own=own and name in here)
 
         for e in r.events:
             node = self.node(r, e)
@@ -230,17 +245,22 @@ class Laid:
                         yield Step(e, node, "threads", (across,), (kept,), part)
                     case "complete":
                         yield Step(e, node, "threads", (), (), part)
+                    case "join":
+                        (inverse,) = (n for n in self.inputs(node) if n in self.matrices.values())
+                        (matrix,) = (m for m, n in self.matrices.items() if n == inverse)
+                        yield Step(e, node, "threads", (*(source(n, part, own=False) for n in self.inputs(node)),
+                                                        source(matrix, part, own=False)), (across,), part)
                     case _:
                         reads = tuple(source(n, part) for n in self.inputs(node))
                         reads += (self.registers(instance, self.onto[e.value]),) if e.value in self.onto else ()
                         writes = (*((across,) if e.value in self.rings else ()),
-                                  *((kept,) if again or e.value not in self.rings or e.value in self.onto else ()))
+                                  *((kept,) if self.keeps(e.value, again) else ()))
                         if e.do == "issue":
                             writes = (kept if e.value not in self.carry else Access(kept.cell, self.carry[e.value], False, 1),)
                         yield Step(e, node, "tensor" if e.do == "issue" else "threads", reads, writes, part)
 
     def check(self, instance: str) -> None:
-        """What a chunk issues it must complete; a ring's events in one role are all late or none."""
+        """What a chunk issues it must complete."""
         steps = self.steps[instance]
         issued = [s.event.value for s in steps if s.event.do == "issue"]
         if issued:
@@ -249,11 +269,3 @@ class Laid:
             after = [s.event.value for s in steps[last:] if s.event.do == "complete"]
             if not ends or not any(v == issued[-1] for v in after):
                 raise IllegalRoles(f"{instance}: issue {issued[-1]} is not completed in its chunk")
-        by_ring: dict[str, set[bool]] = {}
-        for s in steps:
-            for a in (*s.reads, *s.writes):
-                if a.ring:
-                    by_ring.setdefault(a.cell, set()).add(s.late)
-        for cell, late in by_ring.items():
-            if len(late) > 1:
-                raise IllegalRoles(f"{instance}: events that touch {cell} must all be late, or none")

@@ -60,6 +60,11 @@ def join(into: Clock, other: Clock) -> None:
         into[actor] = max(into.get(actor, 0), time)
 
 
+def apart(role: str) -> str:
+    """The warps of a role, as each other knows them: what they have done is known once a barrier has seen them all."""
+    return f"{role}'s warps"
+
+
 def unrolled(ops: tuple[Op, ...], chunks: int) -> Iterator[tuple[Op, int]]:
     """What a role does, with the chunk that each step is of."""
     for c in range(chunks):
@@ -97,13 +102,14 @@ class Machine:
         clock[actor] = clock.get(actor, 0) + 1
         for a in step.reads:
             c = self.cell(a, chunk)
-            if not self.knows(clock, c.by):
+            beside = a.ring and not a.own and proxy == "threads" and c.by is not None and c.by[0] == actor
+            if not self.knows(clock, (apart(actor), c.by[1]) if beside and c.by else c.by):
                 raise Fault(f"race: {actor} reads {a.cell} in chunk {chunk} ({step}) while {c.by} may still write it")
             if c.holds != (a.value, chunk + a.ahead):
                 raise Fault(f"stale: {actor} reads {a.cell} in chunk {chunk} ({step}) and finds {c.holds}")
             if a.ring and proxy in ASYNC and c.proxy == "threads" and (c.fenced is None or not self.knows(clock, c.fenced)):
                 raise Fault(f"not visible: {actor} reads {a.cell} in chunk {chunk} ({step}) without a fence after its write")
-            c.reads[actor] = clock[actor]
+            c.reads[apart(actor) if beside else actor] = clock[actor]
         for a in step.writes:
             c = self.cell(a, chunk)
             if not all(self.knows(clock, x) for x in [c.by, *c.reads.items()]):
@@ -154,7 +160,8 @@ class Machine:
         elif x.kind == "wait":
             join(clock, self.barriers[x.barrier, chunk % self.plan.barriers[x.barrier].slots].seen)
         elif x.kind == "arrive":
-            self.count(x.barrier, chunk % self.plan.barriers[x.barrier].slots, clock, self.plan.warps[role])
+            mine = {**clock, apart(role): clock[role]}
+            self.count(x.barrier, chunk % self.plan.barriers[x.barrier].slots, mine, self.plan.warps[role])
         elif x.kind == "fence" and (not x.ragged or chunk >= self.last):
             clock[role] += 1
             for c in self.cells.values():

@@ -3,7 +3,8 @@
 A ring of n slots has two barriers a slot. The value of chunk c lies in slot c % n, and chunks are counted without end, so the
 parity of a phase is c // n % 2: who reads waits for `full` with that parity; who writes waits for `free` with the other one,
 which a fresh barrier passes. Every warp of a role arrives once a chunk, after its last access, so a count is a number of warps.
-A turn is a ring that holds nothing.
+A turn is a ring that holds nothing. A role whose warps read what others of them wrote is its own reader: the same two barriers
+let its warps run apart from each other.
 
 A write by threads that the asynchronous proxy (tensor cores, copy engine) is to read is followed by a fence of the writers
 before they arrive. A tile that is loaded in one piece needs none, but one that a sequence ends in is written by threads.
@@ -87,8 +88,9 @@ def wire(laid: Laid) -> Plan:
     written = [a for ss in steps.values() for s in ss for a in s.writes if a.ring]
     cells = {name: tuple(dict.fromkeys(a.cell for a in written if in_ring(a, laid) == name))
              for name in dict.fromkeys(in_ring(a, laid) for a in written)}
-    for ch in (*channels(laid, cells), *turns(laid)):
-        if len(ch.writers) != 1 or not ch.readers or set(ch.writers) & set(ch.readers):
+    every = (*channels(laid, cells), *turns(laid))
+    for ch in every:
+        if len(ch.writers) != 1 or not ch.readers or (ch.name not in cells and set(ch.writers) & set(ch.readers)):
             raise IllegalRoles(f"ring {ch.name}: written by {', '.join(ch.writers)}, read by {', '.join(ch.readers)};"
                                " accepts one role that writes and others that read")
         ((writer, (first, last)),) = ch.writers.items()
@@ -103,12 +105,13 @@ def wire(laid: Laid) -> Plan:
             by_threads = all(s.engine == "threads" for s in steps[writer] for a in s.writes if a.cell in mine)
             engines = {s.engine for r in ch.readers for s in steps[r] for a in s.reads if a.cell in mine}
             if engines & ({"tensor", "copy"} if by_threads else {"tensor"}):      # a tail is stored by threads
-                after.setdefault((writer, last), []).append(Sync("fence", late=late, ragged=not by_threads))
-        after.setdefault((writer, last), []).append(Sync("arrive", full, 0, late))
+                after.setdefault((writer, last), []).append(Sync("fence", late=steps[writer][last].late,
+                                                                 ragged=not by_threads))
+        after.setdefault((writer, last), []).append(Sync("arrive", full, 0, steps[writer][last].late))
         for reader, (first, last) in ch.readers.items():
-            late = steps[reader][first].late
-            before.setdefault((reader, first), []).append(Sync("wait", full, 0, late))
-            after.setdefault((reader, last), []).append(Sync("arrive", free, 0, late))
+            if reader != writer or not implied(ch, every, writer):
+                before.setdefault((reader, first), []).append(Sync("wait", full, 0, steps[reader][first].late))
+            after.setdefault((reader, last), []).append(Sync("arrive", free, 0, steps[reader][last].late))
     ops = {role: tuple(laid_out(ss, role, before, after)) for role, ss in steps.items()}
     return Plan(ops, warps, barriers, rings)
 
@@ -124,13 +127,22 @@ def channels(laid: Laid, cells: Mapping[str, tuple[str, ...]]) -> Iterator[Chann
         writers: dict[str, tuple[int, int]] = {}
         readers: dict[str, tuple[int, int]] = {}
         for role, steps in laid.steps.items():
+            def in_order(j: int, steps: tuple[Step, ...] = steps) -> tuple[bool, int]:
+                return steps[j].late, j                    # of one chunk
             for i, s in enumerate(steps):
                 for table, accesses in ((writers, s.writes), (readers, s.reads)):
-                    if any(a.ring and a.cell in mine for a in accesses):
+                    if any(a.ring and a.cell in mine and not a.own for a in accesses):
                         first, last = table.get(role, (i, i))
-                        table[role] = first, max(last, done(steps, i))
+                        table[role] = min(first, i, key=in_order), max(last, done(steps, i), key=in_order)
         yield Channel(name, next(laid.rings[a.value].depth for ss in laid.steps.values() for s in ss for a in s.writes
                                  if a.ring and a.cell == mine[0]), writers, readers)
+
+
+def implied(ch: Channel, every: tuple[Channel, ...], role: str) -> bool:
+    """Whether a role that reads its own ring has waited, where it does, for what another role made of the same chunk of it."""
+    first, _ = ch.readers[role]
+    return any(other.readers.get(role, (-1, -1))[0] == first and set(other.writers) & (set(ch.readers) - {role})
+               for other in every)
 
 
 def turns(laid: Laid) -> Iterator[Channel]:

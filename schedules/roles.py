@@ -10,6 +10,8 @@ Events, as they are written in JSON:
     compute x       compute a value, element by element
     issue x         start the product x; its left operand lies in registers or in a ring, the right one in a ring
     complete x      wait until x is computed (and what was issued before it)
+    solve x         the inverse x of I + M, its blocks along the diagonal: M comes to memory in blocks, and so does x
+    join x          compute x, an inverse with its columns scaled, of M and those blocks, which warps read of each other
     store x         copy a value from its ring to the tensor x, and wait until its slot has been read
 
 An event that ends with " late" works on the chunk before: it runs under the next one's products.
@@ -20,7 +22,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-DO = ("load", "read", "compute", "issue", "complete", "store")
+DO = ("load", "read", "compute", "issue", "complete", "solve", "join", "store")
+MAKE = ("load", "compute", "issue", "solve", "join")        # what a value comes from
 REGISTERS = 65536                                          # of a multiprocessor
 
 
@@ -47,18 +50,20 @@ class Event:
 class Role:
     """warps: how many; registers: of each thread (a multiple of 8, the same for all roles of a warpgroup). rows: the axis
     that lies on the rows of its products. copies: so many of it, of which each owns a part of the axis `rows`: its values
-    that have this axis are parts too."""
+    that have this axis are parts too. eager: what a matrix's choices are between is computed before they are made, so that
+    what it reads is read in pairs, and once."""
     name: str
     events: tuple[Event, ...]
     warps: int = 1
     registers: int = 24
     rows: str = ""
     copies: int = 1
+    eager: bool = False
 
 
 @dataclass(frozen=True)
 class Ring:
-    """Values that cross roles together (one producer, one pair of barriers for each of `depth` slots)."""
+    """Values that cross roles together, or the warps of one (one producer, one pair of barriers for each of `depth` slots)."""
     values: tuple[str, ...]
     depth: int = 2
 
@@ -174,5 +179,26 @@ SOLVED = Roles.of({
         {"name": "aux", "rows": "C", "warps": 4, "registers": 64, "events": ["issue qk", "complete qk", "compute P"]}],
     "rings": [{"values": ["q"], "depth": 2}, {"values": ["k"], "depth": 3}, {"values": ["v"], "depth": 2},
               {"values": ["A_beta"], "depth": 2}, {"values": ["G", "gamma", "rest", "whole"], "depth": 3},
+              {"values": ["P"], "depth": 2}, {"values": ["o16"], "depth": 1}],
+})
+
+# The scan of the plan "fused": the same states; the inverse is made beside them. aux multiplies K K^T and Q K^T and makes M;
+# one warp inverts M's blocks of 16 rows meanwhile; aux joins them under K K^T of the next chunk, each warp a column of blocks,
+# which needs nothing of another's columns. A warp sums the decays. Three chunks are at work at once: one is multiplied with the
+# state, one waits in A16 and P, one is inverted.
+FUSED = Roles.of({
+    "names": {**dict(SOLVED.names), "M": "select(index() > index(), (beta * D) * kk, 0.0)", "A16": "bf16(A_beta)"},
+    "roles": [
+        {"name": "load", "registers": 24, "events": ["load k", "load v", "load q"]},
+        {"name": "sums", "registers": 24, "events": ["compute G", "compute total", "compute gamma", "compute rest",
+                                                     "compute whole", "compute beta"]},
+        {"name": "blocks", "registers": 24, "events": ["solve A"]},
+        {"name": "store", "registers": 24, "events": ["store o"]},
+        SOLVED.data()["roles"][4],
+        {"name": "aux", "rows": "C", "warps": 4, "registers": 72, "eager": True, "events": [
+            "issue kk", "join A16 late", "complete kk", "compute M", "issue qk", "complete qk", "compute P"]}],
+    "rings": [{"values": ["q"], "depth": 2}, {"values": ["k"], "depth": 3}, {"values": ["v"], "depth": 2},
+              {"values": ["M"], "depth": 2}, {"values": ["A"], "depth": 2}, {"values": ["A16"], "depth": 2},
+              {"values": ["G", "gamma", "rest", "whole", "beta"], "depth": 4},
               {"values": ["P"], "depth": 2}, {"values": ["o16"], "depth": 1}],
 })

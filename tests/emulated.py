@@ -1,6 +1,7 @@
 """Runs an emitted role kernel on the CPU: its text, as Python, once for each role and block, each in a thread of its own.
 
-One thread stands for all of a role; barriers, rings and registers are as on the GPU; bfloat16 rounds. Products run when they
+One thread stands for all of a role, but in a macro each lane of its warps has one, and they meet where they shuffle, load
+matrices together or multiply them; barriers, rings and registers are as on the GPU; bfloat16 rounds. Products run when they
 are issued or, with `late`, when they are waited for: both are what tensor cores may do. What lies past a tensor's end is NaN.
 """
 from __future__ import annotations
@@ -18,13 +19,35 @@ import torch
 from gdn_ir.backends.base import Call, Kernel, Source, blocks
 from gdn_ir.backends.tilelang import emit
 
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "int32": np.int32}
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "int32": np.int32, "float16": np.float16}
 SECONDS = 60
 
 
 class Buffer(np.ndarray):                                  # type: ignore[type-arg]
     """A tile that can be a key, as the text has it."""
     __hash__ = object.__hash__                             # type: ignore[assignment]
+
+
+class Addressed(Buffer):
+    """The same within a macro, where an element's address may be asked for."""
+    asked = threading.local()
+
+    def __getitem__(self, at: Any) -> Any:
+        Addressed.asked.last = self, at
+        return super().__getitem__(at)
+
+
+class Warp:
+    """32 lanes, each a thread, and what they show each other."""
+
+    def __init__(self) -> None:
+        self.meeting, self.shown = threading.Barrier(32, timeout=SECONDS), [None] * 32  # type: ignore[var-annotated]
+
+    def share(self, lane: int, x: Any) -> list[Any]:
+        self.meeting.wait()
+        self.shown[lane] = x
+        self.meeting.wait()
+        return list(self.shown)
 
 
 class Slot:
@@ -40,6 +63,7 @@ class Language:
     def __init__(self, sizes: Mapping[str, int], block: int, first: int, warps: int, made: dict[int, Any], late: bool) -> None:
         self.sizes, self.block, self.first, self.warps, self.made, self.late = sizes, block, first, warps, made, late
         self.allocated, self.running = itertools.count(), []  # type: ignore[var-annotated]
+        self.here = threading.local()                      # of a thread in a macro: its warp and lane
 
     prim_func = staticmethod(lambda f: f)
     cast, exp = staticmethod(lambda x, dtype: DTYPES[dtype](x)), staticmethod(np.exp)
@@ -49,11 +73,12 @@ class Language:
     And = staticmethod(lambda a, b: a and b)
     if_then_else = Select = staticmethod(lambda condition, yes, no: yes if condition else no)
     infinity = staticmethod(lambda dtype: np.float32(np.inf))
-    float32, int32 = float, int
+    float32, int32, bool = float, int, bool
+    unroll = vectorized = staticmethod(range)
 
     def nothing(self, *_: Any, **__: Any) -> None:
         """What has no counterpart here."""
-    Tensor = alloc_var = annotate_layout = Fragment = set_max_nreg = sync_warp = fence_proxy_async = nothing
+    Tensor = alloc_var = annotate_layout = Fragment = set_max_nreg = fence_proxy_async = nothing
 
     def dynamic(self, names: str) -> tuple[int, ...]:
         return tuple(self.sizes[n] for n in names.split(", "))
@@ -63,7 +88,69 @@ class Language:
         yield self.block
 
     def get_thread_binding(self) -> int:
-        return self.first
+        return self.first + getattr(self.here, "thread", 0)
+
+    # -- what lanes do together
+
+    def macro(self, f: Any) -> Any:
+        def run(*arguments: Any) -> None:
+            given = [a.view(Addressed) if isinstance(a, Buffer) else a for a in arguments]
+            warps, failed = [Warp() for _ in range(self.warps)], []  # type: ignore[var-annotated]
+
+            def lane(i: int) -> None:
+                self.here.thread, self.here.warp = i, warps[i // 32]
+                try:
+                    with np.errstate(all="ignore"):
+                        f(*given)
+                except BaseException as e:
+                    failed.append(e)
+                    warps[i // 32].meeting.abort()
+            threads = [threading.Thread(target=lane, args=(i,)) for i in range(32 * self.warps)]
+            for t in threads:
+                t.start()
+            for t in threads:
+                t.join()
+            if failed:
+                raise failed[0]
+        return run
+
+    def together(self, x: Any) -> tuple[int, list[Any]]:
+        lane = self.here.thread % 32
+        return lane, self.here.warp.share(lane, x)
+
+    def sync_warp(self) -> None:
+        if hasattr(self.here, "warp"):
+            self.together(None)
+
+    def shfl_up(self, x: Any, by: int) -> Any:
+        lane, all_ = self.together(x)
+        return all_[lane - by] if lane >= by else x
+
+    def access_ptr(self, element: Any, kind: str, extent: int) -> Any:
+        return Addressed.asked.last
+
+    def ptx_ldmatrix(self, transposed: bool, count: int, source: Any, to: Any) -> None:
+        lane, sources = self.together(source)
+        for q in range(count):
+            for e in range(2):
+                row, column = (lane % 4 * 2 + e, lane // 4) if transposed else (lane // 4, lane % 4 * 2 + e)
+                tile, (*at, first) = sources[8 * q + row]
+                assert first % 8 == 0
+                to[0][to[1] + 2 * q + e] = tile[(*at, first + column)]
+
+    def ptx_mma(self, *a: Any) -> None:
+        """m16n8k16, of registers as PTX lays them out."""
+        left, right, sums = (np.asarray(a[i]) for i in (7, 9, 11))
+        assert a[:7] == ("float32", "m16n8k16", "row", "col", "fp16", "fp16", "fp32")
+        lane, all_ = self.together((left[a[8]:a[8] + 8].astype(np.float32), right[a[10]:a[10] + 4].astype(np.float32)))
+        x, y = np.empty((16, 16), np.float32), np.empty((16, 8), np.float32)
+        for i, (l, r) in enumerate(all_):
+            for e in range(8):
+                x[i // 4 + e // 2 % 2 * 8, i % 4 * 2 + e // 4 * 8 + e % 2] = l[e]
+            for e in range(4):
+                y[i % 4 * 2 + e // 2 * 8 + e % 2, i // 4] = r[e]
+        rows = x[[lane // 4, lane // 4 + 8]] @ y[:, lane % 4 * 2:lane % 4 * 2 + 2]
+        sums[a[12]:a[12] + 4] += rows.reshape(4)
 
     def Parallel(self, *extents: int) -> Any:
         return itertools.product(*map(range, extents)) if len(extents) > 1 else range(*extents)
@@ -71,7 +158,8 @@ class Language:
     # -- memory
 
     def alloc_fragment(self, shape: tuple[int, ...], dtype: str) -> Any:
-        return np.full(shape, -1 if dtype == "int32" else np.nan, DTYPES[dtype]).view(Buffer)
+        kind = Addressed if hasattr(self.here, "warp") else Buffer
+        return np.full(shape, -1 if dtype == "int32" else np.nan, DTYPES[dtype]).view(kind)
     alloc_local = alloc_fragment
 
     def alloc_shared(self, shape: tuple[int, ...], dtype: str) -> Any:

@@ -17,16 +17,19 @@ from gdn_ir.compiler import Instance, lower
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.schedules.events import IllegalRoles, Laid
 from gdn_ir.schedules.execute import Fault, execute
+from gdn_ir.schedules.defaults import roles_in_one
 from gdn_ir.schedules.plans import plan
 from gdn_ir.schedules.protocol import Deadlock, Plan, Sync, derive, live, wire
-from gdn_ir.schedules.roles import SOLVED, Event, Ring, Role, Roles, Turn
+from gdn_ir.schedules.roles import FUSED, SOLVED, Event, Ring, Role, Roles, Turn
 from gdn_ir.schedules.schedule import Schedule
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=3)
 def scan(segment: int = 0) -> Kernel:
     """Of whole sequences, or of segments of so many chunks."""
     i = Instance(Switches(initial_state=True, final_state=True), 128, 128, "bf16", "bf16", True)
+    if segment < 0:                                        # none, and nothing hoisted
+        return lower(i.program, roles_in_one(), BACKENDS["tilelang"], "sm_90", i.sizes, i.dtypes, True)[-1]
     schedule = Schedule("x", steps=plan("cut", sums=True, segment=segment) if segment else plan("solve", sums=True))
     return lower(i.program, schedule, BACKENDS["tilelang"], "sm_90", i.sizes, i.dtypes, True)[-1]
 
@@ -145,7 +148,7 @@ def test_runs(chunks: int, ragged: bool, segment: int) -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_run(name: str) -> None:
-    for segment in (0, 16):
+    for segment in (-1,) if name.startswith("fused") else (0, 16):
         execute(derive(laid(VARIANTS[name], segment)), 7, True)
 
 
@@ -182,6 +185,39 @@ def test_nothing_derived_is_redundant(segment: int) -> None:
         except Fault:
             pass
     assert not unseen
+
+
+# What follows from other synchronisation of the fused roles: aux has waited for a state's P before it joins an inverse, so that
+# P's own slots, and its fence, which comes before the inverse's, wait for what is known; and its warps meet in M_full.
+IMPLIED = {"blocks: without wait A_free", "state0: without wait P_full", "state1: without wait P_full", "aux: without fence",
+           "aux: without wait A16_free late", "aux: without wait M_free"}
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("chunks", [0, 1, 2, 7])
+def test_fused_runs(chunks: int, ragged: bool) -> None:
+    execute(derive(laid(FUSED, -1)), chunks, ragged, seeds=20)
+
+
+def test_fused_is_synchronised() -> None:
+    """As above, but for what is implied."""
+    unseen = set()
+    for what, mutant in perturbed(derive(laid(FUSED, -1))):
+        try:
+            for ragged in (True, False):
+                execute(mutant, 7, ragged)
+            unseen.add(what)
+        except Fault:
+            pass
+    assert unseen == IMPLIED
+
+
+def test_warps_of_a_role_wait_for_each_other() -> None:
+    """What aux joins its other warps wrote: nobody knows of them but by a barrier."""
+    p = derive(laid(FUSED, -1))
+    ops = {**p.ops, "aux": tuple(x for x in p.ops["aux"] if str(x) != "wait A_full late")}
+    with pytest.raises(Fault, match=r"(race|stale): aux reads A .*join A16"):
+        execute(replace(p, ops=ops), 7)
 
 
 def test_faults_say_what_is_wrong() -> None:

@@ -29,7 +29,7 @@ from gdn_ir.bench import cases
 from gdn_ir.compiler import Instance, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.registry import options
-from gdn_ir.schedules.defaults import CROWDED, with_triton
+from gdn_ir.schedules.defaults import CROWDED, LENGTHS, roles_in_one, with_triton
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 SMALL = Instance(Switches(final_state=True), 16, 16, "f32", "f32", True)
@@ -91,7 +91,11 @@ def test_roles_are_in_the_space(heads: int) -> None:
     """Whole and in segments, whether or not the default has them; each is worth compiling, and Triton's part stays its own."""
     space = space_of("tilelang", "sm_90", BF16)
     frames = [f for f in space.frames if f.plan == "roles"]
-    assert [f.segment for f in frames] == [0, 16, 32, 64]
+    assert [f.segment for f in frames] == [0, *LENGTHS]
+    (alone,) = (f for f in space.frames if f.plan == "roles-fused")
+    found = ready(Candidate(based(alone, "tilelang", "sm_90", BF16, heads), alone), BF16, "tilelang", "sm_90")
+    assert isinstance(found, Ready) and found.sources == {
+        s.kernel: s.hash for s in variant(BF16, roles_in_one(), "tilelang", "sm_90").sources}
     for f in frames:
         base = based(f, "tilelang", "sm_90", BF16, heads)
         found = ready(Candidate(base, f), BF16, "tilelang", "sm_90")

@@ -12,7 +12,7 @@ from gdn_ir.artifacts import PACKS, Built, obtain, packed
 from gdn_ir.backends.base import Call, Kernel, Launch, Reason, Source, blocks, clear_tail, heads
 from gdn_ir.backends.temporaries import in_order
 from gdn_ir.backends.tilelang import emit as printer
-from gdn_ir.backends.tilelang import roles
+from gdn_ir.backends.tilelang import roles, warps
 from gdn_ir.backends.tilelang.roles import RolePrinter
 from gdn_ir.backends.tilelang.statements import SM_80, SM_90, C
 from gdn_ir.cache import load_source
@@ -69,7 +69,7 @@ class TileLang:
         return arch != "cpu"
 
     def joins(self, options: KernelOptions, block: int, size: int) -> bool:
-        return False
+        return bool(options.roles) and (block, size) == (warps.BLOCK, warps.SIZE)
 
     def emit(self, kernel: Kernel, arch: str) -> Source:
         return RolePrinter(kernel).source() if kernel.options.roles else printer.emit(kernel, TARGETS[arch])

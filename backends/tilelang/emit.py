@@ -56,7 +56,8 @@ class TileLangPrinter(Statements):
         names = symbols(k)
         threads = f", threads={self.threads}" if self.target.threads else ""
         lines = [*self.imports, "",
-                 f'{", ".join(names)} = T.dynamic("{", ".join(names)}")', "", "", "@T.prim_func", f"def {k.name}(",
+                 f'{", ".join(names)} = T.dynamic("{", ".join(names)}")', "", *self.macros(), "", "@T.prim_func",
+                 f"def {k.name}(",
                  *(f"{INDENT}{a}," for a in arguments), "):",
                  f"{INDENT}with T.Kernel(blocks{threads}) as block:",
                  *(f"{INDENT * 2}{name} = {where}" for name, where in self.buffers.items()), *body, *self.lines]
@@ -65,6 +66,10 @@ class TileLangPrinter(Statements):
     @property
     def threads(self) -> int:
         return 32 * self.kernel.options.num_warps
+
+    def macros(self) -> list[str]:
+        """Lines of what the kernel's text calls."""
+        return []
 
     def work(self, depth: int) -> None:
         """What a block does, from where it works on."""

@@ -6,10 +6,12 @@ given, for inference picks an order that forbids them.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from gdn_ir.backends.base import Kernel
+from gdn_ir.backends.linearize import listed
+from gdn_ir.backends.tilelang import warps
 from gdn_ir.backends.tilelang.emit import TileLangPrinter
 from gdn_ir.backends.tilelang.rules import point, where
 from gdn_ir.backends.tilelang.statements import SM_90, coordinate
@@ -17,7 +19,7 @@ from gdn_ir.nodes import At, IRError, Node, Op, Rows, Tile, stored_axes
 from gdn_ir.program import ScanView
 from gdn_ir.schedules.events import Laid, Step, padding
 from gdn_ir.schedules.protocol import Plan, derive
-from gdn_ir.schedules.roles import Role
+from gdn_ir.schedules.roles import Event, Role
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,10 @@ class RoleSteps(TileLangPrinter):
         self.part = 0                                      # of an axis in parts: the one at hand
         self.registers: dict[str, tuple[str, tuple[str, ...]]] = {}    # cell -> name, order of axes
         self.rings: dict[str, Lies] = {}                   # by cell
+        self.called: list[str] = []                        # macros (warps.py)
+        self.whole_matrix = False                          # whether what is written above a diagonal does not matter
+        self.chosen: dict[Node, str] = {}                  # what a choice is between, where it was computed before
+        self.buffers_of_role: list[str] = []               # lines that make more registers for the role at hand
 
     # -- tiles
 
@@ -70,8 +76,11 @@ class RoleSteps(TileLangPrinter):
         return self.laid.value(name)
 
     def order_of(self, name: str) -> tuple[str, ...]:
-        """How a ring has a value's axes: as the tensor that it comes from or goes to, else as its producer's registers."""
+        """How a ring has a value's axes: as the tensor that it comes from or goes to, else as its producer's registers, which
+        have an inverse transposed."""
         node = self.value(name)
+        if self.joined(name) or name in self.laid.matrices.values():
+            return self.ordered(node, self.laid.owner[name])[::-1]
         store = next((s for s in self.laid.stores.values() if self.laid.held.get(s.args[0]) == name), None)
         memory = node if node.op is Op.LOAD else store
         return stored_axes(memory["index"]) if memory is not None else self.ordered(node, self.laid.owner[name])
@@ -79,11 +88,17 @@ class RoleSteps(TileLangPrinter):
     def crosses(self, name: str) -> bool:
         """Whether registers read or write a ring lying across."""
         moved = [r for r in self.roles.roles for e in r.events if e.do == "read" and e.value == name]
-        moved += [self.laid.owner[name]] if self.value(name).op is not Op.LOAD else []
+        alone = self.joined(name) or name in self.laid.passed
+        moved += [self.laid.owner[name]] if self.value(name).op is not Op.LOAD and not alone else []
         return any(self.ordered(self.value(name), r) != self.order_of(name) for r in moved)
+
+    def joined(self, name: str) -> bool:
+        return any(e.do == "join" and e.value == name for e in self.laid.owner[name].events)
 
     def element(self, node: Node, at: Mapping[str, str]) -> str:
         name = self.laid.held.get(node)
+        if node in self.chosen:
+            return self.chosen[node]
         if name is None:
             return self.expression(node, at)
         cell = self.cell(name)
@@ -93,7 +108,10 @@ class RoleSteps(TileLangPrinter):
         return self.ring_of(name).element(0, self.c, at)
 
     def expression(self, node: Node, at: Mapping[str, str]) -> str:
-        """A choice between values that are at hand is no branch: then TileLang computes several elements at once."""
+        """A choice between values that are at hand is no branch: then TileLang computes several elements at once. Of what
+        nobody reads above its diagonal, no choice is made between the two sides of that."""
+        if self.whole_matrix and node.op is Op.SELECT and below(node.args[0]):
+            return self.element(node.args[1], at)
         if node.op is Op.SELECT and not self.loads(node):
             return f"T.Select({', '.join(self.element(a, at) for a in node.args)})"
         return super().expression(node, at)
@@ -127,6 +145,10 @@ class RoleSteps(TileLangPrinter):
                 self.slotted(at, depth, lambda i, d: self.put(d, f"T.copy({at.slot(i, self.c)}, {to})"))
             case "issue":
                 self.issue(s, depth)
+            case "solve":
+                self.solve(s, depth)
+            case "join":
+                self.join(s, depth)
             case _:
                 self.compute(s, depth)
 
@@ -212,8 +234,15 @@ class RoleSteps(TileLangPrinter):
         return self.loops(self.ordered(n, self.role), depth)
 
     def compute(self, s: Step, depth: int) -> None:
-        """A value, element by element: into registers, its ring, or both; a matrix goes to its ring by way of registers."""
+        """A value, element by element: into registers, its ring, or both; a matrix goes to its ring by way of registers. A sum
+        over tokens is made of such values in its ring."""
         n, here = s.node, self.here(s.node.axes)
+        if n.op in (Op.CUMSUM, Op.REDUCE):
+            self.sum(s, depth)
+            return
+        if s.event.value in self.laid.matrices:
+            self.matrix(s, depth)
+            return
         ring = next((a for a in s.writes if a.ring), None)
         lies = self.rings[ring.cell] if ring else None
         kept = self.registers.get(self.cell(s.event.value))
@@ -236,11 +265,35 @@ class RoleSteps(TileLangPrinter):
             self.put(inside, f"{to} = T.if_then_else({condition}, {text}, 0.0)" if condition else f"{to} = {text}")
             return
         masked = padding(n)
+        self.ready(n, to, depth)
         self.put(self.over_rows(n, depth), f"{to} = {self.expression(n.args[1] if masked else n, here)}")
         if masked:                                         # of few chunks, and then for all threads
             self.put(depth, f"if rows < {self.kernel.chunk}:")
             condition = self.element(n.args[0], here)
             self.put(self.over_rows(n, depth + 1), f"{to} = T.if_then_else({condition}, {to}, 0.0)")
+
+    def ready(self, n: Node, to: str, depth: int) -> None:
+        """Of an eager role: what a choice within a matrix would read from shared memory is computed before it."""
+        self.chosen = {}
+        if not self.role.eager or len(n.axes) != 2 or self.whole_matrix:
+            return
+
+        def walk(x: Node) -> Iterator[Node]:
+            for a in () if x in self.laid.held else x.args:
+                if x.op is Op.SELECT and a.op is Op.ELEM and a.type == x.type and a not in self.laid.held:
+                    yield a
+                yield from walk(a)
+        for x in dict.fromkeys(walk(n)):
+            if x.axes == n.axes and x.type.dtype == "f32":
+                text = to
+                if n.type != x.type:
+                    name = self.linear.fresh("apart")
+                    shape = listed(self.shape(self.ordered(x, self.role), self.role))
+                    self.buffers_of_role.append(f'{name} = T.alloc_fragment({shape}, "float32")')
+                    text = f"{name}[{', '.join(coordinate(a) for a in self.ordered(x, self.role))}]"
+                self.put(self.over_rows(x, depth), f"{text} = {self.element(x, self.here(x.axes))}")
+                self.chosen[x] = text
+                return
 
     def issue(self, s: Step, depth: int) -> None:
         node = s.node
@@ -263,3 +316,77 @@ class RoleSteps(TileLangPrinter):
             return self.registers[self.cell(name)]
         lies = self.ring_of(name)
         return lies.slot(0, self.c), lies.order
+
+    # -- what the threads of a warp do together
+
+    def call(self, macro: str, depth: int, *arguments: str) -> None:
+        self.called.append(macro)
+        self.put(depth, f"{macro}({', '.join(arguments)})")
+
+    def turn_of(self, cell: str) -> str:
+        return f"{self.c} % {self.rings[cell].slots}"
+
+    def sum(self, s: Step, depth: int) -> None:
+        """A running sum of 64 tokens, or its last element."""
+        n, over = s.node, s.node["axis" if s.node.op is Op.CUMSUM else "over"]
+        running = next((name for x, name in self.laid.held.items() if x.op is Op.CUMSUM and x.args == n.args), "")
+        plain = not dict(n.attr).get("reverse") and dict(n.attr).get("fn", "sum") == "sum"
+        if self.role.warps != 1 or n.axes not in ((), (over,)) or self.size(self.role, over) != warps.SIZE or not plain \
+                or not running or Event("compute", running) not in self.role.events:
+            raise IRError(f"roles: {self.instance}: {s.event}: one warp sums {warps.SIZE} tokens, running, first to last")
+        lies = self.rings[running]
+        if n.op is Op.REDUCE:
+            text, _ = self.registers[self.cell(s.event.value)]
+            self.put(depth, f"{text}[0] = {lies.element(0, self.c, {over: str(warps.SIZE - 1)})}")
+            return
+        here = self.here(n.axes)
+        self.put(self.over_rows(n, depth), f"{lies.element(0, self.c, here)} = {self.element(n.args[0], here)}")
+        self.call("running_sum", depth, lies.buffers[0], self.turn_of(running))
+
+    def matrix(self, s: Step, depth: int) -> None:
+        """What is inverted: its blocks, for products; those on the diagonal as they are. Above it nobody reads."""
+        n, here, name = s.node, self.here(s.node.axes), s.event.value
+        (text, order), (row, column) = self.registers[self.cell(name)], (coordinate(a) for a in n.axes)
+        at, lies = f"{text}[{', '.join(here[a] for a in order)}]", self.rings[name]
+        self.whole_matrix = True
+        self.fill_with(n, at, depth)
+        self.whole_matrix = False
+        self.put(self.over_rows(n, depth), f'{lies.element(0, self.c, here)} = T.cast({at}, "float16")')
+        inside = self.over_rows(n, depth)
+        self.put(inside, f"if {row} // {warps.BLOCK} == {column} // {warps.BLOCK}:")
+        self.put(inside + 1, f"{lies.buffers[1]}[{self.turn_of(name)}, {row}, {column} % {warps.BLOCK}] = {at}")
+
+    def solve(self, s: Step, depth: int) -> None:
+        (block, size, dtype), matrix = s.node["merges"], s.reads[0].cell
+        if self.role.warps != 1 or (block, size, dtype) != (warps.BLOCK, warps.SIZE, "f16"):
+            raise IRError(f"roles: {self.instance}: {s.event}: one warp solves blocks of {warps.BLOCK} of {warps.SIZE} rows, "
+                          "for products in f16")
+        self.call("invert_blocks", depth, self.rings[matrix].buffers[1], self.turn_of(matrix),
+                  self.rings[s.event.value].buffers[0], self.turn_of(s.event.value))
+
+    def join(self, s: Step, depth: int) -> None:
+        """The inverse's columns scaled, and rounded to bfloat16."""
+        inverse, factor, matrix = self.joint(s)
+        self.call("join_blocks", depth, *(x for cell in (matrix, inverse, factor, s.event.value)
+                                          for x in (self.rings[cell].buffers[0], self.turn_of(cell))))
+
+    def joint(self, s: Step) -> tuple[str, str, str]:
+        """Of what is joined: the inverse, the scale of its columns, and the matrix, where they lie."""
+        n = s.node.args[0] if s.node.op is Op.CAST else s.node
+        inverses = set(self.laid.matrices.values())
+        for x, factor in (n.args, n.args[::-1]) if n.op is Op.ELEM and n["fn"] == "mul" else ():
+            bare = factor
+            while bare not in self.laid.held and bare.op in (Op.TWIN, Op.CAST):
+                bare = bare.args[0]
+            if self.laid.held.get(x) in inverses and factor.axes == x.axes[1:] and bare in self.laid.held \
+                    and s.node.type.dtype == "bf16" and self.role.warps == 4:
+                return self.laid.held[x], self.laid.held[bare], s.reads[-1].cell
+        raise IRError(f"roles: {self.instance}: {s.event}: four warps join an inverse, its columns scaled by what lies in a "
+                      "ring, in bf16")
+
+
+def below(condition: Node) -> bool:
+    """Whether it holds wherever the row is greater than the column."""
+    rows, columns = ((a.args[0] if a.op in (Op.TWIN, Op.BROADCAST) else a) for a in condition.args) \
+        if condition.op is Op.ELEM and condition["fn"] in ("gt", "ge") else (condition, condition)
+    return rows.op is Op.INDEX and columns.op is Op.INDEX and not condition.args[0].axes[0].endswith("'")

@@ -10,8 +10,11 @@ from itertools import groupby
 
 from gdn_ir.backends.base import Kernel, Reason
 from gdn_ir.backends.linearize import listed
+from gdn_ir.backends.printer import INDENT
+from gdn_ir.backends.tilelang import warps
 from gdn_ir.backends.tilelang.role_steps import Lies, RoleSteps
 from gdn_ir.backends.tilelang.rules import DTYPES, where
+from gdn_ir.backends.tilelang.statements import coordinate
 from gdn_ir.nodes import IRError, Node, Op
 from gdn_ir.program import ScanView
 from gdn_ir.schedules.execute import Fault, execute
@@ -63,6 +66,9 @@ class RolePrinter(RoleSteps):
 
     # -- the kernel
 
+    def macros(self) -> list[str]:
+        return warps.texts(self.called)
+
     def turn(self, scan: ScanView) -> int:
         """Of a segment its place; a block that has none has no chunks."""
         self.bind(f"slot_{scan.axis}", f"T.truncdiv(first, {self.span(scan)}) + n + i_{scan.axis}")
@@ -98,6 +104,15 @@ class RolePrinter(RoleSteps):
         """Shared memory for a cell of a ring."""
         name = next(a.value for ss in self.laid.steps.values() for s in ss for a in s.writes if a.cell == cell)
         order, kind = self.order_of(name), DTYPES[self.value(name).type.dtype]
+        rows = f"{slots}, {warps.SIZE}"
+        if name in {*self.laid.matrices, *self.laid.matrices.values()}:
+            made = {"": ("matrix", "float16"), "_blocks": ("blocks", "float32")} if name in self.laid.matrices else \
+                {"": ("inverses", "float16")}
+            names = {f"{cell}_ring{more}": self.linear.fresh(f"{cell}_ring{more}") for more in made}
+            for text, (width, dtype) in zip(names.values(), made.values(), strict=True):
+                self.buffers[text] = f'T.alloc_shared(({rows}, {warps.WIDTHS[width]}), "{dtype}")'
+            self.rings[cell] = Lies(tuple(names.values()), slots, order, False)
+            return
         shape = self.shape(order, self.laid.owner[name]) or ["1"]
         apart = self.crosses(name)
         texts = [self.linear.fresh(f"{cell}_ring{i if apart else ''}") for i in range(slots if apart else 1)]
@@ -121,6 +136,14 @@ class RolePrinter(RoleSteps):
         for c in carries:
             start = self.scan.inits[self.scan.carries.index(c["name"])]
             self.put(self.over_rows(c, depth), f"{self.element(c, self.here(c.axes))} = {self.from_memory(start)}")
+        for s in steps:                                    # above an inverse's diagonal nothing is ever written
+            if s.event.do == "join":
+                lies = self.rings[s.event.value]
+                names = ", ".join(map(coordinate, lies.order))
+                self.put(depth, f"for i, {names} in T.Parallel({', '.join([str(lies.slots), *self.shape(lies.order, r)])}):")
+                self.put(depth + 1, f"{lies.buffers[0]}[i, {names}] = 0.0")
+        top = len(self.lines)
+        self.buffers_of_role = []
         self.put(depth, f"for i_{self.scan.axis} in T.serial(chunks):")
         if any(self.placed(s) for s in steps):
             self.chunk(self.scan, depth + 1)
@@ -135,6 +158,7 @@ class RolePrinter(RoleSteps):
             self.c = "(chunks - 1)"
             self.put(depth, "if chunks > 0:")
             self.run(behind, depth + 1)
+        self.lines[top:top] = [f"{INDENT * depth}{line}" for line in self.buffers_of_role]
         for c in carries:
             for store in (n for n in self.kernel.program.roots if n.op is Op.STORE):
                 if store.args[0].op is Op.FINAL and store.args[0]["i"] == self.scan.carries.index(c["name"]):

@@ -1,0 +1,114 @@
+"""What the threads of a warp do together, as macros of TileLang that a kernel of roles brings along: sums by shuffles, an
+inverse in blocks.
+
+The inverse A of I + M, M strictly lower with 64 rows, is made transposed, for then no product waits for memory: a warp has a
+column w of its blocks, A_ww = D_w the inverse of a diagonal block,
+
+    A_jw^T = -(sum of A_tw^T M_jt^T over w <= t < j) D_j^T
+
+and each left operand is what the same warp has in registers as an accumulator; right ones are M's blocks and the D_j. (All D
+and A are kept negated, so that no product is: -A_jw^T is the sum of (-A_tw^T) M_jt^T, times -D_j^T.)
+"""
+from __future__ import annotations
+
+SIZE, BLOCK = 64, 16                                       # rows of an inverse, and of the blocks that are solved
+# rows of a block's tile are so long that eight of them lie in different banks
+WIDTHS = {"matrix": SIZE + 8, "blocks": BLOCK + 4, "inverses": BLOCK + 8}
+
+NEEDS = {"join_blocks": ("load_matrix", "multiply")}
+TEXTS = {
+    "running_sum": '''
+@T.macro
+def running_sum(x, at):
+    """x[at], 64 numbers, becomes their running sum: two a lane, and those of the lanes before by shuffles."""
+    lane = T.get_thread_binding() % 32
+    mine = T.alloc_local((2,), "float32")
+    before = T.alloc_local((1,), "float32")
+    T.sync_warp()
+    for i in T.unroll(2):
+        mine[i] = x[at, 2 * lane + i]
+    mine[1] += mine[0]
+    for b in T.unroll(5):
+        before[0] = T.shfl_up(mine[1], 1 << b)
+        if lane >= 1 << b:
+            mine[0] += before[0]
+            mine[1] += before[0]
+    for i in T.unroll(2):
+        x[at, 2 * lane + i] = mine[i]
+    T.sync_warp()
+''',
+    "invert_blocks": '''
+@T.macro
+def invert_blocks(m, at, inverses, to):
+    """The inverses of I + m, four strictly lower blocks of 16 rows, transposed, with the other sign; a column a lane."""
+    lane = T.get_thread_binding() % 32
+    x = T.alloc_local((16,), "float32")
+    for half in T.serial(2):
+        for i in T.unroll(16):
+            x[i] = T.Select(lane % 16 == i, -1.0, 0.0)
+        for i in T.unroll(1, 16):
+            for j in T.unroll(i):
+                x[i] -= m[at, half * 32 + lane // 16 * 16 + i, j] * x[j]
+        for i in T.unroll(16):
+            inverses[to, half * 32 + lane, i] = T.cast(x[i], "float16")
+''',
+    "load_matrix": '''
+def load_matrix(dst, at, tile, slot, row, col, transposed, turned):
+    """A block of 16 x 16 for a product: its quarters in columns, or (turned) in rows, each transposed or not."""
+    lane = T.get_thread_binding() % 32
+    down, right = (lane // 16 * 8 + lane % 8, lane // 8 % 2 * 8) if turned else (lane % 16, lane // 16 * 8)
+    return T.ptx_ldmatrix(T.bool(transposed), 4, T.access_ptr(tile[slot, row + down, col + right], "r", extent=8),
+                          T.access_ptr(dst[at], "w", extent=8))
+''',
+    "multiply": '''
+def multiply(sums, at, left, left_at, right, right_at):
+    """sums (16 x 8) += left (16 x 16) right (16 x 8), each at its place among a thread's registers."""
+    return T.ptx_mma("float32", "m16n8k16", "row", "col", "fp16", "fp16", "fp32", left.data, left_at, right.data, right_at,
+                     sums.data, at, T.bool(False))
+''',
+    "join_blocks": '''
+@T.macro
+def join_blocks(m, m_at, inverses, at, factors, f_at, to, to_at):
+    """The inverse of I + M, its columns scaled, transposed: a column of blocks a warp. inverses: of the diagonal blocks."""
+    lane, warp = T.get_thread_binding() % 32, T.get_thread_binding() // 32 % 4
+    left = T.alloc_local((24,), "float16")                 # blocks of the column, as left operands
+    right = T.alloc_local((8,), "float16")
+    half = T.alloc_local((8,), "float16")
+    sums = T.alloc_local((8,), "float32")
+    factor = T.alloc_local((2,), "float32")
+    for i in T.unroll(2):
+        factor[i] = -T.cast(factors[f_at, warp * 16 + i * 8 + lane // 4], "float32")
+    load_matrix(left, 0, inverses, at, warp * 16, 0, False, False)
+    for i in T.unroll(4):
+        for e in T.vectorized(2):
+            to[to_at, warp * 16 + i % 2 * 8 + lane // 4, warp * 16 + i // 2 * 8 + lane % 4 * 2 + e] = T.cast(
+                factor[i % 2] * T.cast(left[2 * i + e], "float32"), "bfloat16")
+    for s in T.unroll(1, 4):
+        if warp + s < 4:
+            for i in T.unroll(8):
+                sums[i] = 0.0
+            for t in T.unroll(s):
+                load_matrix(right, 0, m, m_at, (warp + s) * 16, (warp + t) * 16, False, True)
+                multiply(sums, 0, left, 8 * t, right, 0)
+                multiply(sums, 4, left, 8 * t, right, 4)
+            for i in T.unroll(8):
+                half[i] = T.cast(sums[i], "float16")
+                sums[i] = 0.0
+            load_matrix(right, 0, inverses, at, (warp + s) * 16, 0, True, False)
+            multiply(sums, 0, half, 0, right, 0)
+            multiply(sums, 4, half, 0, right, 4)
+            if s < 3:
+                for i in T.unroll(8):
+                    left[8 * s + i] = T.cast(sums[i], "float16")
+            for i in T.unroll(4):
+                for e in T.vectorized(2):
+                    to[to_at, warp * 16 + i % 2 * 8 + lane // 4, (warp + s) * 16 + i // 2 * 8 + lane % 4 * 2 + e] = T.cast(
+                        factor[i % 2] * sums[2 * i + e], "bfloat16")
+''',
+}
+
+
+def texts(wanted: list[str]) -> list[str]:
+    """The lines of macros, after those that they call."""
+    names = dict.fromkeys(n for w in wanted for n in (*NEEDS.get(w, ()), w))
+    return [line for n in names for line in ["", *TEXTS[n].strip("\n").split("\n"), ""]]
