@@ -33,9 +33,9 @@ BF16 = Instance(Switches(final_state=True), 128, 128, "bf16", "bf16", True)
 
 @pytest.mark.parametrize(("arch", "backend"), [("sm_90", "triton"), ("sm_80", "triton"), ("cpu", "torch")])
 def test_the_preferred_backend_serves(arch: str, backend: str) -> None:
-    chosen = registry.choose(BF16, arch, 1, 32, 8192)
+    chosen = registry.choose(BF16, arch, 1, 32, 4096)
     assert chosen.backend == backend
-    assert {o.backend for o in registry.options(BF16, arch, 1, 32, 8192)} == {"triton", "torch", "tilelang"}
+    assert {o.backend for o in registry.options(BF16, arch, 1, 32, 4096)} == {"triton", "torch", "tilelang"}
 
 
 def test_float64_on_a_gpu_falls_back_with_a_warning() -> None:
@@ -233,7 +233,7 @@ def test_explain_as_data(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     assert said.call.startswith("dense bf16, 1 x 64 tokens, one token at a time") and said.chosen in ("torch", "triton")
     back = gdn_ir.explain(H=2, HV=4, T=64, arch="cpu", dtype="f32", grads=("q", "v")).data()
     assert back["chosen"] == "tilelang" and "gradients of q v" in back["call"]
-    first = gdn_ir.explain(H=16, HV=32, T=8192, arch="sm_90").data()["choices"][0]
+    first = gdn_ir.explain(H=16, HV=32, T=4096, sequences=1, arch="sm_90").data()["choices"][0]
     assert first["backend"] == "triton" and first["state"] == "chosen" and set(first["kernels"]) == {"solve", "scan", "output"}
     monkeypatch.setattr(sys, "argv", ["gdn-ir", "explain", "--json", "--arch", "cpu", "--recurrent", "--dtype", "f32"])
     with pytest.raises(SystemExit):
@@ -243,12 +243,14 @@ def test_explain_as_data(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 
 def test_explain() -> None:
     text = str(gdn_ir.explain(H=16, HV=32, T=32768, sequences=1, arch="sm_90"))
-    assert "packed bf16, 1 sequence of 32768 tokens together" in text
+    assert "packed bf16, 1 sequence of 32768 tokens together" in text and "tilelang chosen: first that can serve" in text
+    assert "each sequence is cut into segments of 64 chunks" in text
+    text = str(gdn_ir.explain(H=16, HV=32, T=4096, sequences=1, arch="sm_90"))
     assert "triton   chosen: first that can serve on sm_90" in text and "tiles of 32 columns" in text
     assert "torch    not chosen" in text
     with gdn_ir.use("torch"):
         assert "torch    chosen: gdn_ir.use('torch') asks for it" in str(gdn_ir.explain(H=1, HV=1, T=64, arch="sm_90"))
-    assert "tiles of 16 columns" in str(gdn_ir.explain(H=2, HV=8, T=32768, sequences=1, arch="sm_90"))
+    assert "tiles of 16 columns" in str(gdn_ir.explain(H=2, HV=8, T=4096, sequences=1, arch="sm_90"))
     assert "triton   cannot: triton lowers to sm_80 and sm_90, not to cpu" in str(gdn_ir.explain(H=1, HV=1, T=64, arch="cpu"))
 
 

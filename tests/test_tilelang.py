@@ -57,7 +57,7 @@ def lowered_of(kernel: Kernel, arch: str) -> str:
 def test_defaults_compile_without_a_gpu(arch: str) -> None:
     """Products on matrix units, for Hopper by warp groups; the scan's tiles copied ahead."""
     i = Instance(FULL, 128, 128, "bf16", "bf16", True)
-    schedule = default(arch, i, 1, 8, 8192, "tilelang")[0]
+    schedule = default(arch, i, 1, 8, 4096, "tilelang")[0]
     for kernel in lower(program_of(FULL), schedule, TILELANG, arch, i.sizes, i.dtypes, True):
         cuda = cuda_of(kernel, arch)
         assert ("wgmma" in cuda) == (arch == "sm_90") and "mma" in cuda
