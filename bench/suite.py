@@ -141,8 +141,8 @@ def measure(run: Run, row: Row, rates: Rates, told: Callable[[str], None] = lamb
     told("timing")
     try:
         interleave(timers, run.seconds)
-    except RuntimeError as e:
-        settle(run.device, str(e))
+    except RuntimeError as broken:
+        settle(run.device, str(broken))
         raise
     for name, t in timers.items():
         entries[name] |= t.summary() | (energy.of(t, row.tokens, run.joules) if run.joules else {})
