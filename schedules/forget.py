@@ -28,9 +28,10 @@ def forget(pipeline: Pipeline, name: str, least: int = FADED) -> Pipeline:
     """Leave out of a segment's transition and offset what moves its end by a factor under e^-least. Legal iff the scan that
     carries `name` is cut into segments, and a kernel of all chunks at once computes the decay's sum `total` and has the
     products of keys `kk` and `beta` at hand."""
-    names = [p.name for p in pipeline]
-    if "offset" not in names or "transition" not in names:
-        raise IllegalStep(f"forget: {name} is not cut into segments with a transition; there are {', '.join(names)}")
+    places = {n: i for n in (f"P_{name}", f"B_{name}") for i, p in enumerate(pipeline) if n in p.written()}
+    if len(places) < 2:
+        raise IllegalStep(f"forget: {name} is not cut into segments with a transition; there are "
+                          f"{', '.join(p.name for p in pipeline)}")
     i = next((i for i, p in enumerate(pipeline) if parallel(p) and "total" in p.written()), None)
     if i is None:
         raise IllegalStep("forget: no kernel of all chunks at once computes total, the sum of the log decay")
@@ -40,14 +41,13 @@ def forget(pipeline: Pipeline, name: str, least: int = FADED) -> Pipeline:
     tensor = Tensor("fade", ("X", "HV"), "f32", temp=True)
     stores = (*scan.effects, make(Op.STORE, (fade,), tensor=tensor, index=where, sum=()))
     pipeline = put(pipeline, i, replace(before, roots=(scan.with_parts(effects=stores),)).with_note(fade, "fade"))
-    at = names.index("transition")
+    at = places[f"P_{name}"]
     reach, bound, within = _reach(pipeline[at], tensor, least)
     alive = elem("gt", bound, -float(least))
-    for kernel in ("transition", "offset"):
-        j = names.index(kernel)
+    for j in places.values():
         p = pipeline[j]
         inner = next(ScanView.of(s) for s in p.scans() if s["axis"] != OUTER)
-        if kernel == "transition":
+        if j == at:
             cut = inner.with_parts(inits=(select(alive, inner.inits[0], 0.0),), recent=(select(alive, within, 0.0),))
         else:
             cut = inner.with_parts(recent=(within,))

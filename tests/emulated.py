@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,6 +55,17 @@ class Slot:
 
     def __init__(self, count: int) -> None:
         self.count, self.ended, self.arrived, self.changed = count, 0, 0, threading.Condition()
+
+
+def beside(jobs: list[tuple[Callable[..., None], tuple[Any, ...]]], failed: list[BaseException]) -> None:
+    """Run all, each in a thread of its own; raises the first of what they add to `failed`."""
+    threads = [threading.Thread(target=run, args=given) for run, given in jobs]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    if failed:
+        raise failed[0]
 
 
 class Language:
@@ -105,13 +116,7 @@ class Language:
                 except BaseException as e:
                     failed.append(e)
                     warps[i // 32].meeting.abort()
-            threads = [threading.Thread(target=lane, args=(i,)) for i in range(32 * self.warps)]
-            for t in threads:
-                t.start()
-            for t in threads:
-                t.join()
-            if failed:
-                raise failed[0]
+            beside([(lane, (i,)) for i in range(32 * self.warps)], failed)
         return run
 
     def together(self, x: Any) -> tuple[int, list[Any]]:
@@ -241,13 +246,7 @@ def run(kernel: Kernel, source: Source, memory: Mapping[str, torch.Tensor], scal
         for n, x in clean.items():
             arrays[n][...] = x
         made: dict[int, Any] = {}
-        threads = [threading.Thread(target=role, args=(block, i, made)) for i in range(len(warps))]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
-        if failed:
-            raise failed[0]
+        beside([(role, (block, i, made)) for i in range(len(warps))], failed)
         for n, x in clean.items():
             bits = f"u{x.dtype.itemsize}"
             mine, theirs = (y.view(bits) != x.view(bits) for y in (arrays[n], whole[n]))
