@@ -95,11 +95,13 @@ class Language:
         return tuple(self.sizes[n] for n in names.split(", "))
 
     @contextmanager
-    def Kernel(self, blocks: int, threads: int) -> Iterator[int]:
+    def Kernel(self, blocks: int, threads: tuple[int, int]) -> Iterator[int]:
         yield self.block
 
-    def get_thread_binding(self) -> int:
-        return self.first + getattr(self.here, "thread", 0)
+    def get_thread_binding(self, dimension: int = 0) -> int:
+        """A warpgroup is a row of threads."""
+        row, column = divmod(self.first + getattr(self.here, "thread", 0), 128)
+        return row if dimension else column
 
     # -- what lanes do together
 

@@ -64,7 +64,7 @@ class TileLangPrinter(Statements):
         return Source(k.name, k.header() + "\n".join(lines) + "\n")
 
     @property
-    def threads(self) -> int:
+    def threads(self) -> int | str:
         return 32 * self.kernel.options.num_warps
 
     def macros(self) -> list[str]:

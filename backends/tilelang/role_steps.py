@@ -7,7 +7,7 @@ given, for inference picks an order that forbids them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gdn_ir.backends.base import Kernel
 from gdn_ir.backends.linearize import listed
@@ -18,8 +18,10 @@ from gdn_ir.backends.tilelang.statements import SM_90, coordinate
 from gdn_ir.nodes import At, IRError, Node, Op, Rows, Tile, stored_axes
 from gdn_ir.program import ScanView
 from gdn_ir.schedules.events import Laid, Step, padding
-from gdn_ir.schedules.protocol import Plan, derive
+from gdn_ir.schedules.protocol import Plan, Sync, derive
 from gdn_ir.schedules.roles import Event, Role
+
+PART = "part"                                              # of what is split among a role's copies: the one of the threads at hand
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ class Lies:
 
 class RoleSteps(TileLangPrinter):
     """Writes one step of one role. c: the chunk at hand, as text; role, part: whose turn it is, and which part of a split axis;
-    registers: (name, order of axes) of this role's cells; rings: where those of all lie."""
+    shared: the first of the warpgroups that have this text, if they are several; registers: (name, order of axes) of this
+    role's cells; rings: where those of all lie; places: of each barrier the array that it is in, and its first slot there,
+    if that has others."""
 
     def __init__(self, kernel: Kernel) -> None:
         assert kernel.options.roles is not None
@@ -52,12 +56,47 @@ class RoleSteps(TileLangPrinter):
         self.c = ""                                        # the chunk at hand, as text
         self.role, self.instance = self.roles.roles[0], ""
         self.part = 0                                      # of an axis in parts: the one at hand
+        self.shared: int | None = None
         self.registers: dict[str, tuple[str, tuple[str, ...]]] = {}    # cell -> name, order of axes
         self.rings: dict[str, Lies] = {}                   # by cell
         self.called: list[str] = []                        # macros (warps.py)
         self.whole_matrix = False                          # whether what is written above a diagonal does not matter
         self.chosen: dict[Node, str] = {}                  # what a choice is between, where it was computed before
         self.buffers_of_role: list[str] = []               # lines that make more registers for the role at hand
+        self.places = dict(self.placed_barriers())
+
+    def placed_barriers(self) -> Iterator[tuple[str, tuple[str, int | None]]]:
+        """Barriers of a value's parts are one array, the slots of each beside each other."""
+        for name, b in self.plan.barriers.items():
+            channel, end = name.rsplit("_", 1)
+            cells = self.plan.rings.get(channel, (0, ()))[1]
+            value = self.value_of(cells[0]) if cells else ""
+            if cells and self.laid.split(value) > 1:
+                part = int(cells[0][len(value) + 1:])
+                yield name, (f"{channel.rsplit('_', 1)[0]}_{end}", part * b.slots)
+            else:
+                yield name, (name, None)
+
+    def at_barrier(self, barrier: str) -> str:
+        """A barrier's slot for the chunk at hand."""
+        slots, (name, first) = self.plan.barriers[barrier].slots, self.places[barrier]
+        before = "" if not first and self.shared is None or first is None else \
+            f"{first if self.shared is None else f'{PART} * {slots}'} + "
+        return f"{name}[{before}{self.c} % {slots}]"
+
+    def value_of(self, cell: str) -> str:
+        """The value in a ring's cell."""
+        return next(a.value for ss in self.laid.steps.values() for s in ss for a in s.writes if a.ring and a.cell == cell)
+
+    def alike(self, r: Role) -> bool:
+        """Whether copies of a role are one text: each is a warpgroup, and they do the same, but each with its parts, which lie
+        apart from each other."""
+        def plain(x: Step | Sync) -> object:
+            return x.event if isinstance(x, Step) else replace(x, barrier=self.places[x.barrier][0] if x.barrier else "")
+        names = self.laid.instances(r)
+        touched = {a.value for s in self.laid.steps[names[0]] for a in (*s.reads, *s.writes) if a.ring}
+        return len(names) > 1 and r.warps == 4 and len({tuple(map(plain, self.plan.ops[n])) for n in names}) == 1 \
+            and all(self.crosses(v) for v in touched if self.laid.split(v) > 1)
 
     # -- tiles
 
@@ -141,8 +180,8 @@ class RoleSteps(TileLangPrinter):
             case "store":
                 self.slotted(self.rings[s.reads[0].cell], depth, lambda i, d: self.store(s, i, d))
             case "read":
-                at, to = self.rings[s.reads[0].cell], self.registers[s.writes[0].cell][0]
-                self.slotted(at, depth, lambda i, d: self.put(d, f"T.copy({at.slot(i, self.c)}, {to})"))
+                to = self.registers[s.writes[0].cell][0]
+                self.parted(s.reads[0].cell, depth, lambda slot, d: self.put(d, f"T.copy({slot}, {to})"))
             case "issue":
                 self.issue(s, depth)
             case "solve":
@@ -160,6 +199,17 @@ class RoleSteps(TileLangPrinter):
                 self.put(depth, "else:" if count == 2 and i == 1 else f"if {self.c} % {count} == {i}:")
             write(i, depth + (count > 1))
 
+    def parted(self, cell: str, depth: int, write: Callable[[str, int], None]) -> None:
+        """What is done with a ring's slot, if one text stands for all copies with each of theirs."""
+        if self.shared is None:
+            self.slotted(self.rings[cell], depth, lambda i, d: write(self.rings[cell].slot(i, self.c), d))
+            return
+        name = self.value_of(cell)
+        for p in range(self.role.copies):
+            mine = self.rings[f"{name}_{p}"]
+            self.put(depth, "else:" if self.role.copies == 2 and p else f"if {PART} == {p}:")
+            self.slotted(mine, depth + 1, lambda i, d, mine=mine: write(mine.slot(i, self.c), d))       # type: ignore[misc]
+
     def box(self, n: Node) -> str:
         """The box of a tensor that a whole chunk's tile is."""
         parts = []
@@ -168,7 +218,7 @@ class RoleSteps(TileLangPrinter):
                 case Tile(axis):
                     size = self.size(self.role, axis)
                     first = self.start(axis)
-                    parts.append(f"{first}:{first + size}")
+                    parts.append(f"{first}:{first + size}" if isinstance(first, int) else f"{first}:{first} + {size}")
                 case At(grid, share):
                     parts.append(point(grid, share, self.kernel))
                 case Rows(_, axis, False):
@@ -177,8 +227,11 @@ class RoleSteps(TileLangPrinter):
                     raise IRError(f"roles: {n['tensor'].name} is no box of its tensor: {term}")
         return f"{n['tensor'].name}_[{', '.join(parts)}]"
 
-    def start(self, axis: str) -> int:
-        return self.part * self.size(self.role, axis) if axis in self.laid.axes else 0
+    def start(self, axis: str) -> int | str:
+        if axis not in self.laid.axes:
+            return 0
+        size = self.size(self.role, axis)
+        return self.part * size if self.shared is None else f"{PART} * {size}"
 
     def in_memory(self, axes: tuple[str, ...]) -> dict[str, str]:
         """Coordinates along whole axes, of a part."""
@@ -200,10 +253,10 @@ class RoleSteps(TileLangPrinter):
         cell = s.writes[0].cell
         ring = self.rings[cell]
         to = ring.element(i, self.c, self.here(ring.order))
-        barrier = next(f"{name}_full" for name, (_, cells) in self.plan.rings.items() if cell in cells)
+        barrier = self.at_barrier(next(f"{name}_full" for name, (_, cells) in self.plan.rings.items() if cell in cells))
         self.put(depth, f"if rows >= {self.kernel.chunk}:")
         slot = ring.slot(i, self.c)
-        self.put(depth + 1, f"T.tma_copy({self.box(s.node)}, {slot}, barrier={barrier}[{self.c} % {ring.slots}])")
+        self.put(depth + 1, f"T.tma_copy({self.box(s.node)}, {slot}, barrier={barrier})")
         inside, text = self.row_by_row(s.node, ring.order, depth)
         self.put(inside + 1, f"{to} = {text}")
         self.put(inside, "else:")
@@ -249,8 +302,8 @@ class RoleSteps(TileLangPrinter):
         if kept is not None:
             text, order = kept
             self.fill_with(n, f"{text}[{', '.join(here[a] for a in order) or '0'}]", depth)
-            if lies is not None and lies.apart:
-                self.slotted(lies, depth, lambda i, d: self.put(d, f"T.copy({text}, {lies.slot(i, self.c)})"))
+            if ring is not None and lies is not None and lies.apart:
+                self.parted(ring.cell, depth, lambda slot, d: self.put(d, f"T.copy({text}, {slot})"))
             elif lies is not None:
                 self.put(self.over_rows(n, depth), f"{lies.element(0, self.c, here)} = {self.element(n, here)}")
         elif lies is not None:

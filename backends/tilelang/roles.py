@@ -3,6 +3,10 @@
 Every synchronisation printed here is an operation of the plan. TileLang adds none: its pass that places barriers is off (it
 would put them into roles), and what a role's own threads write to shared memory none of them reads. A product's rows fill the
 four warps of one warpgroup: TileLang would fence twice the registers of a product over two.
+
+A warpgroup is a row of the block's threads, so that copies of a role, a warpgroup each, can be one text: which part of a value
+is theirs they know by their row. Written once for each copy, a block's roles have more code than a multiprocessor holds, and
+wait for instructions two fifths of their time (docs/performance-log.md).
 """
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from gdn_ir.backends.base import Kernel, Reason
 from gdn_ir.backends.linearize import listed
 from gdn_ir.backends.printer import INDENT
 from gdn_ir.backends.tilelang import warps
-from gdn_ir.backends.tilelang.role_steps import Lies, RoleSteps
+from gdn_ir.backends.tilelang.role_steps import PART, Lies, RoleSteps
 from gdn_ir.backends.tilelang.rules import DTYPES, where
 from gdn_ir.backends.tilelang.statements import coordinate
 from gdn_ir.nodes import IRError, Node, Op
@@ -49,8 +53,8 @@ class RolePrinter(RoleSteps):
     imports = ("import tilelang", "import tilelang.language as T")
 
     @property
-    def threads(self) -> int:
-        return 32 * self.roles.warps
+    def threads(self) -> str:
+        return listed(["128", str(len(self.roles.warpgroups()))])
 
     def check(self) -> None:
         """Raises IRError where a product has no form here."""
@@ -85,24 +89,32 @@ class RolePrinter(RoleSteps):
         for slots, cells in self.plan.rings.values():
             for cell in cells:
                 self.lay(cell, slots)
-        for name, b in self.plan.barriers.items():
-            self.buffers[name] = f"T.alloc_barrier([{', '.join([str(b.arrivals)] * b.slots)}])"
-        self.put(depth, "tx = T.get_thread_binding()")
-        last, groups = 0, self.roles.warpgroups()
-        instances = iter([(r, name, i) for r in self.roles.roles for i, name in enumerate(self.laid.instances(r))])
-        for g, group in enumerate(groups):
-            self.put(depth, ("if" if g == 0 else "elif") + f" tx < {last + 128}:" if g + 1 < len(groups) else "else:")
-            more = group[0].registers >= REGISTERS // self.threads
+        for name in dict.fromkeys(name for name, _ in self.places.values()):
+            counts = [str(b.arrivals) for x, b in self.plan.barriers.items() if self.places[x][0] == name for _ in range(b.slots)]
+            self.buffers[name] = f"T.alloc_barrier([{', '.join(counts)}])"
+        self.put(depth, "tx = T.get_thread_binding(0)")
+        self.put(depth, "warpgroup = T.get_thread_binding(1)")
+        groups = self.roles.warpgroups()
+        instances = [(r, name, i) for r in self.roles.roles for i, name in enumerate(self.laid.instances(r))]
+        g = 0
+        while g < len(groups):
+            group, first = groups[g], g
+            g += group[0].copies if self.alike(group[0]) else 1
+            self.put(depth, ("else:" if g == len(groups) else f"elif warpgroup < {g}:") if first else f"if warpgroup < {g}:")
+            more = group[0].registers >= REGISTERS // (32 * self.roles.warps)
             self.put(depth + 1, f"T.set_max_nreg({group[0].registers}, {int(more)})")
+            last = 0
             for i, r in enumerate(group):
                 last += 32 * r.warps
                 if len(group) > 1:
                     self.put(depth + 1, ("if" if i == 0 else "elif") + f" tx < {last}:" if i + 1 < len(group) else "else:")
-                self.do(*next(instances), depth + 1 + (len(group) > 1))
+                self.shared = first if self.alike(r) else None
+                self.do(*instances.pop(0), depth + 1 + (len(group) > 1))
+            del instances[:g - first - 1]
 
     def lay(self, cell: str, slots: int) -> None:
         """Shared memory for a cell of a ring."""
-        name = next(a.value for ss in self.laid.steps.values() for s in ss for a in s.writes if a.cell == cell)
+        name = self.value_of(cell)
         order, kind = self.order_of(name), DTYPES[self.value(name).type.dtype]
         rows = f"{slots}, {warps.SIZE}"
         if name in {*self.laid.matrices, *self.laid.matrices.values()}:
@@ -124,8 +136,10 @@ class RolePrinter(RoleSteps):
 
     def do(self, r: Role, instance: str, copy: int, depth: int) -> None:
         """A role, from its registers to its last store."""
-        self.put(depth, f"# {instance}")
+        self.put(depth, f"# {instance if self.shared is None else r.name}")
         self.role, self.instance, self.part, self.registers, self.said = r, instance, copy, {}, ""
+        if self.shared is not None:
+            self.put(depth, f"{PART} = warpgroup - {self.shared}")
         ops, steps = self.plan.ops[instance], self.laid.steps[instance]
         for a in {a.cell: a for s in steps for a in (*s.reads, *s.writes) if not a.ring}.values():
             self.allocate_registers(a.cell, a.value, depth)
@@ -170,7 +184,7 @@ class RolePrinter(RoleSteps):
         node, r = self.value(name), self.role
         moved = name in self.laid.rings and self.crosses(name)
         order = self.order_of(name) if moved else self.ordered(node, r)
-        text = self.linear.fresh(self.laid.homes.get(name, name) + (f"_{self.part}" if r.copies > 1 else ""))
+        text = self.linear.fresh(self.laid.homes.get(name, name) + (f"_{self.part}" if r.copies > 1 and not self.alike(r) else ""))
         self.registers[cell] = text, order
         where_ = "T.alloc_fragment" if order else "T.alloc_local"
         self.put(depth, f'{text} = {where_}({listed(self.shape(order, r) or ["1"])}, "{DTYPES[node.type.dtype]}")')
@@ -198,7 +212,7 @@ class RolePrinter(RoleSteps):
                     fences.append(rest.pop(0))
                 self.event(x, bool(fences), depth)
             elif x.kind == "wait":
-                self.put(depth, f"T.barrier_wait({self.at_barrier(x)}, {self.parity(x)})")
+                self.put(depth, f"T.barrier_wait({self.at_barrier(x.barrier)}, {self.parity(x)})")
             elif x.kind == "fence":
                 self.put(depth, "T.fence_proxy_async()")
             elif x.kind == "drain" and x.engine == "tensor":
@@ -206,13 +220,10 @@ class RolePrinter(RoleSteps):
             elif x.kind == "arrive":
                 self.put(depth, "T.sync_warp()")
                 self.put(depth, "if tx % 32 == 0:")
-                self.put(depth + 1, f"T.barrier_arrive({self.at_barrier(x)})")
+                self.put(depth + 1, f"T.barrier_arrive({self.at_barrier(x.barrier)})")
                 while rest and isinstance(y := rest[0], Sync) and y.kind == "arrive":
-                    self.put(depth + 1, f"T.barrier_arrive({self.at_barrier(y)})")
+                    self.put(depth + 1, f"T.barrier_arrive({self.at_barrier(y.barrier)})")
                     rest.pop(0)
-
-    def at_barrier(self, x: Sync) -> str:
-        return f"{x.barrier}[{self.c} % {self.plan.barriers[x.barrier].slots}]"
 
     def parity(self, x: Sync) -> str:
         turn = f"{self.c} // {self.plan.barriers[x.barrier].slots}"
