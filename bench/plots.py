@@ -14,12 +14,12 @@ from gdn_ir.bench.results import Page, Record
 
 # colours that the colour-blind tell apart (Okabe and Ito), and a marker of each one's own
 STYLES = {"gdn-ir triton": ("#D55E00", "o"), "gdn-ir tilelang": ("#CC79A7", "s"), "gdn-ir torch": ("#8C564B", "v"),
-          "FLA": ("#0072B2", "D"), "FlashQLA": ("#009E73", "^"), "FlashInfer": ("#E69F00", "P"),
-          "attention cuDNN": ("#333333", "x"), "attention flash": ("#888888", "+")}
+          "gdn-ir served": ("#56B4E9", "h"), "FLA": ("#0072B2", "D"), "FlashQLA": ("#009E73", "^"),
+          "FlashInfer": ("#E69F00", "P"), "attention cuDNN": ("#333333", "x"), "attention flash": ("#888888", "+")}
 
 
 def style(name: str) -> tuple[str, str]:
-    return STYLES.get(name, ("#56B4E9", "*"))
+    return STYLES.get(name, ("#000000", "*"))
 
 
 def label_of(record: Record) -> str:

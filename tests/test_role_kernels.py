@@ -52,20 +52,22 @@ def scan(varlen: bool = True, states: bool = True, segment: int = 0) -> tuple[Ke
     return kernel, *lowered(function, "sm_90", TILELANG.flags(kernel))
 
 
-def planned(p: Plan) -> list[Sync]:
-    """All that a plan synchronises, in the order of the text: what is late stands in the loop and behind it."""
-    found: list[Sync] = []
-    for ops in p.ops.values():
-        syncs = [x for x in ops if isinstance(x, Sync)]
-        found += [*syncs, *(x for x in syncs if x.late)]
+def planned(p: Plan, copies: tuple[str, ...]) -> list[list[Sync]]:
+    """All that a plan synchronises, in the order of the text: what is late stands in the loop and behind it. Of roles that are
+    one text each synchronisation of the first, and what it is for the others."""
+    found: list[list[Sync]] = []
+    texts = [[role] for role in p.ops if role not in copies[1:]]
+    for roles in ([*copies] if role == list(copies[:1]) else role for role in texts):
+        beside = [list(x) for x in zip(*([x for x in p.ops[r] if isinstance(x, Sync)] for r in roles), strict=True)]
+        found += [*beside, *(x for x in beside if x[0].late)]
     return found
 
 
-def evaluated(text: str, chunk: int, late: bool) -> int:
-    """An expression of C over the loop's counter (or the number of chunks) in that chunk."""
+def evaluated(text: str, chunk: int, late: bool, row: int = 0) -> int:
+    """An expression of C over the loop's counter (or the number of chunks) in that chunk, in that row of threads."""
     text = re.sub(r"\bi_X(_\d+)?\b", str(chunk + late), text)
     text = re.sub(r"\bchunks(_\d+)?\b", str(chunk + 1), text)
-    return int(eval(text.replace("/", "//")))
+    return int(eval(text.replace("((int)threadIdx.y)", str(row)).replace("/", "//")))
 
 
 @pytest.mark.parametrize(("varlen", "states", "segment"), [
@@ -73,36 +75,43 @@ def evaluated(text: str, chunk: int, late: bool) -> int:
 def test_cuda_synchronises_as_planned(varlen: bool, states: bool, segment: int) -> None:
     kernel, cuda, shared = scan(varlen, states, segment)
     assert shared <= SHARED
-    p = derive(RolePrinter(kernel).laid)
+    printer = RolePrinter(kernel)
+    p = derive(printer.laid)
+    (state,) = (r for r in printer.roles.roles if r.copies > 1)
+    assert printer.alike(state)
     init, body = cuda.split("fence_barrier_init();", 1)
     for name, b in p.barriers.items():
-        assert re.findall(rf"\b{name}\[\d+\]\.init\((\d+)\)", init) == [str(b.arrivals)] * b.slots
+        array, first = printer.places[name]
+        for i in range(b.slots):
+            assert re.findall(rf"\b{array}\[{(first or 0) + i}\]\.init\((\d+)\)", init) == [str(b.arrivals)]
     body = body.replace("__syncthreads();", "", 1)         # after the barriers are made
     # TileLang's own, of the one thread that asks for a tile
     body = re.sub(r"(expect_transaction\(\d+\);\s*)tl::fence_proxy_async\(\);", r"\1", body)
     body = re.sub(r"(warpgroup_arrive\(\);\s*)tl::fence_proxy_async\(\);", r"\1", body)       # and of products, after stores
-    expected = planned(p)
+    expected = planned(p, tuple(printer.laid.instances(state)))
     for found in TOKENS.finditer(body):
         assert not found["other"], found[0]
-        x = expected.pop(0)
-        if found["barrier"]:
-            assert (x.kind, x.barrier) == (found["what"], found["barrier"]), found[0]
+        copies = expected.pop(0)
+        for row, x in enumerate(copies, start=1) if found["barrier"] else ():
+            array, first = printer.places[x.barrier]
+            assert (x.kind, array) == (found["what"], found["barrier"]), found[0]
             slots = p.barriers[x.barrier].slots
             for c in range(12):
-                assert evaluated(found["slot"], c, x.late) == c % slots, found[0]
+                assert evaluated(found["slot"], c, x.late, row) == (first or 0) + c % slots, found[0]
                 assert x.kind == "arrive" or evaluated(found["parity"], c, x.late) % 2 == (c // slots + x.flip) % 2, found[0]
-        else:
+        x = copies[0]
+        if not found["barrier"]:
             what = ("fence", "") if found["fence"] else ("drain", "copy") if found["stored"] else ("drain", "tensor")
             assert (x.kind, x.engine) == what and (not found["most"] or x.most == int(found["most"])), found[0]
     assert not expected
 
 
 def test_products() -> None:
-    """Of a state: five, their left operands from registers; of aux one, from shared memory."""
+    """Of both states, which are one text, five, their left operands from registers; of aux one, from shared memory."""
     kernel, cuda, _ = scan()
     steps = [x for ops in derive(RolePrinter(kernel).laid).ops.values() for x in ops if isinstance(x, Step)]
     issues = [x for x in steps if x.event.do == "issue"]
-    assert cuda.count("tl::wgmma_rs<") == 10 and cuda.count("tl::wgmma_ss<") == 1 and len(issues) == 11
+    assert cuda.count("tl::wgmma_rs<") == 5 and cuda.count("tl::wgmma_ss<") == 1 and len(issues) == 11
     assert "atomic" not in cuda and cuda.count("tl::tma_store(") == 2
 
 

@@ -103,12 +103,12 @@ def solve_rows(m, r, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     "inverse_of_4": '''
 @triton.jit
 def inverse_of_4(m, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + M)^-1 of four blocks of rows: of those on the diagonal all at once, then joined two by two."""
+    """(I + M)^-1 of four blocks of rows: those on the diagonal by substitution, all at once, then joined two by two."""
     a, ca, b = quarters(m, 2 * BLOCK)
     a0, c0, a1 = quarters(a, BLOCK)
     b0, c1, b1 = quarters(b, BLOCK)
     four = tl.permute(tl.join(tl.join(a0, a1), tl.join(b0, b1)), [3, 2, 0, 1])
-    x = inverse_of_each(tl.reshape(four, [4, BLOCK, BLOCK]), BLOCK, PRECISION)
+    x = substitute(tl.reshape(four, [4, BLOCK, BLOCK]), 4, BLOCK)
     first, second = tl.split(tl.permute(tl.reshape(x, [2, 2, BLOCK, BLOCK]), [2, 3, 1, 0]))
     a0, a1 = tl.split(first)
     b0, b1 = tl.split(second)
@@ -118,31 +118,11 @@ def inverse_of_4(m, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
     "inverse_of_2": '''
 @triton.jit
 def inverse_of_2(m, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + M)^-1 of two blocks of rows: of those on the diagonal both at once, then joined."""
+    """(I + M)^-1 of two blocks of rows: those on the diagonal by substitution, both at once, then joined."""
     a, c, b = quarters(m, BLOCK)
-    x = inverse_of_each(tl.permute(tl.join(a, b), [2, 0, 1]), BLOCK, PRECISION)
+    x = substitute(tl.permute(tl.join(a, b), [2, 0, 1]), 2, BLOCK)
     a, b = tl.split(tl.permute(x, [1, 2, 0]))
     return join(a, c, b, BLOCK, PRECISION)
-''',
-    "inverse_of_each": '''
-@triton.jit
-def inverse_of_each(m, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + M)^-1 of each of some blocks; M counts below the diagonal only. Of two rows it is I - M; then twice as many again and
-    again. (Substitution, row after row, would be fifteen steps, each with sums across a warp.)"""
-    row = tl.arange(0, BLOCK)
-    i, j = row[None, :, None], row[None, None, :]
-    x = tl.where(i == j, 1.0, tl.where((i // 2 == j // 2) & (i > j), -m, 0.0))
-    for s in tl.static_range(1, 6):
-        if 1 << s < BLOCK:
-            x = twice_the_rows(m, x, i, j, 1 << s, PRECISION)
-    return x
-''',
-    "twice_the_rows": '''
-@triton.jit
-def twice_the_rows(m, x, i, j, SIZE: tl.constexpr, PRECISION: tl.constexpr):
-    """X - X C X, the inverses of 2 SIZE rows, from X, those of SIZE rows, and C, what of M is between them."""
-    c = tl.where((i // (2 * SIZE) == j // (2 * SIZE)) & (i // SIZE > j // SIZE), m, 0.0)
-    return x - tl.dot(tl.dot(x, c, input_precision=PRECISION), x, input_precision=PRECISION)
 ''',
     "join": '''
 @triton.jit
@@ -190,5 +170,4 @@ def substitute(m, COUNT: tl.constexpr, BLOCK: tl.constexpr):
 }
 BESIDE = {"start_follower", "wait_for_followed", "count_stored", "await_count"}      # where one kernel runs beside another
 NEEDS = {"locate": ("bounds",), "locate_or_tail": ("locate", "bounds"), "inverse_of_blocks": ("substitute",),
-         "inverse_of_2": ("quarters", "inverse_of_each", "twice_the_rows", "join"),
-         "inverse_of_4": ("quarters", "inverse_of_each", "twice_the_rows", "join")}
+         "inverse_of_2": ("quarters", "substitute", "join"), "inverse_of_4": ("quarters", "substitute", "join")}
