@@ -6,6 +6,9 @@ head on the device.
     transition  zero where all has faded
     offset      from zero, over the chunks within reach
 
+Of a scan in reverse a segment's end is where that scan leaves it: its first chunks are looked at. An adjoint's transition is the
+transpose of the state's, so that the same bounds hold.
+
 A chunk's transition is exp(total) times the product of its tokens' I - beta k k^T, whose norms are max(1, |1 - beta |k|^2|):
 not over 1 where keys are normalised, but a caller's may not be, and then a far state can grow however strong the decay.
 """
@@ -80,8 +83,8 @@ def _reach(cut: Program, fade: Tensor, least: int) -> tuple[Program, Node, Node]
     bound, within = (make(Op.CARRY, name=n, scan=inner.axis, axes=()) for n in names)
     more = elem("gt", bound, -float(least))
     nexts = (select(more, bound + chunk, bound), select(more, within + 1.0, within))
-    back = inner.with_parts(carries=names, inits=(zeros(), zeros()), nexts=nexts, effects=(), reverse=not inner.reverse, idle=(),
-                            recent=())
+    back = inner.with_parts(carries=names, inits=(zeros(), zeros()), nexts=nexts, effects=(), reverse=not inner.reverse,
+                            idle=(), recent=())
     kept = [Tensor(prefix + n, (OUTER, *grid), "f32", temp=True) for n in names]
     stores = tuple(make(Op.STORE, (make(Op.FINAL, (back,), i=i),), tensor=t, index=index, sum=()) for i, t in enumerate(kept))
     root = outer.with_parts(effects=stores)

@@ -104,8 +104,8 @@ def narrow(beta: str) -> bool:
 def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64, block: int = 16, keep: str = "nothing",
                   beta: str = "", segment: int = 32) -> Steps:
     """The steps of a plan of a derived backward: those whose values `program` has (it computes only the gradients that were
-    asked for). keep: what it is given. beta: its dtype, where it is not io. segment: chunks of a segment. Raises ValueError for a
-    name it lacks."""
+    asked for). keep: what it is given. beta: its dtype, where it is not io. segment: chunks of a segment. Raises ValueError for
+    a name it lacks."""
     named = {note.name for note in program.notes.values() if note.name}
     stores = [n for n in program.nodes() if n.op is Op.STORE and not n["tensor"].temp]
     scans = [r for r in program.roots if r.op is Op.SCAN]

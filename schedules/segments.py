@@ -24,7 +24,7 @@ OUTER = "Y"                                                # the scan over segme
 def segment(pipeline: Pipeline, name: str, chunks: int, dtype: str = "tf32x3", prefix: str = "") -> Pipeline:
     """Cut the scan that carries `name` into segments of that many chunks (the last of a sequence may be shorter), in four
     kernels. Legal iff it carries nothing else and each iteration's carry is affine in the one before. Products that compose
-    segments have operands of `dtype`; what is handed between the kernels is float32. prefix: of the names of the three that come
+    segments have operands of `dtype`; what is handed between the kernels is float32. prefix: of the names of the three
     before the scan. A scan in reverse goes through its segments from the last to the first."""
     i, p, view = _carrying(pipeline, name)
     if len(view.chain) > 1 or view.group:
@@ -77,8 +77,8 @@ def segments(steps: Iterable[tuple[str | int, ...]]) -> int | None:
     """Chunks of a segment in a plan of these steps; None where it cuts none. All that are cut are cut alike."""
     found = {int(s[2]) for s in steps if s[0] == "segment"}
     if len(found) > 1:
-        raise IllegalStep(f"segment: all scans of a plan must be cut alike, got segments of {' and '.join(map(str, sorted(found)))} "
-                          f"chunks")
+        raise IllegalStep(f"segment: all scans of a plan must be cut alike, got segments of "
+                          f"{' and '.join(map(str, sorted(found)))} chunks")
     return next(iter(found), None)
 
 
