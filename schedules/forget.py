@@ -6,8 +6,8 @@ head on the device.
     transition  zero where all has faded
     offset      from zero, over the chunks within reach
 
-Of a scan in reverse a segment's end is where that scan leaves it: its first chunks are looked at. An adjoint's transition is the
-transpose of the state's, so that the same bounds hold.
+Of a scan in reverse a segment's end is where that scan leaves it: its first chunks are looked at. An adjoint's transition is
+the transpose of the state's, so that the same bounds hold.
 
 A chunk's transition is exp(total) times the product of its tokens' I - beta k k^T, whose norms are max(1, |1 - beta |k|^2|):
 not over 1 where keys are normalised, but a caller's may not be, and then a far state can grow however strong the decay.

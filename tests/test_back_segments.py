@@ -157,6 +157,16 @@ def test_by_torch(given: str) -> None:
         assert worst(found.values()) < {"f64": 1e-8, "f32": 1e-4}[io], found
 
 
+@pytest.mark.parametrize("keep", ["inverse", "states"])
+def test_what_is_given(keep: str) -> None:
+    """With the states given the adjoint's scan alone is cut."""
+    cell = Cell("given", FULL, "f32", replace(SMALL, lengths=(400, 0, 1, 129)))
+    program = backward_of(cell, keep=keep).program
+    schedule = Schedule("x", steps=backward_plan("segments", program, "f32", keep=keep, segment=2))
+    found = check(cell, "torch", "torch", schedule=schedule, keep=keep)["errors"]
+    assert worst(found.values()) < 1e-4, found
+
+
 def test_by_triton() -> None:
     """Packed, one sequence empty, outputs poisoned, with states in and out and without; P's columns and V in tiles."""
     found = interpreted([["backward", cell, 32, "segments", [1, 2], False, 2]
