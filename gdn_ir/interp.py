@@ -287,8 +287,8 @@ class _Run:
         trips = self.sizes.dim(view.axis) // self.sizes.dim(view.group) if view.group else \
             self.sizes.trips(self.point["N"], view.axis, view.chain, view.tile, self._done(view, env))
         trips = 0 if self._idle(view, env) else trips
-        turns = range(trips)[max(0, trips - int(self.value(view.recent[0], env))):] if view.recent else range(trips)
-        for i in reversed(turns) if view.reverse else turns:
+        turns = range(trips)[::-1] if view.reverse else range(trips)
+        for i in turns[max(0, trips - int(self.value(view.recent[0], env))):] if view.recent else turns:
             inner = _Env(env, view.axis, i)
             for name, value in zip(view.carries, state, strict=True):
                 if name in carries:

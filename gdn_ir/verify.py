@@ -94,8 +94,8 @@ def idle_scans_are_inner(program: Program) -> Iterator[Finding]:
             yield scan, f"is idle in iterations {view.idle} of no scan around it"
         if view.idle and view.effects:
             yield view.effects[0], f"is not stored in the iterations {view.idle} in which its scan is idle"
-        if view.recent and (view.axis == view.chain[0] or view.reverse or view.group):
-            yield scan, "runs its last iterations alone, which only an inner scan, forwards, can"
+        if view.recent and (view.axis == view.chain[0] or view.group):
+            yield scan, "runs its last iterations alone, which only an inner scan can"
         if view.recent and view.effects:
             yield view.effects[0], "is not stored in the iterations that its scan leaves out"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from gdn_ir.schedules import adjoints
 from gdn_ir.schedules.plans import CHUNK, Steps, backward_plan, narrow, plan
 from gdn_ir.schedules.roles import FUSED, SOLVED, Roles
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
@@ -20,6 +21,7 @@ CROWDED = 48                                               # sequences x heads f
 SEGMENTS = False                                           # whether few long sequences are cut (docs/performance-log.md)
 SEGMENT = 64                                               # chunks of one
 ROLES_IN_SEGMENTS = True                                   # whether sequences are cut where roles can scan them
+BACK_IN_SEGMENTS = False                                   # and those of a backward (off until a GPU has run it)
 ROLES_IN_ONE = False                                       # whether roles make the inverse too, where sequences are whole
 LENGTHS = (8, 16, 32, 64, 128)                             # chunks that a segment of roles may have
 LONG = 128                                                 # chunks of a sequence, on average, that is worth cutting
@@ -31,7 +33,7 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
     """The schedule, and the reason for it. arch: "sm_80", "sm_90", "cpu" (native code) or "torch" (any device); sequences,
     heads (HV), tokens: of the call."""
     if instance.grads:
-        return backward_default(arch, instance, sequences, heads, backend)
+        return backward_default(arch, instance, sequences, heads, backend, tokens)
     erase, io, decay = instance.switches.erase, instance.io, instance.switches.decay != "none"
     if instance.keep != "nothing" and arch in ("cpu", "torch"):
         return Schedule(f"states, leaves {instance.keep}", CHUNK, plan("states", erase, io, sums=decay, leave=instance.left)), \
@@ -205,7 +207,8 @@ def lean(arch: str, instance: Instance, backend: str) -> bool:
     return arch == "sm_90" and backend == "triton" and instance.io != "f32" and max(instance.K, instance.V) <= 128
 
 
-def backward_default(arch: str, instance: Instance, sequences: int, heads: int, backend: str) -> tuple[Schedule, str]:
+def backward_default(arch: str, instance: Instance, sequences: int, heads: int, backend: str, tokens: int = 0) \
+        -> tuple[Schedule, str]:
     """The same for a backward."""
     if arch == "cpu":
         chunk = 16 if instance.keep == "nothing" else CHUNK
@@ -246,6 +249,11 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
         {name for step in steps if step[0] == "separate" for name in step[2:] if name != "again" or runs_again}
     chosen = {k: o for k, o in kernels.items() if k in made}
     schedule = Schedule(f"backward-{width}{kept(instance)}", steps=steps).with_options(**chosen)
+    size = adjoints.segment_of(sequences, heads, tokens, MULTIPROCESSORS[arch]) if grouped and BACK_IN_SEGMENTS else 0
+    if size and carried and runs_again and instance.keep == "nothing" and adjoints.forgets(instance):
+        return adjoints.in_segments(schedule, instance, size), (
+            f"{arch}: {sequences * heads} serial scans each way would not fill {MULTIPROCESSORS[arch]} multiprocessors for "
+            f"long; each is cut into segments of {size} chunks")
     what = "states again, then their adjoints" if runs_again else "adjoints of states"
     return schedule, (f"{arch}: {what} in reverse, in tiles of {width} columns; the rest for all chunks at once"
                       f"{f', V in tiles of {every.v_tile}' if every.v_tile else ''}")

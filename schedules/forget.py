@@ -6,6 +6,9 @@ head on the device.
     transition  zero where all has faded
     offset      from zero, over the chunks within reach
 
+Of a scan in reverse a segment's end is where that scan leaves it: its first chunks are looked at. An adjoint's transition is
+the transpose of the state's, so that the same bounds hold.
+
 A chunk's transition is exp(total) times the product of its tokens' I - beta k k^T, whose norms are max(1, |1 - beta |k|^2|):
 not over 1 where keys are normalised, but a caller's may not be, and then a far state can grow however strong the decay.
 """
@@ -37,10 +40,11 @@ def forget(pipeline: Pipeline, name: str, least: int = FADED) -> Pipeline:
         raise IllegalStep("forget: no kernel of all chunks at once computes total, the sum of the log decay")
     before = pipeline[i]
     scan = ScanView.of(before.roots[0])
-    fade, where = _bound(before)
     tensor = Tensor("fade", ("X", "HV"), "f32", temp=True)
-    stores = (*scan.effects, make(Op.STORE, (fade,), tensor=tensor, index=where, sum=()))
-    pipeline = put(pipeline, i, replace(before, roots=(scan.with_parts(effects=stores),)).with_note(fade, "fade"))
+    if tensor.name not in before.written():                # of another scan's segments: a transpose is of the same norm
+        fade, where = _bound(before)
+        stores = (*scan.effects, make(Op.STORE, (fade,), tensor=tensor, index=where, sum=()))
+        pipeline = put(pipeline, i, replace(before, roots=(scan.with_parts(effects=stores),)).with_note(fade, "fade"))
     at = places[f"P_{name}"]
     reach, bound, within = _reach(pipeline[at], tensor, least)
     alive = elem("gt", bound, -float(least))
@@ -68,20 +72,21 @@ def _bound(p: Program) -> tuple[Node, tuple[Term, ...]]:
 
 
 def _reach(cut: Program, fade: Tensor, least: int) -> tuple[Program, Node, Node]:
-    """The kernel that goes back from each segment's end until all has faded; and its loads: of the bound so far and of how
-    many chunks that took."""
+    """The kernel that goes back from each segment's end until all has faded, against the direction of its scan; and its loads:
+    of the bound so far and of how many chunks that took."""
     outer = ScanView.of(cut.roots[0])
     inner = next(ScanView.of(s) for s in cut.scans() if s["axis"] != OUTER)
     grid = tuple(g for g in cut.grid if g != "N")
     chunk = make(Op.LOAD, (), tensor=fade, index=(Slot(inner.chain, inner.tile), *map(At, grid)))
     index = (Slot((OUTER,), inner.tile, inner.chain[1:]), *map(At, grid))
-    names = ("bound", "within")
+    names, prefix = ("bound", "within"), cut.name.removesuffix("transition")
     bound, within = (make(Op.CARRY, name=n, scan=inner.axis, axes=()) for n in names)
     more = elem("gt", bound, -float(least))
     nexts = (select(more, bound + chunk, bound), select(more, within + 1.0, within))
-    back = inner.with_parts(carries=names, inits=(zeros(), zeros()), nexts=nexts, effects=(), reverse=True, idle=(), recent=())
-    kept = [Tensor(n, (OUTER, *grid), "f32", temp=True) for n in names]
+    back = inner.with_parts(carries=names, inits=(zeros(), zeros()), nexts=nexts, effects=(), reverse=not inner.reverse,
+                            idle=(), recent=())
+    kept = [Tensor(prefix + n, (OUTER, *grid), "f32", temp=True) for n in names]
     stores = tuple(make(Op.STORE, (make(Op.FINAL, (back,), i=i),), tensor=t, index=index, sum=()) for i, t in enumerate(kept))
     root = outer.with_parts(effects=stores)
     loads = [make(Op.LOAD, (), tensor=t, index=index) for t in kept]
-    return Program("reach", cut.grid, (root,), only(cut.notes, (root,))), loads[0], loads[1]
+    return Program(f"{prefix}reach", cut.grid, (root,), only(cut.notes, (root,))), loads[0], loads[1]

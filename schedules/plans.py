@@ -24,6 +24,8 @@ The derived backward has plans of its own (`backward_plan`), of the same steps:
               heads still sums, and what inner hands to grads, is stored in the inputs' dtype
     inside    as grouped, with local's sums so too: there is no heads
     merged    as states, with inner and grads as one kernel, and what heads sums in the inputs' dtype
+    segments  as grouped, with both scans cut into segments, as above: before each of them a transition, an offset and a compose
+              of its own (again_transition, back_transition and so on)
 
 A forward may leave values that its kernels store anyway (LEFT), which its backward then reads instead of computing them again:
 
@@ -44,9 +46,9 @@ from gdn_ir.program import Program, ScanView, toposort
 
 Steps = tuple[tuple[str | int, ...], ...]
 PLANS = {"forward": ("naive", "fused", "solve", "states", "wy", "segments", "cut"),
-         "backward": ("naive", "fused", "states", "grouped", "inside", "merged")}
+         "backward": ("naive", "fused", "states", "grouped", "inside", "merged", "segments")}
 KEEP = ("nothing", "inverse", "states")                    # each with what those before it leave
-WIDENS = ("grouped", "inside", "merged")                   # plans of the backward whose scans read a float32 beta
+WIDENS = ("grouped", "inside", "merged", "segments")                   # plans of the backward whose scans read a float32 beta
 CHUNK = 64                                                 # tokens of a chunk of which something is left
 LESS: Steps = (("factor",), ("regroup",), ("exchange",), ("symmetric",))       # fewer products than reverse mode derives
 
@@ -100,9 +102,10 @@ def narrow(beta: str) -> bool:
 
 
 def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64, block: int = 16, keep: str = "nothing",
-                  beta: str = "") -> Steps:
+                  beta: str = "", segment: int = 32) -> Steps:
     """The steps of a plan of a derived backward: those whose values `program` has (it computes only the gradients that were
-    asked for). keep: what it is given. beta: its dtype, where it is not io. Raises ValueError for a name it lacks."""
+    asked for). keep: what it is given. beta: its dtype, where it is not io. segment: chunks of a segment. Raises ValueError for
+    a name it lacks."""
     named = {note.name for note in program.notes.values() if note.name}
     stores = [n for n in program.nodes() if n.op is Op.STORE and not n["tensor"].temp]
     scans = [r for r in program.roots if r.op is Op.SCAN]
@@ -159,10 +162,18 @@ def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64
         steps += [("share", "inner")] if name in WIDENS else []
     steps += [("move_scales",)]
     if heads and name != "states":
-        owned = {"grouped": ("d_k",), "inside": ("d_q", "d_k")}.get(name, ())
+        owned = {"grouped": ("d_k",), "segments": ("d_k",), "inside": ("d_q", "d_k")}.get(name, ())
         steps += [("sum_inside", kernel) for kernel, n in (("local", "d_q"), ("grads", "d_k")) if n in owned and n in out]
         heads = (("sum_after", "heads", "io"),) if {"d_q", "d_k"} & out - set(owned) else ()
-    return (*steps, *heads)
+    if name != "segments":
+        return (*steps, *heads)
+    cut: list[tuple[str | int, ...]] = []
+    fades = "G" in named and bool(solves) and "A" not in known        # the kernel solve is there to tell
+    both = (("again", "S_again"), ("back", "d_S"))
+    for kernel, carried in both if len(scans) == 2 and "S" not in known else both[1:]:
+        cut.append(("segment", carried, segment, "f64" if io == "f64" else "tf32x3", f"{kernel}_"))
+        cut += [("forget", carried)] if fades else []
+    return (*steps, *heads, *cut)
 
 
 def program_values(scan: Node) -> list[Node]:

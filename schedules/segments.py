@@ -21,13 +21,14 @@ OUTER = "Y"                                                # the scan over segme
 
 
 @step
-def segment(pipeline: Pipeline, name: str, chunks: int, dtype: str = "tf32x3") -> Pipeline:
+def segment(pipeline: Pipeline, name: str, chunks: int, dtype: str = "tf32x3", prefix: str = "") -> Pipeline:
     """Cut the scan that carries `name` into segments of that many chunks (the last of a sequence may be shorter), in four
     kernels. Legal iff it carries nothing else and each iteration's carry is affine in the one before. Products that compose
-    segments have operands of `dtype`; what is handed between the kernels is float32."""
+    segments have operands of `dtype`; what is handed between the kernels is float32. prefix: of the names of the three
+    before the scan. A scan in reverse goes through its segments from the last to the first."""
     i, p, view = _carrying(pipeline, name)
-    if len(view.chain) > 1 or view.reverse or view.group:
-        raise refuse("segment", p, view.node, f"{name} must be carried by one scan over chunks, forwards")
+    if len(view.chain) > 1 or view.group:
+        raise refuse("segment", p, view.node, f"{name} must be carried by one scan over chunks")
     if not isinstance(chunks, int) or chunks < 2:
         raise refuse("segment", p, view.node, f"a segment must have 2 chunks or more, got {chunks}")
     if len(p.roots) != 1 + sum(r.op is Op.STORE for r in p.roots):
@@ -43,14 +44,16 @@ def segment(pipeline: Pipeline, name: str, chunks: int, dtype: str = "tf32x3") -
     B, from_B = cut.memory(f"B_{name}", carry.axes)
     entering, start = cut.memory(f"{name}_in", carry.axes)
 
-    # what a sequence's last segment does to the state matters to its end alone; what the first does to zero, not at all
-    last = () if any(x.op is Op.FINAL for x in toposort(r for r in p.roots if r is not view.node)) else ("last",)
-    first = ("first",) if constant(init) == 0.0 else ()
-    derived = view.with_parts(carries=(t.carry["name"],), inits=(t.init,), nexts=(t.step,), effects=(), idle=(*first, *last))
-    from_zero = view.with_parts(inits=(zeros(*carry.axes),), effects=(), idle=last)
-    before = [cut.at_once("offset", from_zero, B)]
+    # what the last segment to be scanned does to the state matters to its end alone; what the first does to zero, not at all
+    first, last = ("last", "first") if view.reverse else ("first", "last")
+    ended = any(x.op is Op.FINAL for x in toposort(r for r in p.roots if r is not view.node))
+    unread = () if ended else (last,)
+    still = (*((first,) if constant(init) == 0.0 else ()), *unread)
+    derived = view.with_parts(carries=(t.carry["name"],), inits=(t.init,), nexts=(t.step,), effects=(), idle=still)
+    from_zero = view.with_parts(inits=(zeros(*carry.axes),), effects=(), idle=unread)
+    before = [cut.at_once(f"{prefix}offset", from_zero, B)]
     if moves:
-        before.insert(0, cut.at_once("transition", derived, P, t.notes))
+        before.insert(0, cut.at_once(f"{prefix}transition", derived, P, t.notes))
 
     S = make(Op.CARRY, name=name, scan=OUTER, axes=carry.axes)
     moved = S
@@ -64,15 +67,19 @@ def segment(pipeline: Pipeline, name: str, chunks: int, dtype: str = "tf32x3") -
     rest = tuple(r for r in p.roots if r is not view.node)
     after = substitute(rest, ends)
     notes = {S: p.notes[carry]} if carry in p.notes else {}
-    compose = cut.program("compose", (composed, *(after[r] for r in rest)), notes)
+    compose = cut.program(f"{prefix}compose", (composed, *(after[r] for r in rest)), notes)
 
     inner = cut.inside(view.with_parts(inits=(start,)))
     return put(pipeline, i, *before, compose, cut.program(p.name, (cut.outer((inner,)),)))
 
 
 def segments(steps: Iterable[tuple[str | int, ...]]) -> int | None:
-    """Chunks of a segment in a plan of these steps; None where it cuts none."""
-    return next((int(s[2]) for s in steps if s[0] == "segment"), None)
+    """Chunks of a segment in a plan of these steps; None where it cuts none. All that are cut are cut alike."""
+    found = {int(s[2]) for s in steps if s[0] == "segment"}
+    if len(found) > 1:
+        raise IllegalStep(f"segment: all scans of a plan must be cut alike, got segments of "
+                          f"{' and '.join(map(str, sorted(found)))} chunks")
+    return next(iter(found), None)
 
 
 def _carrying(pipeline: Pipeline, name: str) -> tuple[int, Program, ScanView]:
@@ -101,7 +108,7 @@ class _Cut:
               nexts: tuple[Node, ...] = ()) -> Node:
         """The scan over segments."""
         return make(Op.SCAN, (*inits, *nexts, *effects), axis=OUTER, chain=self.chain, tile=self.view.tile, carries=carries,
-                    reverse=False)
+                    reverse=self.view.reverse and bool(carries))
 
     def inside(self, scan: Node) -> Node:
         """A scan over chunks, as it runs over those of a segment."""

@@ -79,11 +79,14 @@ def of_plan(name: str, cell: Cell, chunk: int, segment: int = 32, tile: int | No
 
 
 def of_backward(cell: Cell, tile: int | None = None, plan: str = "", heads: tuple[int, int] | None = None,
-                sparing: bool = False) -> dict[str, Any]:
+                sparing: bool = False, segment: int = 32) -> dict[str, Any]:
     if heads:
         cell = replace(cell, layout=replace(cell.layout, H=heads[0], HV=heads[1]))
-    steps = backward_plan(plan or "states", backward_of(cell).program, cell.io)
-    schedule = Schedule("x", 64, steps).with_options(**{"*": KernelOptions(tile, sparing=sparing)})
+    steps = backward_plan(plan or "states", backward_of(cell).program, cell.io, segment=segment)
+    scans = [f"{s}{x}" for s in ("again", "back") for x in ("_transition", "_offset", "_compose", "")]
+    split = scans if plan == "segments" else ["*"]
+    schedule = Schedule("x", 64, steps).with_options(**{"*": KernelOptions(None, sparing=sparing)}) \
+        .with_options(**dict.fromkeys(split, KernelOptions(tile, sparing=sparing)))
     return {"error": worst(check(cell, BACKEND, ARCH, schedule=schedule if tile or plan else None)["errors"].values())}
 
 
@@ -140,9 +143,9 @@ def of_correlated(schedule: Schedule, top: float) -> dict[str, Any]:
 
 def main() -> None:
     """Cases: ["program", name], ["cell", name], ["recurrent", cell's name], ["backward", cell's name] (also: V in tiles of a
-    number, a plan's name, heads), ["lifetimes", cell's name, plan's name], ["kept", cell's name, what is kept],
-    ["plan", plan's name, cell's name, chunk] (also: chunks of a segment, and V in tiles of a number), ["mutant", number] or
-    ["correlated", plan's name, top of beta]."""
+    number, a plan's name, heads, whether sparing, chunks of a segment), ["lifetimes", cell's name, plan's name],
+    ["kept", cell's name, what is kept], ["plan", plan's name, cell's name, chunk] (also: chunks of a segment, and V in tiles of
+    a number), ["mutant", number] or ["correlated", plan's name, top of beta]."""
     cells = {c.name: c for c in table()}
     found = {}
     for case in json.loads(Path(sys.argv[3]).read_text()):

@@ -109,7 +109,9 @@ class TorchPrinter(Printer):
             return text
         live = f"length > {self.trip(scan)} * {self.span(scan)}"
         rest = [f"~({y})" for y in self.idle(scan)]
-        if scan.recent:
+        if scan.recent and scan.reverse:                   # its last are the first of the sequence's
+            rest.append(f"(i_{scan.axis} < {paren(self.linear.text(scan.recent[0]))})")
+        elif scan.recent:
             most, around = self.kernel.extents[scan.axis], replace(scan, axis=scan.chain[scan.chain.index(scan.axis) - 1])
             end = f"(-(-length // {self.span(scan)})).clamp(max=({self.trip(around)} + 1) * {most})"
             rest += [f"({self.trip(scan)} >= {end} - {paren(self.linear.text(scan.recent[0]))})"]

@@ -137,8 +137,12 @@ class TritonPrinter(Printer):
         if scan.group:
             self.put(depth, self.members(scan))
         elif scan.reverse:
-            self.put(depth, f"for turn in range(0, {self.trips(scan)}):")
-            self.put(depth + 1, f"i_{scan.axis} = {self.trips(scan)} - 1 - turn")
+            trips = self.trips(scan)
+            if scan.recent:                                # its last are the sequence's first
+                self.put(depth, f"trips = tl.minimum({trips}, ({text(scan.recent[0])}).to(tl.int32))")
+                trips = "trips"
+            self.put(depth, f"for turn in range(0, {trips}):")
+            self.put(depth + 1, f"i_{scan.axis} = {trips} - 1 - turn")
         elif scan.recent:
             self.put(depth, f"trips = {self.trips(scan)}")
             self.put(depth, f"for i_{scan.axis} in range(tl.maximum(0, trips - ({text(scan.recent[0])}).to(tl.int32)), trips):")
