@@ -209,6 +209,9 @@ VARIANTS = {
     "fused": FUSED,                                        # one kernel: the inverse too
     "fused_soon": with_events("aux", "issue kk", "complete kk", "compute M", "issue qk", "complete qk", "compute P", "join A16",
                               base=FUSED),                 # joined in its own chunk
+    # joined last, so that its diagonal blocks have a chunk's time
+    "fused_late": with_events("aux", "issue kk", "complete kk", "compute M", "issue qk", "complete qk", "compute P",
+                              "join A16 late", base=FUSED),
     "fused_64": with_registers(FUSED, state=208, aux=64, rest=32),
     "deeper": with_rings(q=3, A_beta=3, v=3, o16=2),
     # the states take turns at the tensor cores: one multiplies by its state while the other computes what it writes

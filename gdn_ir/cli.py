@@ -135,8 +135,8 @@ def bench(suite: Annotated[str, typer.Argument(help="forward, forward-core, trai
           = "forward-core",
           shapes: Annotated[str, typer.Option(help='only these: "8x1024:16/32", "3000+5192:16/32" or the index of a row, '
                                               "separated by commas")] = "",
-          backends: Annotated[str, typer.Option(help="of ours: triton, tilelang, torch, served (each pass of a training step by "
-                                                     "whom it will), all or none (all; no torch on a GPU)")] = "",
+          backends: Annotated[str, typer.Option(help="of ours: triton, tilelang, torch, served (each pass of a training step "
+                                                     "by whom it will), all or none (all; no torch on a GPU)")] = "",
           peers: Annotated[str, typer.Option(help="fla, flashqla, flashinfer, attention-cudnn, attention-flash, all or none")]
           = "all",
           dtype: Annotated[str, typer.Option(help="bf16, f16 or f32 (bf16; f32 on a CPU)")] = "",

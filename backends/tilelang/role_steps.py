@@ -21,7 +21,7 @@ from gdn_ir.schedules.events import Laid, Step, padding
 from gdn_ir.schedules.protocol import Plan, Sync, derive
 from gdn_ir.schedules.roles import Event, Role
 
-PART = "part"                                              # of what is split among a role's copies: the one of the threads at hand
+PART = "part"                                              # of what a role's copies split: the one of the threads at hand
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,10 @@ class RoleSteps(TileLangPrinter):
     def at_barrier(self, barrier: str) -> str:
         """A barrier's slot for the chunk at hand."""
         slots, (name, first) = self.plan.barriers[barrier].slots, self.places[barrier]
-        before = "" if not first and self.shared is None or first is None else \
-            f"{first if self.shared is None else f'{PART} * {slots}'} + "
-        return f"{name}[{before}{self.c} % {slots}]"
+        at = f"{self.c} % {slots}"
+        if first is not None and self.shared is not None:
+            at = f"{PART} * {slots} + {at}"
+        return f"{name}[{f'{first} + ' if first and self.shared is None else ''}{at}]"
 
     def value_of(self, cell: str) -> str:
         """The value in a ring's cell."""

@@ -90,8 +90,8 @@ class RolePrinter(RoleSteps):
             for cell in cells:
                 self.lay(cell, slots)
         for name in dict.fromkeys(name for name, _ in self.places.values()):
-            counts = [str(b.arrivals) for x, b in self.plan.barriers.items() if self.places[x][0] == name for _ in range(b.slots)]
-            self.buffers[name] = f"T.alloc_barrier([{', '.join(counts)}])"
+            mine = [b for x, b in self.plan.barriers.items() if self.places[x][0] == name]
+            self.buffers[name] = f"T.alloc_barrier([{', '.join(str(b.arrivals) for b in mine for _ in range(b.slots))}])"
         self.put(depth, "tx = T.get_thread_binding(0)")
         self.put(depth, "warpgroup = T.get_thread_binding(1)")
         groups = self.roles.warpgroups()
@@ -184,7 +184,8 @@ class RolePrinter(RoleSteps):
         node, r = self.value(name), self.role
         moved = name in self.laid.rings and self.crosses(name)
         order = self.order_of(name) if moved else self.ordered(node, r)
-        text = self.linear.fresh(self.laid.homes.get(name, name) + (f"_{self.part}" if r.copies > 1 and not self.alike(r) else ""))
+        apart = r.copies > 1 and self.shared is None
+        text = self.linear.fresh(self.laid.homes.get(name, name) + (f"_{self.part}" if apart else ""))
         self.registers[cell] = text, order
         where_ = "T.alloc_fragment" if order else "T.alloc_local"
         self.put(depth, f'{text} = {where_}({listed(self.shape(order, r) or ["1"])}, "{DTYPES[node.type.dtype]}")')
