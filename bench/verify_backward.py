@@ -16,25 +16,49 @@ import torch
 
 from gdn_ir.bench.gradients import FULL, backward_of, check, pipelines, sources
 from gdn_ir.bench.inputs import KINDS
-from gdn_ir.bench.verify import PACKED, PEERS
+from gdn_ir.bench.verify import PACKED, PEERS, crowded
 from gdn_ir.backends import BACKENDS
 from gdn_ir.backends.triton.ptx import TritonPtx
-from gdn_ir.coverage import DTYPES, Cell, table
+from gdn_ir.coverage import DTYPES, Cell, Layout, table
+from gdn_ir.schedules.adjoints import LENGTHS, in_segments
+from gdn_ir.schedules.defaults import default
 from gdn_ir.schedules.plans import KEEP
+from gdn_ir.schedules.schedule import Schedule
 
 SIZES = ((16, 16), (16, 128), (48, 96), (128, 64), (80, 112), (32, 32), (96, 128), (64, 128), (256, 256), (160, 192), (256, 64),
          (64, 256))
 
 
-def shipped() -> Iterator[tuple[Cell, int | None, str, str]]:
-    """What is checked: cells, how many scans (sequences x heads) to choose the default schedule for, kind of inputs, and what
-    is kept of the forward."""
+def shipped() -> Iterator[tuple[Cell, int | None, str, str, int]]:
+    """What is checked: cells, how many scans (sequences x heads) to choose the default schedule for, kind of inputs, what is
+    kept of the forward, and chunks of a segment, where scans are cut whatever their number (0: as by default)."""
     for cell, scans, kind in recomputed():
-        yield cell, scans, kind, "nothing"
+        yield cell, scans, kind, "nothing", 0
     for keep in KEEP[1:]:
         for cell, scans, kind in recomputed(SIZES[::4]):
             if cell.switches.erase:                        # all that the op serves
-                yield replace(cell, name=f"{cell.name}, keeps {keep}"), scans, kind, keep
+                yield replace(cell, name=f"{cell.name}, keeps {keep}"), scans, kind, keep, 0
+    for n in LENGTHS:
+        for cell, kind in cut(n):
+            yield cell, None, kind, "nothing", n
+
+
+def cut(chunks: int) -> Iterator[tuple[Cell, str]]:
+    """Segments of that many chunks: some sequences end with one, some a token after; and each kind of inputs."""
+    size = 64 * chunks
+    packed = Layout((size + 300, 0, 129, size + 1), True, 1, 2, 128, 128)
+    dense = Layout((size + 200, size + 200), False, 1, 2, 128, 128)
+    for cell in crowded(f"segments of {chunks}", packed, dense):
+        yield cell, "model"
+    yield Cell(f"segments of {chunks}, packed, l2norm, bf16", replace(FULL, l2norm=True), "bf16", packed), "model"
+    for kind in KINDS if chunks == LENGTHS[0] else ():
+        yield Cell(f"accuracy of segments of {chunks}, bf16", replace(FULL, initial_state=False), "bf16", packed), kind
+
+
+def schedule_of(cell: Cell, chunks: int, arch: str) -> Schedule | None:
+    """Of a cell whose scans are cut; None where its default is wanted."""
+    instance = backward_of(cell)
+    return in_segments(default(arch, instance, 1, 8, sum(cell.layout.lengths))[0], instance, chunks) if chunks else None
 
 
 def recomputed(sizes: tuple[tuple[int, int], ...] = SIZES) -> Iterator[tuple[Cell, int | None, str]]:
@@ -58,9 +82,9 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
     return (row["cell"], row["inputs"], row["arch"], *(tuple(sorted(row[n].items())) for n in ("sources", "launched")))
 
 
-def ahead(cell: Cell, scans: int | None, kind: str, keep: str, arch: str) -> dict[str, Any]:
+def ahead(cell: Cell, scans: int | None, kind: str, keep: str, chunks: int, arch: str) -> dict[str, Any]:
     """What a row will say of the sources that it ran."""
-    made = pipelines(cell, backward_of(cell, keep=keep), "triton", arch, scans)
+    made = pipelines(cell, backward_of(cell, keep=keep), "triton", arch, scans, schedule_of(cell, chunks, arch))
     return {"cell": cell.name, "inputs": kind, "arch": arch, **sources(made)}
 
 
@@ -80,11 +104,12 @@ def main() -> None:
     part, parts = (int(i) for i in a.part.split("/"))
     rows: list[dict[str, Any]] = []
     only = a.only.split(";")
-    for i, (cell, scans, kind, keep) in enumerate(c for c in shipped() if any(name in c[0].name for name in only)):
-        if i % parts != part or (known and key(ahead(cell, scans, kind, keep, a.arch)) in known):
+    wanted = (c for c in shipped() if any(name in c[0].name for name in only) and (not c[4] or a.arch == "sm_90"))
+    for i, (cell, scans, kind, keep, chunks) in enumerate(wanted):
+        if i % parts != part or (known and key(ahead(cell, scans, kind, keep, chunks, a.arch)) in known):
             continue
         try:
-            rows.append(check(cell, backend, a.arch, "cuda", kind, scans=scans, keep=keep))
+            rows.append(check(cell, backend, a.arch, "cuda", kind, schedule_of(cell, chunks, a.arch), scans=scans, keep=keep))
             torch.cuda.synchronize()
         except Exception as e:
             rows.append({"cell": cell.name, "backend": backend, "arch": a.arch, "inputs": kind,

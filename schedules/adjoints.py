@@ -10,8 +10,8 @@ from gdn_ir.schedules.schedule import KernelOptions, Schedule
 if TYPE_CHECKING:
     from gdn_ir.compiler import Instance
 
-LENGTHS = (16, 32, 64, 128)                                # chunks that a segment may have
-WORTH = 0.85                                               # of the time of whole scans, beside which other kernels run
+LENGTHS = (16, 32, 64)                                     # chunks that a segment may have
+WORTH = 0.9                                                # of the time of whole scans
 
 
 def in_segments(base: Schedule, instance: Instance, segment: int) -> Schedule:
@@ -30,21 +30,25 @@ def in_segments(base: Schedule, instance: Instance, segment: int) -> Schedule:
     return Schedule(f"backward-segments-{segment}", steps=steps).with_options(**chosen)
 
 
-def forgets(instance: Instance) -> bool:
-    """Whether there is a decay, and a kernel that knows what has faded: without, all of each transition is computed."""
-    return instance.switches.erase and instance.switches.decay != "none"
+def can(instance: Instance) -> bool:
+    """Whether segments may serve an instance: there is a decay, and a kernel that knows what has faded, for without all of each
+    transition is computed; and it is of the kind that a GPU has run (`bench/verify_backward.py`)."""
+    s = instance.switches
+    return s.erase and s.decay == "scalar" and not s.state_v_first and instance.keep == "nothing" \
+        and instance.io == "bf16" and (instance.K, instance.V) == (128, 128)
 
 
 def segment_of(sequences: int, heads: int, tokens: int, units: int) -> int:
-    """Chunks of a segment, one of LENGTHS; 0 where sequences should stay whole. By what an H100 takes, in microseconds, for the
-    two scans: a chunk 1.75 and 2 where blocks have a multiprocessor to themselves, half as much again where two share it; what
-    has not faded of transition and offset 1.2 a chunk and scan, composing 2.5 a segment, and five more launches."""
-    chunks, scans = -(-tokens // (64 * sequences)), sequences * heads
+    """Chunks of a segment, one of LENGTHS; 0 where sequences should stay whole. By what an H100 takes, in microseconds: both
+    scans 5.6 a chunk where two blocks share a multiprocessor; what has not faded of transition and offset 1.8 a chunk and scan,
+    composing 4 a segment, and five more launches; then local and inner. Whole scans take 2.8 a chunk where no two blocks share
+    one, and hide a third of local and inner, which run beside them."""
+    chunks, scans, others = -(-tokens // (64 * sequences)), sequences * heads, 1.8e-3 * tokens * heads
 
     def takes(size: int) -> float:
         segments = -(-chunks // size)
         waves = -(-segments * scans * 4 // (2 * units))    # tiles of 32 columns
-        return waves * 5.6 * size + 2 * (1.2 * size + 2.5 * segments + 15)
-    whole = chunks * (3.75 if scans * 4 <= units else 5.6 * -(-scans * 4 // (2 * units)))
+        return waves * 5.6 * size + 2 * (1.8 * size + 4 * segments + 20) + others
+    whole = chunks * (2.8 if scans * 4 <= units else 5.6 * -(-scans * 4 // (2 * units))) + others * 2 / 3
     best = min(LENGTHS, key=takes)
     return best if best < chunks and takes(best) < WORTH * whole else 0

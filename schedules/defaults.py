@@ -21,7 +21,7 @@ CROWDED = 48                                               # sequences x heads f
 SEGMENTS = False                                           # whether few long sequences are cut (docs/performance-log.md)
 SEGMENT = 64                                               # chunks of one
 ROLES_IN_SEGMENTS = True                                   # whether sequences are cut where roles can scan them
-BACK_IN_SEGMENTS = False                                   # and those of a backward (off until a GPU has run it)
+BACK_IN_SEGMENTS = True                                    # and those of a backward (schedules/adjoints.py)
 ROLES_IN_ONE = False                                       # whether roles make the inverse too, where sequences are whole
 LENGTHS = (8, 16, 32, 64, 128)                             # chunks that a segment of roles may have
 LONG = 128                                                 # chunks of a sequence, on average, that is worth cutting
@@ -250,7 +250,7 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
     chosen = {k: o for k, o in kernels.items() if k in made}
     schedule = Schedule(f"backward-{width}{kept(instance)}", steps=steps).with_options(**chosen)
     size = adjoints.segment_of(sequences, heads, tokens, MULTIPROCESSORS[arch]) if grouped and BACK_IN_SEGMENTS else 0
-    if size and carried and runs_again and instance.keep == "nothing" and adjoints.forgets(instance):
+    if size and carried and runs_again and adjoints.can(instance):
         return adjoints.in_segments(schedule, instance, size), (
             f"{arch}: {sequences * heads} serial scans each way would not fill {MULTIPROCESSORS[arch]} multiprocessors for "
             f"long; each is cut into segments of {size} chunks")
