@@ -20,6 +20,7 @@ from gdn_ir.autotune.tables import shipped
 from gdn_ir.backends import BACKENDS
 from gdn_ir.compiler import Instance, variant
 from gdn_ir.schedules.defaults import default
+from gdn_ir.schedules.plans import Steps
 from gdn_ir.schedules.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def ranked(target: str, instance: Instance, shape: tuple[int, int, int], backend
         if s.backend != backend or s.device.arch != target or s.instance != instance or w.program != program:
             continue
         far = 0.0 if w.shape.key == shape else distance(w.shape.key, shape) + 1e-9
-        if far > NEAR:
+        if far > NEAR or not alike(target, instance, w.shape.key, shape, backend):
             continue
         versions = (BACKENDS[backend].toolchain(target) or {}) if versions is None else versions
         level = ("other toolchain" if dict(s.versions) != versions else "same architecture" if not same(s.device, here)
@@ -90,6 +91,20 @@ def ranked(target: str, instance: Instance, shape: tuple[int, int, int], backend
     for level in LEVELS:
         for _, _, w in sorted(levels.get(level, []), key=lambda x: x[:2]):
             yield level, w
+
+
+def alike(target: str, instance: Instance, a: tuple[int, int, int], b: tuple[int, int, int], backend: str) -> bool:
+    """Whether the heuristic gives two shapes the same steps. Where it cuts their sequences differently what is best for one
+    may take a third longer than its own for the other, however near they are (docs/performance-log.md)."""
+    return a == b or steps_for(target, instance, a, backend) == steps_for(target, instance, b, backend)
+
+
+@lru_cache(maxsize=4096)
+def steps_for(target: str, instance: Instance, shape: tuple[int, int, int], backend: str) -> Steps:
+    try:
+        return default(target, instance, *shape, backend)[0].steps
+    except ValueError:                                     # it has none for either
+        return ()
 
 
 def same(a: Device, b: Device | None) -> bool:

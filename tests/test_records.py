@@ -111,6 +111,20 @@ def test_lookup_goes_from_exact_to_heuristic(records: Records, monkeypatch: pyte
     assert found().level == "heuristic"
 
 
+def test_a_neighbour_of_another_kind_does_not_serve(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cuts sequences, tuned, serves where the heuristic would cut them alike, and not half an octave on, where it would
+    not."""
+    monkeypatch.setattr(lookup, "device_here", lambda target: H100)
+    train = replace(BF16, switches=Switches(), grads=("q", "k", "v", "g", "beta"))
+    names = {n: default("sm_90", train, 1, 4, n)[0].name for n in (6000, 8192, 12000)}
+    assert names == {6000: "backward-16", 8192: "backward-segments-16", 12000: "backward-segments-16"}
+    mine = default("sm_90", train, 1, 4, 8192)[0].with_options(grads=KernelOptions(None, 8, 1))
+    sources = tuple((s.kernel, s.hash) for s in variant(train, mine, "triton", "sm_90").sources)
+    subject = replace(winner().subject, instance=train)
+    keep(records, replace(winner(), subject=subject, shape=Shape((8192,), 2, 4), schedule=mine, sources=sources))
+    assert {n: found(1, 4, n, train).level for n in names} == {6000: "heuristic", 8192: "exact", 12000: "near"}
+
+
 def test_another_toolchain_s_winner_comes_last(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exact in all else, it gives way to what these versions measured on another GPU; alone it serves, and says so."""
     monkeypatch.setattr(lookup, "device_here", lambda target: H100)
