@@ -29,7 +29,7 @@ from gdn_ir.compiler import Instance, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.reference import recurrence
 from gdn_ir.schedules.defaults import default, of_roles, roles_in_one
-from gdn_ir.schedules.roles import FUSED, SOLVED, Event, Ring, Roles, Turn
+from gdn_ir.schedules.roles import FUSED, SOLVED, Event, Ring, Role, Roles, Turn
 from gdn_ir.schedules.schedule import KernelOptions
 
 Tensors = dict[str, torch.Tensor]
@@ -200,6 +200,24 @@ def with_events(role: str, *events: str, base: Roles = SOLVED) -> Roles:
     return replace(base, roles=tuple(replace(r, events=new) if r.name == role else r for r in base.roles))
 
 
+EARLY = ("compute o16 late", "compute S16", "issue SK", "issue QS", "read v", "compute decayed", "complete QS", "compute R",
+         "issue u", "compute entering", "complete u", "compute W", "issue written", "compute u16", "issue inside",
+         "complete inside")
+
+
+def joined_apart(join: str = "join A16", scales: tuple[str, ...] = (), **registers: int) -> Roles:
+    """The fused roles, of which two warps solve and join, and the one that loads also sums: aux only multiplies and scales. The
+    states' products are early, for so they do with fewer registers, which the two warps want."""
+    load, sums, _, store, state, aux = FUSED.roles
+
+    def events(*texts: object) -> tuple[Event, ...]:
+        return tuple(Event.of(str(e)) for e in texts)
+    roles = (replace(load, events=events("load k", *sums.events, "load v", "load q")), store,
+             Role("inverse", events("solve A", join), 2), replace(state, events=events(*EARLY)),
+             replace(aux, events=events(*scales) or tuple(e for e in aux.events if e.do != "join")))
+    return with_registers(replace(FUSED, roles=roles), **registers)
+
+
 def with_registers(base: Roles, **registers: int) -> Roles:
     return replace(base, roles=tuple(replace(r, registers=registers.get(r.name, registers["rest"])) for r in base.roles))
 
@@ -212,6 +230,8 @@ VARIANTS = {
     # joined last, so that its diagonal blocks have a chunk's time
     "fused_late": with_events("aux", "issue kk", "complete kk", "compute M", "issue qk", "complete qk", "compute P",
                               "join A16 late", base=FUSED),
+    "fused_apart": joined_apart(state=192, aux=72, rest=56),
+    "fused_apart_late": joined_apart("join A16 late", state=192, aux=72, rest=56),
     "fused_64": with_registers(FUSED, state=208, aux=64, rest=32),
     "deeper": with_rings(q=3, A_beta=3, v=3, o16=2),
     # the states take turns at the tensor cores: one multiplies by its state while the other computes what it writes
@@ -221,9 +241,7 @@ VARIANTS = {
                          "issue u", "issue QS", "compute decayed", "complete QS", "compute u16", "compute W",
                          "compute entering", "issue written", "issue inside", "complete inside"),
     # both products by the state at once, what is left of it under them
-    "early": with_events("state", "compute o16 late", "compute S16", "issue SK", "issue QS", "read v", "compute decayed",
-                         "complete QS", "compute R", "issue u", "compute entering", "complete u", "compute W", "issue written",
-                         "compute u16", "issue inside", "complete inside"),
+    "early": with_events("state", *EARLY),
 }
 
 
