@@ -46,11 +46,12 @@ def invert_blocks(m, at, inverses, to, warps):
     x = T.alloc_local((16,), "float32")
     for turn in T.serial(2 // warps):
         half = T.get_thread_binding() // 32 % warps + turn
-        for i in T.unroll(16):
-            x[i] = T.Select(lane % 16 == i, -1.0, 0.0)
+        x[0] = T.Select(lane % 16 == 0, -1.0, 0.0)
         for i in T.unroll(1, 16):
+            x[i] = 0.0
             for j in T.unroll(i):
                 x[i] -= m[at, half * 32 + lane // 16 * 16 + i, j] * x[j]
+            x[i] = T.Select(lane % 16 == i, -1.0, x[i])    # till then zero; as a constant of the lane it would be kept, or spilled
         for i in T.unroll(16):
             inverses[to, half * 32 + lane, i] = T.cast(x[i], "float16")
 ''',
