@@ -189,9 +189,9 @@ def compile_all(roles: Roles, solve: str) -> str:
     return "compiled"
 
 
-def with_rings(**depths: int) -> Roles:
+def with_rings(base: Roles = SOLVED, **depths: int) -> Roles:
     """The shipped roles with other depths of rings, by the first value in them."""
-    return replace(SOLVED, rings=tuple(Ring(r.values, depths.get(r.values[0], r.depth)) for r in SOLVED.rings))
+    return replace(base, rings=tuple(Ring(r.values, depths.get(r.values[0], r.depth)) for r in base.rings))
 
 
 def with_events(role: str, *events: str, base: Roles = SOLVED) -> Roles:
@@ -205,17 +205,15 @@ EARLY = ("compute o16 late", "compute S16", "issue SK", "issue QS", "read v", "c
          "complete inside")
 
 
-def joined_apart(join: str = "join A16", scales: tuple[str, ...] = (), **registers: int) -> Roles:
+def joined_apart(state: int = 192, aux: int = 64, rest: int = 64) -> Roles:
     """The fused roles, of which two warps solve and join, and the one that loads also sums: aux only multiplies and scales. The
-    states' products are early, for so they do with fewer registers, which the two warps want."""
-    load, sums, _, store, state, aux = FUSED.roles
-
-    def events(*texts: object) -> tuple[Event, ...]:
-        return tuple(Event.of(str(e)) for e in texts)
-    roles = (replace(load, events=events("load k", *sums.events, "load v", "load q")), store,
-             Role("inverse", events("solve A", join), 2), replace(state, events=events(*EARLY)),
-             replace(aux, events=events(*scales) or tuple(e for e in aux.events if e.do != "join")))
-    return with_registers(replace(FUSED, roles=roles), **registers)
+    states' products are early, for so they do with fewer registers, which the two warps want. The numbers are registers."""
+    load, sums, _, store, states, scales = FUSED.roles
+    apart = (replace(load, events=(load.events[0], *sums.events, *load.events[1:])), store,
+             Role("inverse", (Event("solve", "A"), Event("join", "A16")), 2),
+             replace(states, events=tuple(map(Event.of, EARLY))),
+             replace(scales, events=tuple(e for e in scales.events if e.do != "join")))
+    return with_registers(replace(FUSED, roles=apart), state=state, aux=aux, rest=rest)
 
 
 def with_registers(base: Roles, **registers: int) -> Roles:
@@ -230,8 +228,9 @@ VARIANTS = {
     # joined last, so that its diagonal blocks have a chunk's time
     "fused_late": with_events("aux", "issue kk", "complete kk", "compute M", "issue qk", "complete qk", "compute P",
                               "join A16 late", base=FUSED),
-    "fused_apart": joined_apart(state=192, aux=72, rest=56),
-    "fused_apart_late": joined_apart("join A16 late", state=192, aux=72, rest=56),
+    "fused_apart": joined_apart(),
+    "fused_apart_72": joined_apart(aux=72, rest=56),       # aux has fewer instructions, who solves waits for what it reads
+    "fused_apart_deep": with_rings(joined_apart(), k=4),
     "fused_64": with_registers(FUSED, state=208, aux=64, rest=32),
     "deeper": with_rings(q=3, A_beta=3, v=3, o16=2),
     # the states take turns at the tensor cores: one multiplies by its state while the other computes what it writes

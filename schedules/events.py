@@ -220,7 +220,7 @@ class Laid:
         here = {e.value for e in r.events if e.do != "load"}
 
         def source(name: str, part: int | None, own: bool = True) -> Access:
-            """Where a value lies that this role reads; what its warps read of each other (not own) in a ring, even if it is its."""
+            """Where a value lies that is read here. What warps read of each other (not own) lies in a ring, their own too."""
             if own and ((name in here and name not in self.passed) or name in self.scan.carries):
                 return self.registers(instance, name)
             if name not in self.rings:

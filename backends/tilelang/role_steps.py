@@ -413,8 +413,8 @@ class RoleSteps(TileLangPrinter):
     def solve(self, s: Step, depth: int) -> None:
         (block, size, dtype), matrix = s.node["merges"], s.reads[0].cell
         if self.role.warps > 2 or (block, size, dtype) != (warps.BLOCK, warps.SIZE, "f16"):
-            raise IRError(f"roles: {self.instance}: {s.event}: one or two warps solve blocks of {warps.BLOCK} of {warps.SIZE} rows, "
-                          "for products in f16")
+            raise IRError(f"roles: {self.instance}: {s.event}: one or two warps solve blocks of {warps.BLOCK} of "
+                          f"{warps.SIZE} rows, for products in f16")
         self.call("invert_blocks", depth, self.rings[matrix].buffers[1], self.turn_of(matrix),
                   self.rings[s.event.value].buffers[0], self.turn_of(s.event.value), str(self.role.warps))
 

@@ -40,8 +40,8 @@ def running_sum(x, at):
     "invert_blocks": '''
 @T.macro
 def invert_blocks(m, at, inverses, to, warps):
-    """The inverses of I + m, four strictly lower blocks of 16 rows, transposed, with the other sign; a column a lane, two blocks
-    a warp, then the next two, where it is alone."""
+    """The inverses of I + m, four strictly lower blocks of 16 rows, transposed, with the other sign: a column a lane, so two
+    blocks a warp, and then two more if it is alone."""
     lane = T.get_thread_binding() % 32
     x = T.alloc_local((16,), "float32")
     for turn in T.serial(2 // warps):
@@ -51,7 +51,7 @@ def invert_blocks(m, at, inverses, to, warps):
             x[i] = 0.0
             for j in T.unroll(i):
                 x[i] -= m[at, half * 32 + lane // 16 * 16 + i, j] * x[j]
-            x[i] = T.Select(lane % 16 == i, -1.0, x[i])    # till then zero; as a constant of the lane it would be kept, or spilled
+            x[i] = T.Select(lane % 16 == i, -1.0, x[i])    # zero till then; set before, it is spilled
         for i in T.unroll(16):
             inverses[to, half * 32 + lane, i] = T.cast(x[i], "float16")
 ''',
