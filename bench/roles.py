@@ -29,7 +29,7 @@ from gdn_ir.compiler import Instance, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.reference import recurrence
 from gdn_ir.schedules.defaults import default, of_roles, roles_in_one
-from gdn_ir.schedules.roles import FUSED, SOLVED, Event, Ring, Roles, Turn
+from gdn_ir.schedules.roles import FUSED, SOLVED, Event, Ring, Role, Roles, Turn
 from gdn_ir.schedules.schedule import KernelOptions
 
 Tensors = dict[str, torch.Tensor]
@@ -189,15 +189,31 @@ def compile_all(roles: Roles, solve: str) -> str:
     return "compiled"
 
 
-def with_rings(**depths: int) -> Roles:
+def with_rings(base: Roles = SOLVED, **depths: int) -> Roles:
     """The shipped roles with other depths of rings, by the first value in them."""
-    return replace(SOLVED, rings=tuple(Ring(r.values, depths.get(r.values[0], r.depth)) for r in SOLVED.rings))
+    return replace(base, rings=tuple(Ring(r.values, depths.get(r.values[0], r.depth)) for r in base.rings))
 
 
 def with_events(role: str, *events: str, base: Roles = SOLVED) -> Roles:
     """The shipped roles, of which one does other things, or in another order."""
     new = tuple(map(Event.of, events))
     return replace(base, roles=tuple(replace(r, events=new) if r.name == role else r for r in base.roles))
+
+
+EARLY = ("compute o16 late", "compute S16", "issue SK", "issue QS", "read v", "compute decayed", "complete QS", "compute R",
+         "issue u", "compute entering", "complete u", "compute W", "issue written", "compute u16", "issue inside",
+         "complete inside")
+
+
+def joined_apart(state: int = 192, aux: int = 64, rest: int = 64) -> Roles:
+    """The fused roles, of which two warps solve and join, and the one that loads also sums: aux only multiplies and scales. The
+    states' products are early, for so they do with fewer registers, which the two warps want. The numbers are registers."""
+    load, sums, _, store, states, scales = FUSED.roles
+    apart = (replace(load, events=(load.events[0], *sums.events, *load.events[1:])), store,
+             Role("inverse", (Event("solve", "A"), Event("join", "A16")), 2),
+             replace(states, events=tuple(map(Event.of, EARLY))),
+             replace(scales, events=tuple(e for e in scales.events if e.do != "join")))
+    return with_registers(replace(FUSED, roles=apart), state=state, aux=aux, rest=rest)
 
 
 def with_registers(base: Roles, **registers: int) -> Roles:
@@ -212,6 +228,9 @@ VARIANTS = {
     # joined last, so that its diagonal blocks have a chunk's time
     "fused_late": with_events("aux", "issue kk", "complete kk", "compute M", "issue qk", "complete qk", "compute P",
                               "join A16 late", base=FUSED),
+    "fused_apart": joined_apart(),
+    "fused_apart_72": joined_apart(aux=72, rest=56),       # aux has fewer instructions, who solves waits for what it reads
+    "fused_apart_deep": with_rings(joined_apart(), k=4),
     "fused_64": with_registers(FUSED, state=208, aux=64, rest=32),
     "deeper": with_rings(q=3, A_beta=3, v=3, o16=2),
     # the states take turns at the tensor cores: one multiplies by its state while the other computes what it writes
@@ -221,9 +240,7 @@ VARIANTS = {
                          "issue u", "issue QS", "compute decayed", "complete QS", "compute u16", "compute W",
                          "compute entering", "issue written", "issue inside", "complete inside"),
     # both products by the state at once, what is left of it under them
-    "early": with_events("state", "compute o16 late", "compute S16", "issue SK", "issue QS", "read v", "compute decayed",
-                         "complete QS", "compute R", "issue u", "compute entering", "complete u", "compute W", "issue written",
-                         "compute u16", "issue inside", "complete inside"),
+    "early": with_events("state", *EARLY),
 }
 
 

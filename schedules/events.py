@@ -220,7 +220,8 @@ class Laid:
         here = {e.value for e in r.events if e.do != "load"}
 
         def source(name: str, part: int | None, own: bool = True) -> Access:
-            if (name in here and name not in self.passed) or name in self.scan.carries:
+            """Where a value lies that is read here. What warps read of each other (not own) lies in a ring, their own too."""
+            if own and ((name in here and name not in self.passed) or name in self.scan.carries):
                 return self.registers(instance, name)
             if name not in self.rings:
                 raise IllegalRoles(f"{instance} reads {name}, which {self.owner[name].name} makes: it needs a ring")

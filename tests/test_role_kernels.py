@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from gdn_ir.bench import inputs
 from gdn_ir.bench.errors import relative
+from gdn_ir.bench.roles import VARIANTS
 from gdn_ir.backends import BACKENDS
 from gdn_ir.backends.base import TORCH, Kernel
 from gdn_ir.backends.tilelang.roles import RolePrinter
@@ -35,10 +36,12 @@ TOKENS = re.compile(r"(?P<barrier>\w+)\[(?P<slot>[^\]]*)\]\.(?P<what>wait|arrive
                     r"|(?P<fence>fence_proxy_async)|wait_wgmma<(?P<most>\d+)>|(?P<stored>tma_store_wait)|(?P<other>__sync_?thread|bar\.sync|mbarrier)")
 
 
-FUSED = -1                                                 # of segments: none, and the inverse among the roles
+FUSED, APART = -1, -2                                      # of segments: none, and the inverse among the roles; by two warps
 
 
 def schedule(i: Instance, segment: int) -> Schedule:
+    if segment == APART:
+        return roles_in_one(VARIANTS["fused_apart"])
     return roles_in_one() if segment == FUSED else segmented_roles(i, segment) if segment else of_roles()
 
 
@@ -71,7 +74,7 @@ def evaluated(text: str, chunk: int, late: bool, row: int = 0) -> int:
 
 
 @pytest.mark.parametrize(("varlen", "states", "segment"), [
-    (True, True, 0), (False, False, 0), (True, False, 32), (False, True, 16), (True, True, FUSED)])
+    (True, True, 0), (False, False, 0), (True, False, 32), (False, True, 16), (True, True, FUSED), (True, True, APART)])
 def test_cuda_synchronises_as_planned(varlen: bool, states: bool, segment: int) -> None:
     kernel, cuda, shared = scan(varlen, states, segment)
     assert shared <= SHARED
@@ -115,7 +118,7 @@ def test_products() -> None:
     assert "atomic" not in cuda and cuda.count("tl::tma_store(") == 2
 
 
-@pytest.mark.parametrize(("varlen", "segment"), [(True, 0), (True, 32), (False, 16), (True, FUSED)])
+@pytest.mark.parametrize(("varlen", "segment"), [(True, 0), (True, 32), (False, 16), (True, FUSED), (True, APART)])
 def test_nvcc_serialises_nothing(tmp_path: Path, varlen: bool, segment: int) -> None:
     """ptxas makes every product of a kernel wait for itself, with only a note, where a stage runs short of registers."""
     compiler()
@@ -157,7 +160,8 @@ def test_declines() -> None:
     (True, True, False, False, [65, 0, 3], 0), (False, False, True, False, [66], 0),
     (False, True, True, True, [0, 300, 64, 0, 129, 1], 2), (True, True, False, False, [257, 70], 2),
     (True, False, True, True, [193, 193], 2), (False, False, False, False, [200], 3),
-    (False, True, True, True, [193, 0, 65], FUSED), (True, False, False, True, [130], FUSED)])
+    (False, True, True, True, [193, 0, 65], FUSED), (True, False, False, True, [130], FUSED),
+    (True, True, True, True, [193, 0, 65], APART)])
 def test_emitted_text_computes_the_rule(late: bool, varlen: bool, starts: bool, kept: bool, lengths: list[int],
                                         segment: int) -> None:
     """The emitted text itself, executed role by role, against float64: ragged tails, an empty sequence, with and without

@@ -412,17 +412,17 @@ class RoleSteps(TileLangPrinter):
 
     def solve(self, s: Step, depth: int) -> None:
         (block, size, dtype), matrix = s.node["merges"], s.reads[0].cell
-        if self.role.warps != 1 or (block, size, dtype) != (warps.BLOCK, warps.SIZE, "f16"):
-            raise IRError(f"roles: {self.instance}: {s.event}: one warp solves blocks of {warps.BLOCK} of {warps.SIZE} rows, "
-                          "for products in f16")
+        if self.role.warps > 2 or (block, size, dtype) != (warps.BLOCK, warps.SIZE, "f16"):
+            raise IRError(f"roles: {self.instance}: {s.event}: one or two warps solve blocks of {warps.BLOCK} of "
+                          f"{warps.SIZE} rows, for products in f16")
         self.call("invert_blocks", depth, self.rings[matrix].buffers[1], self.turn_of(matrix),
-                  self.rings[s.event.value].buffers[0], self.turn_of(s.event.value))
+                  self.rings[s.event.value].buffers[0], self.turn_of(s.event.value), str(self.role.warps))
 
     def join(self, s: Step, depth: int) -> None:
         """The inverse's columns scaled, and rounded to bfloat16."""
         inverse, factor, matrix = self.joint(s)
         self.call("join_blocks", depth, *(x for cell in (matrix, inverse, factor, s.event.value)
-                                          for x in (self.rings[cell].buffers[0], self.turn_of(cell))))
+                                          for x in (self.rings[cell].buffers[0], self.turn_of(cell))), str(self.role.warps))
 
     def joint(self, s: Step) -> tuple[str, str, str]:
         """Of what is joined: the inverse, the scale of its columns, and the matrix, where they lie."""
@@ -433,10 +433,10 @@ class RoleSteps(TileLangPrinter):
             while bare not in self.laid.held and bare.op in (Op.TWIN, Op.CAST):
                 bare = bare.args[0]
             if self.laid.held.get(x) in inverses and factor.axes == x.axes[1:] and bare in self.laid.held \
-                    and s.node.type.dtype == "bf16" and self.role.warps == 4:
+                    and s.node.type.dtype == "bf16":
                 return self.laid.held[x], self.laid.held[bare], s.reads[-1].cell
-        raise IRError(f"roles: {self.instance}: {s.event}: four warps join an inverse, its columns scaled by what lies in a "
-                      "ring, in bf16")
+        raise IRError(f"roles: {self.instance}: {s.event}: warps join an inverse, its columns scaled by what lies in a ring, "
+                      "in bf16")
 
 
 def below(condition: Node) -> bool:

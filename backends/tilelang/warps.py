@@ -39,16 +39,19 @@ def running_sum(x, at):
 ''',
     "invert_blocks": '''
 @T.macro
-def invert_blocks(m, at, inverses, to):
-    """The inverses of I + m, four strictly lower blocks of 16 rows, transposed, with the other sign; a column a lane."""
+def invert_blocks(m, at, inverses, to, warps):
+    """The inverses of I + m, four strictly lower blocks of 16 rows, transposed, with the other sign: a column a lane, so two
+    blocks a warp, and then two more if it is alone."""
     lane = T.get_thread_binding() % 32
     x = T.alloc_local((16,), "float32")
-    for half in T.serial(2):
-        for i in T.unroll(16):
-            x[i] = T.Select(lane % 16 == i, -1.0, 0.0)
+    for turn in T.serial(2 // warps):
+        half = T.get_thread_binding() // 32 % warps + turn
+        x[0] = T.Select(lane % 16 == 0, -1.0, 0.0)
         for i in T.unroll(1, 16):
+            x[i] = 0.0
             for j in T.unroll(i):
                 x[i] -= m[at, half * 32 + lane // 16 * 16 + i, j] * x[j]
+            x[i] = T.Select(lane % 16 == i, -1.0, x[i])    # zero till then; set before, it is spilled
         for i in T.unroll(16):
             inverses[to, half * 32 + lane, i] = T.cast(x[i], "float16")
 ''',
@@ -68,42 +71,45 @@ def multiply(sums, at, left, left_at, right, right_at):
 ''',
     "join_blocks": '''
 @T.macro
-def join_blocks(m, m_at, inverses, at, factors, f_at, to, to_at):
-    """The inverse of I + M, its columns scaled, transposed: a column of blocks a warp. inverses: of the diagonal blocks."""
-    lane, warp = T.get_thread_binding() % 32, T.get_thread_binding() // 32 % 4
+def join_blocks(m, m_at, inverses, at, factors, f_at, to, to_at, warps):
+    """The inverse of I + M, its columns scaled, transposed: a column of blocks a warp. Fewer warps go on with the next, there
+    and back, for those to the left are longer. inverses: of the diagonal blocks."""
+    lane, warp = T.get_thread_binding() % 32, T.get_thread_binding() // 32 % warps
     left = T.alloc_local((24,), "float16")                 # blocks of the column, as left operands
     right = T.alloc_local((8,), "float16")
     half = T.alloc_local((8,), "float16")
     sums = T.alloc_local((8,), "float32")
     factor = T.alloc_local((2,), "float32")
-    for i in T.unroll(2):
-        factor[i] = -T.cast(factors[f_at, warp * 16 + i * 8 + lane // 4], "float32")
-    load_matrix(left, 0, inverses, at, warp * 16, 0, False, False)
-    for i in T.unroll(4):
-        for e in T.vectorized(2):
-            to[to_at, warp * 16 + i % 2 * 8 + lane // 4, warp * 16 + i // 2 * 8 + lane % 4 * 2 + e] = T.cast(
-                factor[i % 2] * T.cast(left[2 * i + e], "float32"), "bfloat16")
-    for s in T.unroll(1, 4):
-        if warp + s < 4:
-            for i in T.unroll(8):
-                sums[i] = 0.0
-            for t in T.unroll(s):
-                load_matrix(right, 0, m, m_at, (warp + s) * 16, (warp + t) * 16, False, True)
-                multiply(sums, 0, left, 8 * t, right, 0)
-                multiply(sums, 4, left, 8 * t, right, 4)
-            for i in T.unroll(8):
-                half[i] = T.cast(sums[i], "float16")
-                sums[i] = 0.0
-            load_matrix(right, 0, inverses, at, (warp + s) * 16, 0, True, False)
-            multiply(sums, 0, half, 0, right, 0)
-            multiply(sums, 4, half, 0, right, 4)
-            if s < 3:
+    for turn in T.serial(4 // warps):
+        w = warps * turn + warp + turn % 2 * (warps - 1 - 2 * warp)
+        for i in T.unroll(2):
+            factor[i] = -T.cast(factors[f_at, w * 16 + i * 8 + lane // 4], "float32")
+        load_matrix(left, 0, inverses, at, w * 16, 0, False, False)
+        for i in T.unroll(4):
+            for e in T.vectorized(2):
+                to[to_at, w * 16 + i % 2 * 8 + lane // 4, w * 16 + i // 2 * 8 + lane % 4 * 2 + e] = T.cast(
+                    factor[i % 2] * T.cast(left[2 * i + e], "float32"), "bfloat16")
+        for s in T.unroll(1, 4):
+            if w + s < 4:
                 for i in T.unroll(8):
-                    left[8 * s + i] = T.cast(sums[i], "float16")
-            for i in T.unroll(4):
-                for e in T.vectorized(2):
-                    to[to_at, warp * 16 + i % 2 * 8 + lane // 4, (warp + s) * 16 + i // 2 * 8 + lane % 4 * 2 + e] = T.cast(
-                        factor[i % 2] * sums[2 * i + e], "bfloat16")
+                    sums[i] = 0.0
+                for t in T.unroll(s):
+                    load_matrix(right, 0, m, m_at, (w + s) * 16, (w + t) * 16, False, True)
+                    multiply(sums, 0, left, 8 * t, right, 0)
+                    multiply(sums, 4, left, 8 * t, right, 4)
+                for i in T.unroll(8):
+                    half[i] = T.cast(sums[i], "float16")
+                    sums[i] = 0.0
+                load_matrix(right, 0, inverses, at, (w + s) * 16, 0, True, False)
+                multiply(sums, 0, half, 0, right, 0)
+                multiply(sums, 4, half, 0, right, 4)
+                if s < 3:
+                    for i in T.unroll(8):
+                        left[8 * s + i] = T.cast(sums[i], "float16")
+                for i in T.unroll(4):
+                    for e in T.vectorized(2):
+                        to[to_at, w * 16 + i % 2 * 8 + lane // 4, (w + s) * 16 + i // 2 * 8 + lane % 4 * 2 + e] = T.cast(
+                            factor[i % 2] * sums[2 * i + e], "bfloat16")
 ''',
 }
 
