@@ -1,139 +1,22 @@
-"""How the steps of roles are written in TileLang: loads and stores by TMA, products, values element by element.
-
-Rings that the tensor cores read lie as those want it. One that registers read or write lying across (ldmatrix, stmatrix, both
-transposing) is a buffer for each slot, for TileLang 0.1.15 drops the offset of a slice there, and its registers' layout is
-given, for inference picks an order that forbids them.
-"""
+"""How the steps of roles are written in TileLang: loads and stores by TMA, products, values element by element."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
 
-from gdn_ir.backends.base import Kernel
 from gdn_ir.backends.linearize import listed
 from gdn_ir.backends.tilelang import warps
-from gdn_ir.backends.tilelang.emit import TileLangPrinter
+from gdn_ir.backends.tilelang.role_places import PART, Lies, RolePlaces
 from gdn_ir.backends.tilelang.rules import point, where
-from gdn_ir.backends.tilelang.statements import SM_90, coordinate
-from gdn_ir.nodes import At, IRError, Node, Op, Rows, Tile, stored_axes
-from gdn_ir.program import ScanView
-from gdn_ir.schedules.events import Laid, Step, padding
-from gdn_ir.schedules.protocol import Plan, Sync, derive
-from gdn_ir.schedules.roles import Event, Role
-
-PART = "part"                                              # of what a role's copies split: the one of the threads at hand
+from gdn_ir.backends.tilelang.statements import coordinate
+from gdn_ir.nodes import At, IRError, Node, Op, Rows, Tile
+from gdn_ir.schedules.events import Step, padding
+from gdn_ir.schedules.roles import Event
 
 
-@dataclass(frozen=True)
-class Lies:
-    """Where a ring's cell lies. buffers: one with all slots, or (apart) one for each; order: of a slot's dimensions."""
-    buffers: tuple[str, ...]
-    slots: int
-    order: tuple[str, ...]
-    apart: bool
+class RoleSteps(RolePlaces):
+    """Writes one step of one role."""
 
-    def slot(self, i: int, c: str) -> str:
-        return self.buffers[i] if self.apart else f"{self.buffers[0]}[{c} % {self.slots}, {', '.join(':' for _ in self.order)}]"
-
-    def element(self, i: int, c: str, at: Mapping[str, str]) -> str:
-        slot = [] if self.apart else [f"{c} % {self.slots}"]
-        return f"{self.buffers[i]}[{', '.join([*slot, *([at[a] for a in self.order] or ['0'])])}]"
-
-
-class RoleSteps(TileLangPrinter):
-    """Writes one step of one role. c: the chunk at hand, as text; role, part: whose turn it is, and which part of a split axis;
-    shared: the first of the warpgroups that have this text, if they are several; registers: (name, order of axes) of this
-    role's cells; rings: where those of all lie; places: of each barrier the array that it is in, and its first slot there,
-    if that has others."""
-
-    def __init__(self, kernel: Kernel) -> None:
-        assert kernel.options.roles is not None
-        super().__init__(kernel, SM_90)
-        self.roles = kernel.options.roles
-        self.laid = Laid(kernel.program, self.roles)
-        self.plan: Plan = derive(self.laid)
-        self.scan: ScanView = self.laid.scan
-        self.c = ""                                        # the chunk at hand, as text
-        self.role, self.instance = self.roles.roles[0], ""
-        self.part = 0                                      # of an axis in parts: the one at hand
-        self.shared: int | None = None
-        self.registers: dict[str, tuple[str, tuple[str, ...]]] = {}    # cell -> name, order of axes
-        self.rings: dict[str, Lies] = {}                   # by cell
-        self.called: list[str] = []                        # macros (warps.py)
-        self.whole_matrix = False                          # whether what is written above a diagonal does not matter
-        self.chosen: dict[Node, str] = {}                  # what a choice is between, where it was computed before
-        self.buffers_of_role: list[str] = []               # lines that make more registers for the role at hand
-        self.places = dict(self.placed_barriers())
-
-    def placed_barriers(self) -> Iterator[tuple[str, tuple[str, int | None]]]:
-        """Barriers of a value's parts are one array, the slots of each beside each other."""
-        for name, b in self.plan.barriers.items():
-            channel, end = name.rsplit("_", 1)
-            cells = self.plan.rings.get(channel, (0, ()))[1]
-            value = self.value_of(cells[0]) if cells else ""
-            if cells and self.laid.split(value) > 1:
-                part = int(cells[0][len(value) + 1:])
-                yield name, (f"{channel.rsplit('_', 1)[0]}_{end}", part * b.slots)
-            else:
-                yield name, (name, None)
-
-    def at_barrier(self, barrier: str) -> str:
-        """A barrier's slot for the chunk at hand."""
-        slots, (name, first) = self.plan.barriers[barrier].slots, self.places[barrier]
-        at = f"{self.c} % {slots}"
-        if first is not None and self.shared is not None:
-            at = f"{PART} * {slots} + {at}"
-        return f"{name}[{f'{first} + ' if first and self.shared is None else ''}{at}]"
-
-    def value_of(self, cell: str) -> str:
-        """The value in a ring's cell."""
-        return next(a.value for ss in self.laid.steps.values() for s in ss for a in s.writes if a.ring and a.cell == cell)
-
-    def alike(self, r: Role) -> bool:
-        """Whether copies of a role are one text: each is a warpgroup, and they do the same, but each with its parts, which lie
-        apart from each other."""
-        def plain(x: Step | Sync) -> object:
-            return x.event if isinstance(x, Step) else replace(x, barrier=self.places[x.barrier][0] if x.barrier else "")
-        names = self.laid.instances(r)
-        touched = {a.value for s in self.laid.steps[names[0]] for a in (*s.reads, *s.writes) if a.ring}
-        return len(names) > 1 and r.warps == 4 and len({tuple(map(plain, self.plan.ops[n])) for n in names}) == 1 \
-            and all(self.crosses(v) for v in touched if self.laid.split(v) > 1)
-
-    # -- tiles
-
-    def size(self, r: Role, axis: str) -> int:
-        """The extent of an axis, as a role has it."""
-        return self.kernel.tile(axis) // self.laid.axes.get(axis, 1)
-
-    def ordered(self, node: Node, r: Role) -> tuple[str, ...]:
-        """A tile's axes as registers have them: the rows of products first."""
-        return tuple(sorted(node.axes, key=lambda a: (a != r.rows, a)))
-
-    def shape(self, order: tuple[str, ...], r: Role) -> list[str]:
-        return [str(self.size(r, a)) for a in order]
-
-    def value(self, name: str) -> Node:
-        return self.laid.value(name)
-
-    def order_of(self, name: str) -> tuple[str, ...]:
-        """How a ring has a value's axes: as the tensor that it comes from or goes to, else as its producer's registers, which
-        have an inverse transposed."""
-        node = self.value(name)
-        if self.joined(name) or name in self.laid.matrices.values():
-            return self.ordered(node, self.laid.owner[name])[::-1]
-        store = next((s for s in self.laid.stores.values() if self.laid.held.get(s.args[0]) == name), None)
-        memory = node if node.op is Op.LOAD else store
-        return stored_axes(memory["index"]) if memory is not None else self.ordered(node, self.laid.owner[name])
-
-    def crosses(self, name: str) -> bool:
-        """Whether registers read or write a ring lying across."""
-        moved = [r for r in self.roles.roles for e in r.events if e.do == "read" and e.value == name]
-        alone = self.joined(name) or name in self.laid.passed
-        moved += [self.laid.owner[name]] if self.value(name).op is not Op.LOAD and not alone else []
-        return any(self.ordered(self.value(name), r) != self.order_of(name) for r in moved)
-
-    def joined(self, name: str) -> bool:
-        return any(e.do == "join" and e.value == name for e in self.laid.owner[name].events)
+    # -- elements
 
     def element(self, node: Node, at: Mapping[str, str]) -> str:
         name = self.laid.held.get(node)
@@ -159,16 +42,6 @@ class RoleSteps(TileLangPrinter):
     def loads(self, node: Node) -> bool:
         """Whether an expression reads a tensor."""
         return node.op is Op.LOAD or any(self.loads(a) for a in node.args if a not in self.laid.held)
-
-    def cell(self, name: str) -> str:
-        return f"{self.instance}:{self.laid.homes.get(name, name)}"
-
-    def ring_of(self, name: str) -> Lies:
-        """Where a value that another role makes lies, or the part of it that is at hand."""
-        found = self.rings[f"{name}_{self.part}" if self.laid.split(name) > 1 else name]
-        if len(found.buffers) > 1:
-            raise IRError(f"roles: {self.instance} uses {name} where it lies, but its slots are apart: it needs `read {name}`")
-        return found
 
     # -- statements
 

@@ -16,7 +16,8 @@ from gdn_ir.backends.base import Kernel, Reason
 from gdn_ir.backends.linearize import listed
 from gdn_ir.backends.printer import INDENT
 from gdn_ir.backends.tilelang import warps
-from gdn_ir.backends.tilelang.role_steps import PART, Lies, RoleSteps
+from gdn_ir.backends.tilelang.role_places import PART, Lies
+from gdn_ir.backends.tilelang.role_steps import RoleSteps
 from gdn_ir.backends.tilelang.rules import DTYPES, where
 from gdn_ir.backends.tilelang.statements import coordinate
 from gdn_ir.nodes import IRError, Node, Op
