@@ -75,15 +75,19 @@ def ranked(target: str, instance: Instance, shape: tuple[int, int, int], backend
         return
     here = device_here(target)
     versions: dict[str, str] | None = None                 # asked for where something was tuned: it may import a compiler
-    program = program_hash(instance)
+    program, mine = program_hash(instance), None           # mine: the steps that the heuristic gives to this shape
     levels: dict[str, list[tuple[float, int, Winner]]] = {}
     for age, w in enumerate(reversed(known())):            # the newest first
         s = w.subject
         if s.backend != backend or s.device.arch != target or s.instance != instance or w.program != program:
             continue
         far = 0.0 if w.shape.key == shape else distance(w.shape.key, shape) + 1e-9
-        if far > NEAR or not alike(target, instance, w.shape.key, shape, backend):
+        if far > NEAR:
             continue
+        if far:                                            # cut otherwise, what is best for one may take a third too long
+            mine = mine or steps_for(target, instance, shape, backend)         # for the other (docs/performance-log.md)
+            if steps_for(target, instance, w.shape.key, backend) != mine:
+                continue
         versions = (BACKENDS[backend].toolchain(target) or {}) if versions is None else versions
         level = ("other toolchain" if dict(s.versions) != versions else "same architecture" if not same(s.device, here)
                  else "exact" if far == 0.0 else "near")
@@ -93,18 +97,12 @@ def ranked(target: str, instance: Instance, shape: tuple[int, int, int], backend
             yield level, w
 
 
-def alike(target: str, instance: Instance, a: tuple[int, int, int], b: tuple[int, int, int], backend: str) -> bool:
-    """Whether the heuristic gives two shapes the same steps. Where it cuts their sequences differently what is best for one
-    may take a third longer than its own for the other, however near they are (docs/performance-log.md)."""
-    return a == b or steps_for(target, instance, a, backend) == steps_for(target, instance, b, backend)
-
-
-@lru_cache(maxsize=4096)
-def steps_for(target: str, instance: Instance, shape: tuple[int, int, int], backend: str) -> Steps:
+def steps_for(target: str, instance: Instance, shape: tuple[int, int, int], backend: str) -> Steps | None:
+    """The heuristic's; None where it has no schedule."""
     try:
         return default(target, instance, *shape, backend)[0].steps
-    except ValueError:                                     # it has none for either
-        return ()
+    except ValueError:
+        return None
 
 
 def same(a: Device, b: Device | None) -> bool:

@@ -101,7 +101,7 @@ def space_of(backend: str, arch: str, instance: Instance) -> Space:
     frames = [Frame(p, c, b) for p in plans for c, b in ((64, 16), (64, 32), (32, 16), (128, 16))]
     frames += [Frame(p, sums=False) for p in ("states", "wy") if not back and instance.switches.decay != "none"]
     frames += [Frame(p) for p in ("inside", "merged") if back and backend == "triton"]
-    if back and backend == "triton":                       # first what serves: the first frame is searched whole
+    if back and backend == "triton":                       # first what serves whole scans: the first frame is searched whole
         frames.insert(0 if lean(arch, instance, backend) else len(frames), Frame("grouped"))
     frames += [Frame("states", dot="tf32")] if f32 else []
     frames += [Frame("segments", segment=n) for n in (16, 32, 64) if not back and backend == "triton" and instance.K <= 128]

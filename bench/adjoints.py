@@ -33,7 +33,7 @@ from gdn_ir.compiler import Instance, variant
 from gdn_ir.coverage import Cell, Layout
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.schedules.adjoints import in_segments
-from gdn_ir.schedules.defaults import default
+from gdn_ir.schedules.defaults import whole_scans
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 SHAPES: list[Shape] = [([32768], 2, 4), ([32768], 4, 8), ([32768], 8, 16), ([32768], 16, 32), ([8192], 2, 4), ([8192], 16, 32),
@@ -48,7 +48,7 @@ SECONDS = 0.2                                              # of timing, for each
 
 def grouped(instance: Instance, shape: Shape) -> Schedule:
     lengths, _, HV = shape
-    return default(ARCH, instance, len(lengths), HV, sum(lengths))[0]
+    return whole_scans(ARCH, instance, len(lengths), HV, "triton")[0]
 
 
 def candidates(instance: Instance, lengths: list[int], changes: list[tuple[str, KernelOptions]], shape: Shape) \
@@ -75,8 +75,10 @@ def spoil() -> None:
 
 
 def near(mine: dict[str, float], theirs: dict[str, float]) -> bool:
-    """Whether errors are within the bound of gradients, or hardly larger than those of "grouped"."""
-    return all(e <= max(WORSE * theirs[n], bound("bf16", True)) for n, e in mine.items())
+    """Whether errors are within the bound of gradients, or hardly larger than those of "grouped", which are themselves at most
+    so much larger than that bound."""
+    most = bound("bf16", True)
+    return all(e <= max(WORSE * min(theirs[n], WORSE * most), most) for n, e in mine.items())
 
 
 def checked(check: tuple[Cell, str], want: Tensors, made: dict[str, Schedule]) -> dict[str, Any]:
@@ -112,10 +114,10 @@ def timed(shape: Shape, made: dict[str, Schedule]) -> dict[str, Any]:
             spoil()
             got, again = run(), run()
             apart = {n: relative(got[n], exact[n]) for n in got}
-            first = first or apart
+            first = apart if name == "grouped" else first
             same = all(torch.equal(got[n], again[n]) for n in got)
             found["plans"][name] = {"errors": apart, "repeats": same, "sources": {s.kernel: s.hash for s in chosen.sources}}
-            if same and near(apart, first):
+            if same and first and near(apart, first):      # where "grouped" failed there is nothing to hold them to
                 found["plans"][name]["kernels"] = kernels(chosen, run)
                 runs[name] = timer([run], "cuda")
         except Exception as e:                             # denied, a compiler's, or too much shared memory

@@ -12,7 +12,7 @@ from gdn_ir.backends.base import TORCH
 from gdn_ir.bench import cases, cold, inputs, results
 from gdn_ir.bench import floor as floors
 from gdn_ir.bench.cases import Row
-from gdn_ir.bench.contenders import Contender, chosen, versions
+from gdn_ir.bench.contenders import SERVED, Contender, chosen, versions
 from gdn_ir.bench.results import Page
 from gdn_ir.bench.suite import ACCURACY, Run, attempt, gpu_name, perform
 from gdn_ir.compiler import Instance
@@ -42,6 +42,8 @@ def plan(suite: str, shapes: str, backends: str, peers: str, dtype: str, device:
     Instance(Switches(), K, V, dtype, dtype, True)         # raises where K or V is none that an op accepts
     rows = [Row(tuple(lengths), H, HV, K, V) for lengths, H, HV in cases.parse(shapes, suite)]
     contenders = chosen("--backends", backends or "all") + chosen("--peers", peers)
+    if not cases.trains(suite) and not backends:           # what is served of a forward is one of the others
+        contenders = [c for c in contenders if c.name != f"gdn-ir {SERVED}"]
     if not contenders:
         raise ValueError("--backends, --peers: got none of either; accepts at least one contender")
     skipped = {"gdn-ir torch": SLOW} if device == "cuda" and not backends else {}

@@ -52,10 +52,16 @@ def instance(row: Row, dtype: torch.dtype, train: bool) -> Instance:
     return Instance(Switches(final_state=not train), row.K, row.V, io, io, True)
 
 
-def variant_of(backend: str, row: Row, x: Tensors, train: bool) -> Variant:
-    """The variant of ours that a backend (or, with SERVED, the first that can) serves a row with; raises NotTimed with its
-    reason where it cannot."""
-    wanted = instance(row, x["q"].dtype, train)
+def backward_of(row: Row, dtype: torch.dtype) -> Instance:
+    """The backward of the same, where it is differentiated."""
+    forward = instance(row, dtype, True)
+    return Instance(forward.switches, row.K, row.V, forward.io, forward.beta, True, LEAVES, row.HV > row.H)
+
+
+def variant_of(backend: str, row: Row, x: Tensors, train: bool, back: bool = False) -> Variant:
+    """The variant of ours that a backend (or, with SERVED, the first that can) serves a row's forward with, or its backward;
+    raises NotTimed with its reason where it cannot."""
+    wanted = backward_of(row, x["q"].dtype) if back else instance(row, x["q"].dtype, train)
     try:
         chosen = registry.choose(wanted, registry.architecture(x["q"].device), len(row.lengths), row.HV, row.tokens,
                                  "" if backend == SERVED else backend)
@@ -96,12 +102,12 @@ def op_call(op: Callable[..., tuple[torch.Tensor, torch.Tensor | None]], x: Tens
 def ours(backend: str, row: Row, x: Tensors, train: bool) -> Call:
     """The public op, served by one backend, or, with SERVED, as it is where nobody asks for one: in a forward and a backward
     that may be two."""
+    if backend == SERVED and not train:
+        raise NotTimed("a forward is served by one of the backends: it is timed as that")
     if not train:
         variant_of(backend, row, x, train)                 # its reason, where it cannot
     call = op_call(chunk_gated_delta_rule, x, train)
     if backend == SERVED:
-        if not train:
-            raise NotTimed("a forward is served by one of the backends: it is timed as that")
         return call
 
     def forced() -> Tensors:

@@ -82,11 +82,14 @@ def make(run: Run, row: Row, kind: str = "", seed: int = 0) -> Tensors:
 
 
 def about(run: Run, c: Contender, row: Row, x: Tensors) -> Record:
-    """Of ours: the schedule and the hashes of the sources that ran."""
+    """Of ours: the schedule and the hashes of the sources that ran; in training those of the backward too."""
     if c.kind != "gdn-ir":
         return {}
-    chosen = variant_of(c.name.removeprefix("gdn-ir "), row, x, run.train)
-    return {"schedule": chosen.schedule.name, "sources": {s.kernel: s.hash for s in chosen.sources}}
+
+    def said(back: bool) -> Record:
+        chosen = variant_of(c.name.removeprefix("gdn-ir "), row, x, run.train, back)
+        return {"schedule": chosen.schedule.name, "sources": {s.kernel: s.hash for s in chosen.sources}}
+    return said(False) | ({"backward": said(True)} if run.train else {})
 
 
 def attempt(run: Run, c: Contender, work: Callable[[Contender], Record]) -> Record:

@@ -10,14 +10,15 @@ import torch
 from gdn_ir.backends.base import TORCH
 from gdn_ir.bench import inputs
 from gdn_ir.bench.cases import FORWARD_CORE, Row
-from gdn_ir.bench.contenders import CONTENDERS, NotTimed
+from gdn_ir.bench.contenders import CONTENDERS, SERVED, NotTimed
 from gdn_ir.bench.errors import bound, relative
 from gdn_ir.reference import recurrence
 
 GPU = torch.cuda.is_available()
 SMALL = [Row((1,), 2, 4, 64, 64), Row((256,), 2, 4, 64, 64), Row((100, 156), 2, 4, 64, 64)]
 ROWS = [Row(tuple(lengths), H, HV) for lengths, H, HV in FORWARD_CORE if sum(lengths) <= 8192] if GPU else SMALL
-OURS = [n for n, c in CONTENDERS.items() if c.kind == "gdn-ir" and not (GPU and n == "gdn-ir torch")]      # slow there
+SLOW = ["gdn-ir torch"] if GPU else []
+OURS = [n for n, c in CONTENDERS.items() if c.kind == "gdn-ir" and n not in (*SLOW, f"gdn-ir {SERVED}")]
 DTYPES = ("bf16", "f32") if GPU else ("f32",)
 
 

@@ -21,7 +21,7 @@ from gdn_ir.backends import BACKENDS
 from gdn_ir.backends.triton.ptx import TritonPtx
 from gdn_ir.coverage import DTYPES, Cell, Layout, table
 from gdn_ir.schedules.adjoints import LENGTHS, can, in_segments
-from gdn_ir.schedules.defaults import default
+from gdn_ir.schedules.defaults import whole_scans
 from gdn_ir.schedules.plans import KEEP
 from gdn_ir.schedules.schedule import Schedule
 
@@ -58,7 +58,7 @@ def cut(chunks: int) -> Iterator[tuple[Cell, str]]:
 def schedule_of(cell: Cell, chunks: int, arch: str) -> Schedule | None:
     """Of a cell whose scans are cut; None where its default is wanted."""
     instance = backward_of(cell)
-    return in_segments(default(arch, instance, 1, 8, sum(cell.layout.lengths))[0], instance, chunks) if chunks else None
+    return in_segments(whole_scans(arch, instance, 1, 8, "triton")[0], instance, chunks) if chunks else None
 
 
 def recomputed(sizes: tuple[tuple[int, int], ...] = SIZES) -> Iterator[tuple[Cell, int | None, str]]:

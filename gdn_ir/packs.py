@@ -61,7 +61,8 @@ class Pack:
         return Store(self.path / "artifacts", own=False)
 
     def nearest(self, target: str, instance: Instance, shape: tuple[int, int, int], backend: str) -> Entry | None:
-        """The entry of the instance whose shape is nearest to (sequences, heads, tokens); None where it has none."""
+        """The entry of the instance whose shape is nearest to (sequences, heads, tokens); None where it has none. However far,
+        and though its sequences be cut otherwise than is best here: a pack is for compiling nothing."""
         found = [e for e in self.entries if (e.target, e.instance, e.backend) == (target, instance, backend)]
         return min(found, key=lambda e: (e.shape.key != shape, distance(e.shape.key, shape)), default=None)
 

@@ -33,7 +33,7 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
     """The schedule, and the reason for it. arch: "sm_80", "sm_90", "cpu" (native code) or "torch" (any device); sequences,
     heads (HV), tokens: of the call."""
     if instance.grads:
-        return backward_default(arch, instance, sequences, heads, backend, tokens)
+        return backward_default(arch, instance, sequences, heads, tokens, backend)
     erase, io, decay = instance.switches.erase, instance.io, instance.switches.decay != "none"
     if instance.keep != "nothing" and arch in ("cpu", "torch"):
         return Schedule(f"states, leaves {instance.keep}", CHUNK, plan("states", erase, io, sums=decay, leave=instance.left)), \
@@ -207,9 +207,20 @@ def lean(arch: str, instance: Instance, backend: str) -> bool:
     return arch == "sm_90" and backend == "triton" and instance.io != "f32" and max(instance.K, instance.V) <= 128
 
 
-def backward_default(arch: str, instance: Instance, sequences: int, heads: int, backend: str, tokens: int = 0) \
+def backward_default(arch: str, instance: Instance, sequences: int, heads: int, tokens: int, backend: str) \
         -> tuple[Schedule, str]:
-    """The same for a backward."""
+    """The same for a backward: on Hopper in segments, where these should win."""
+    schedule, why = whole_scans(arch, instance, sequences, heads, backend)
+    if not (BACK_IN_SEGMENTS and lean(arch, instance, backend) and adjoints.can(instance)):
+        return schedule, why
+    size = adjoints.segment_of(sequences, heads, tokens, MULTIPROCESSORS[arch])
+    return (adjoints.in_segments(schedule, instance, size), (
+        f"{arch}: {sequences * heads} serial scans each way would not fill {MULTIPROCESSORS[arch]} multiprocessors for "
+        f"long; each is cut into segments of {size} chunks")) if size else (schedule, why)
+
+
+def whole_scans(arch: str, instance: Instance, sequences: int, heads: int, backend: str) -> tuple[Schedule, str]:
+    """A backward whose scans are not cut."""
     if arch == "cpu":
         chunk = 16 if instance.keep == "nothing" else CHUNK
         states = "" if instance.keep == "states" else "states again, then "
@@ -249,11 +260,6 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
         {name for step in steps if step[0] == "separate" for name in step[2:] if name != "again" or runs_again}
     chosen = {k: o for k, o in kernels.items() if k in made}
     schedule = Schedule(f"backward-{width}{kept(instance)}", steps=steps).with_options(**chosen)
-    size = adjoints.segment_of(sequences, heads, tokens, MULTIPROCESSORS[arch]) if grouped and BACK_IN_SEGMENTS else 0
-    if size and carried and runs_again and adjoints.can(instance):
-        return adjoints.in_segments(schedule, instance, size), (
-            f"{arch}: {sequences * heads} serial scans each way would not fill {MULTIPROCESSORS[arch]} multiprocessors for "
-            f"long; each is cut into segments of {size} chunks")
     what = "states again, then their adjoints" if runs_again else "adjoints of states"
     return schedule, (f"{arch}: {what} in reverse, in tiles of {width} columns; the rest for all chunks at once"
                       f"{f', V in tiles of {every.v_tile}' if every.v_tile else ''}")

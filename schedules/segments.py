@@ -37,6 +37,9 @@ def segment(pipeline: Pipeline, name: str, chunks: int, dtype: str = "tf32x3", p
         t = transition(p, view, f"P_{name}")
     except IRError as e:
         raise IllegalStep(f"segment: {e}") from e
+    made = [f"{prefix}{x}" for x in ("transition", "offset", "compose")]
+    if twice := {p.name for p in pipeline} & set(made):
+        raise refuse("segment", p, view.node, f"there is a kernel {', '.join(sorted(twice))} already: name these by a `prefix`")
     cut = _Cut(p, view)
     init, (carry,) = view.inits[0], view.carry_nodes()
     moves = t.step is not t.carry                          # P is not the identity

@@ -79,15 +79,18 @@ def of_plan(name: str, cell: Cell, chunk: int, segment: int = 32, tile: int | No
 
 
 def of_backward(cell: Cell, tile: int | None = None, plan: str = "", heads: tuple[int, int] | None = None,
-                sparing: bool = False, segment: int = 32) -> dict[str, Any]:
+                sparing: bool = False, segment: int = 32, tokens: int = 0, kind: str = "model") -> dict[str, Any]:
     if heads:
         cell = replace(cell, layout=replace(cell.layout, H=heads[0], HV=heads[1]))
+    if tokens:
+        cell = replace(cell, layout=replace(cell.layout, lengths=(tokens, 0, 1)))
     steps = backward_plan(plan or "states", backward_of(cell).program, cell.io, segment=segment)
     scans = [f"{s}{x}" for s in ("again", "back") for x in ("_transition", "_offset", "_compose", "")]
     split = scans if plan == "segments" else ["*"]
     schedule = Schedule("x", 64, steps).with_options(**{"*": KernelOptions(None, sparing=sparing)}) \
         .with_options(**dict.fromkeys(split, KernelOptions(tile, sparing=sparing)))
-    return {"error": worst(check(cell, BACKEND, ARCH, schedule=schedule if tile or plan else None)["errors"].values())}
+    found = check(cell, BACKEND, ARCH, kind=kind, schedule=schedule if tile or plan else None)
+    return {"error": worst(found["errors"].values())}
 
 
 def of_lifetimes(cell: Cell, plan: str) -> dict[str, Any]:
@@ -143,7 +146,8 @@ def of_correlated(schedule: Schedule, top: float) -> dict[str, Any]:
 
 def main() -> None:
     """Cases: ["program", name], ["cell", name], ["recurrent", cell's name], ["backward", cell's name] (also: V in tiles of a
-    number, a plan's name, heads, whether sparing, chunks of a segment), ["lifetimes", cell's name, plan's name],
+    number, a plan's name, heads, whether sparing, chunks of a segment, tokens, kind of inputs),
+    ["lifetimes", cell's name, plan's name],
     ["kept", cell's name, what is kept], ["plan", plan's name, cell's name, chunk] (also: chunks of a segment, and V in tiles of
     a number), ["mutant", number] or ["correlated", plan's name, top of beta]."""
     cells = {c.name: c for c in table()}

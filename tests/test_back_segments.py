@@ -27,6 +27,7 @@ from gdn_ir.schedules.segments import segments
 from gdn_ir.split import split
 from tests import inputs
 from tests.differential import interpreted
+from tests.test_backward import spilled
 
 CHUNK, SEGMENT = 16, 3                                     # segments of 48 tokens
 GRADS = ("q", "k", "v", "g", "beta")
@@ -168,10 +169,13 @@ def test_what_is_given(keep: str) -> None:
 
 
 def test_by_triton() -> None:
-    """Packed, one sequence empty, outputs poisoned, with states in and out and without; P's columns and V in tiles."""
-    found = interpreted([["backward", cell, 32, "segments", [1, 2], False, 2]
-                         for cell in ("initial state, f32", "no final state, f32")])
-    assert all(float(str(v.get("error", "nan"))) < 1e-5 for v in found.values()), found
+    """Packed, one sequence empty, outputs poisoned, with states in and out and without; P's columns and V in tiles; and a
+    sequence of more segments, in most of which only what is near the end counts. (There d_g, a sum of differences, is off by
+    4e-5 under any plan.)"""
+    found = interpreted([*(["backward", cell, 32, "segments", [1, 2], False, 2]
+                           for cell in ("initial state, f32", "no final state, f32")),
+                         ["backward", "initial state, f32", 32, "segments", [1, 2], False, 3, 500, "strong_decay"]])
+    assert all(float(str(v.get("error", "nan"))) < (1e-4 if "strong_decay" in n else 1e-5) for n, v in found.items()), found
 
 
 BF16 = Instance(Switches(), 128, 128, "bf16", "bf16", True, GRADS, True)
@@ -179,14 +183,17 @@ BF16 = Instance(Switches(), 128, 128, "bf16", "bf16", True, GRADS, True)
 
 @pytest.mark.parametrize("switches", [Switches(), FULL])
 def test_compiles_without_a_gpu(switches: Switches) -> None:
-    """Every kernel around the two scans, without a spill, two blocks to a multiprocessor."""
+    """Every kernel around the two scans, with shared memory for two blocks to a multiprocessor, and without a spill, but for 8
+    bytes of what composes."""
     instance = replace(BF16, switches=switches)
     chosen = variant(instance, cut(default("sm_90", instance, 1, 4, 32768)[0], instance, 32), "triton", "sm_90")
     scans = [f"{s}{x}" for s in ("again", "back") for x in ("_reach", "_transition", "_offset", "_compose", "")]
     assert [s.kernel for s in chosen.sources] == ["solve", *scans[:5], "local", "heads", *scans[5:], "inner", "grads"]
     for kernel, source in zip(chosen.compiled.kernels, chosen.sources, strict=True):
         if kernel.name in scans:
-            assert 2 * cross_compile(kernel, source, "sm_90").metadata.shared <= 232448
+            made = cross_compile(kernel, source, "sm_90")
+            assert 2 * (made.metadata.shared + 1024) <= 233472
+            assert spilled(made.asm["ptx"]) <= (8 if kernel.name.endswith("compose") else 0)
 
 
 @pytest.mark.parametrize("kind", ["no_decay", "real"])

@@ -27,6 +27,7 @@ from gdn_ir.reference import recurrence
 from gdn_ir.schedules.defaults import of_roles, roles_in_one, segmented_roles
 from gdn_ir.schedules.plans import plan
 from gdn_ir.schedules.protocol import Plan, Step, Sync, derive
+from gdn_ir.schedules.roles import SOLVED, Roles
 from gdn_ir.schedules.schedule import Schedule
 from tests import emulated
 
@@ -36,13 +37,25 @@ TOKENS = re.compile(r"(?P<barrier>\w+)\[(?P<slot>[^\]]*)\]\.(?P<what>wait|arrive
                     r"|(?P<fence>fence_proxy_async)|wait_wgmma<(?P<most>\d+)>|(?P<stored>tma_store_wait)|(?P<other>__sync_?thread|bar\.sync|mbarrier)")
 
 
-FUSED, APART = -1, -2                                      # of segments: none, and the inverse among the roles; by two warps
+# of segments: none, and the inverse among the roles; by two warps; none, and each state loads its own values
+FUSED, APART, OWN = -1, -2, -3
 
 
 def schedule(i: Instance, segment: int) -> Schedule:
     if segment == APART:
         return roles_in_one(VARIANTS["fused_apart"])
+    if segment == OWN:
+        return of_roles(own_values())
     return roles_in_one() if segment == FUSED else segmented_roles(i, segment) if segment else of_roles()
+
+
+def own_values() -> Roles:
+    """The shipped roles, but each state loads its part of v itself: they cannot be one text."""
+    data = SOLVED.data()
+    events = {r["name"]: r["events"] for r in data["roles"]}
+    events["load_values"].remove("load v")
+    events["state"].insert(events["state"].index("read v"), "load v")
+    return Roles.of(data)
 
 
 @lru_cache(maxsize=4)
@@ -161,7 +174,7 @@ def test_declines() -> None:
     (False, True, True, True, [0, 300, 64, 0, 129, 1], 2), (True, True, False, False, [257, 70], 2),
     (True, False, True, True, [193, 193], 2), (False, False, False, False, [200], 3),
     (False, True, True, True, [193, 0, 65], FUSED), (True, False, False, True, [130], FUSED),
-    (True, True, True, True, [193, 0, 65], APART)])
+    (True, True, True, True, [193, 0, 65], APART), (True, True, True, True, [130, 0, 64], OWN)])
 def test_emitted_text_computes_the_rule(late: bool, varlen: bool, starts: bool, kept: bool, lengths: list[int],
                                         segment: int) -> None:
     """The emitted text itself, executed role by role, against float64: ragged tails, an empty sequence, with and without

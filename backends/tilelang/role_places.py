@@ -88,12 +88,15 @@ class RolePlaces(TileLangPrinter):
 
     def alike(self, r: Role) -> bool:
         """Whether copies of a role are one text: each is a warpgroup, and they do the same, but each with its parts, which lie
-        apart from each other."""
+        apart from each other and which it only reads into registers or writes from there."""
         def plain(x: Step | Sync) -> object:
             return x.event if isinstance(x, Step) else replace(x, barrier=self.places[x.barrier][0] if x.barrier else "")
         names = self.laid.instances(r)
-        touched = {a.value for s in self.laid.steps[names[0]] for a in (*s.reads, *s.writes) if a.ring}
-        return len(names) > 1 and r.warps == 4 and len({tuple(map(plain, self.plan.ops[n])) for n in names}) == 1 \
+        steps = self.laid.steps[names[0]]
+        touched = {a.value for s in steps for a in (*s.reads, *s.writes) if a.ring}
+        moves = any(s.event.do in ("load", "store") for s in steps)
+        same = len({tuple(map(plain, self.plan.ops[n])) for n in names}) == 1
+        return len(names) > 1 and r.warps == 4 and same and not moves \
             and all(self.crosses(v) for v in touched if self.laid.split(v) > 1)
 
     # -- tiles
