@@ -44,6 +44,9 @@ def plan(suite: str, shapes: str, backends: str, peers: str, dtype: str, device:
     contenders = chosen("--backends", backends or "all") + chosen("--peers", peers)
     if not cases.trains(suite) and not backends:           # what is served of a forward is one of the others
         contenders = [c for c in contenders if c.name != f"gdn-ir {SERVED}"]
+    if not cases.trains(suite) and backends and all(c.name == f"gdn-ir {SERVED}" for c in chosen("--backends", backends)):
+        raise ValueError(f"--backends: got {backends!r} for {suite}, whose forward is served by one of the backends; accepts "
+                         "served in the suites that train")
     if not contenders:
         raise ValueError("--backends, --peers: got none of either; accepts at least one contender")
     skipped = {"gdn-ir torch": SLOW} if device == "cuda" and not backends else {}

@@ -55,11 +55,14 @@ def main() -> None:
     p = argparse.ArgumentParser()
     p.add_argument("shape", help="as 1x8192:16/32")
     p.add_argument("--pack", default="")
-    p.add_argument("--dtype", default="bf16")
+    p.add_argument("--dtype", default="", help="bf16, f16 or f32 (bf16; f32 on a CPU)")
     p.add_argument("--K", type=int, default=128)
     p.add_argument("--V", type=int, default=128)
     p.add_argument("--here", action="store_true", help="measure in this process")
     a = p.parse_args()
+    if not a.dtype:
+        import torch
+        a.dtype = "bf16" if torch.cuda.is_available() else "f32"
     if a.here:
         print(json.dumps(first_call(a.shape, a.dtype, a.K, a.V, a.pack)))
         return
@@ -73,7 +76,7 @@ def main() -> None:
                 command = [sys.executable, "-m", "gdn_ir.bench.first_call", a.shape]
                 words = ["--here", "--dtype", a.dtype, "--K", str(a.K), "--V", str(a.V), *(["--pack", pack] if pack else [])]
                 done = subprocess.run([*command, *words], env=os.environ | caches, capture_output=True, text=True)
-                print(f"{turn}: {done.stdout.strip() or done.stderr.strip()[-300:]}", flush=True)
+                print(f"{turn}: {done.stdout.strip() or done.stderr.strip().splitlines()[-1]}", flush=True)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,8 @@ def main() -> None:
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--commit", required=True)
+    if not torch.cuda.is_available():
+        p.error("it needs a CUDA GPU, and this machine has none")
     a, x = of_one_sequence(p)
     wide = {n: t.float() if n in ("q", "k", "v", "beta", "d_o") else t for n, t in x.items()}
     exact = {**pair(wide, "nothing")[0][1](), **pair(wide, "nothing")[1][1]()}

@@ -88,7 +88,8 @@ def about(run: Run, c: Contender, row: Row, x: Tensors) -> Record:
 
     def said(back: bool) -> Record:
         chosen = variant_of(c.name.removeprefix("gdn-ir "), row, x, run.train, back)
-        return {"schedule": chosen.schedule.name, "sources": {s.kernel: s.hash for s in chosen.sources}}
+        return {"backend": chosen.backend, "schedule": chosen.schedule.name,
+                "sources": {s.kernel: s.hash for s in chosen.sources}}
     return said(False) | ({"backward": said(True)} if run.train else {})
 
 
@@ -171,14 +172,19 @@ def served(run: Run, row: Row) -> str | None:
 
 
 def line(name: str, record: Record) -> str:
-    """A record in some lines, for who watches: milliseconds (and where they are not of a graph, how), and errors of o."""
+    """A record in some lines, for who watches: milliseconds (and where they are not of a graph, how), the largest error, and
+    who served which pass where these are two."""
     lines = [name]
     if "floor" in record:
         lines[0] += f": floor {record['floor']['ms']:.3f} ms"
         lines[0] += f"; best peer / ours {record['ratio']:.2f}" if record["ratio"] else ""
     for contender, c in record["contenders"].items():
         found = [f"{c['ms']:.3f} ms" + (f" ({c['how']})" if c["how"] != "cuda graph" else "")] if "ms" in c else []
-        found += [f"error {c['errors']['o']:.2e}"] if c.get("errors") else []
+        if c.get("errors"):
+            most = max(c["errors"], key=lambda n: float(c["errors"][n]))
+            found.append(f"error {c['errors'][most]:.2e} ({most})")
+        back = c.get("backward", {}).get("backend")
+        found += [f"forward by {c['backend']}, backward by {back}"] if back and back != c["backend"] else []
         lines.append(f"    {contender}: {', '.join(found) or c.get('reason', 'nothing')[:100]}")
     return "\n".join(lines)
 

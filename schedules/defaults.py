@@ -211,9 +211,11 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
         -> tuple[Schedule, str]:
     """The same for a backward: on Hopper in segments, where these should win."""
     schedule, why = whole_scans(arch, instance, sequences, heads, backend)
-    if not (BACK_IN_SEGMENTS and lean(arch, instance, backend) and adjoints.can(instance)):
+    if not (BACK_IN_SEGMENTS and lean(arch, instance, backend)):
         return schedule, why
     size = adjoints.segment_of(sequences, heads, tokens, MULTIPROCESSORS[arch])
+    if size and not adjoints.can(instance):
+        return schedule, f"{why}; segments of {size} chunks may be faster, but a GPU has run these of few kinds (adjoints.can)"
     return (adjoints.in_segments(schedule, instance, size), (
         f"{arch}: {sequences * heads} serial scans each way would not fill {MULTIPROCESSORS[arch]} multiprocessors for "
         f"long; each is cut into segments of {size} chunks")) if size else (schedule, why)
