@@ -35,11 +35,12 @@ def live(spans: dict[str, Span], now: int) -> list[str]:
 
 
 @pytest.mark.parametrize(("instance", "H", "HV", "apart", "together", "hosted"), [
-    (BACKWARD, 16, 32, 2578.2, 2322.1, 2190.1), (BACKWARD, 2, 4, 322.3, 290.3, 273.8),
+    (BACKWARD, 16, 32, 2578.2, 2322.1, 2190.1), (BACKWARD, 2, 4, 347.8, 262.0, 241.8),
     (FORWARD, 16, 32, 901.1, 901.1, 901.1), (FORWARD, 2, 4, 112.6, 112.6, 112.6)])
 def test_how_much_a_call_allocates(instance: Instance, H: int, HV: int, apart: float, together: float, hosted: float) -> None:
     """MiB at 1x32768: a tensor each, one block, one block and outputs. No arrangement of the block takes less: it is as large
-    as what is needed at its fullest moment. (The backward's is that of back and inner, where both states are there.)"""
+    as what is needed at its fullest moment. (The backward's is that of back and inner, where both states are there; of few
+    heads, whose scans are in segments, that of inner alone.)"""
     pipeline, call = kernels(instance, HV), Call(1, 32768, 32768, {"H": H, "HV": HV})
     temps, outs = ({n: life.span(call) for n, life in some.items()} for some in (temporaries(pipeline), outputs(pipeline)))
     assert sum(s.size for s in temps.values()) / MIB == pytest.approx(apart, abs=0.06)
@@ -47,7 +48,7 @@ def test_how_much_a_call_allocates(instance: Instance, H: int, HV: int, apart: f
         places, size = placed(temps, hosts)
         assert size / MIB == pytest.approx(want, abs=0.06)
         left = {n: temps[n] for n, p in places.items() if p.where == BLOCK}
-        assert size == max(sum(-(-left[n].size // APART) * APART for n in live(left, now)) for now in range(9))
+        assert size == max(sum(-(-left[n].size // APART) * APART for n in live(left, now)) for now in range(16))
 
 
 # ---- how long ---------------------------------------------------------------------------------------------------------------
