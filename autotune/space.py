@@ -17,7 +17,9 @@ from gdn_ir.artifacts import digest
 from gdn_ir.compiler import Instance, planned
 from gdn_ir.follow import can_follow
 from gdn_ir.program import Program
-from gdn_ir.schedules.defaults import CROWDED, LENGTHS, default, lean, roles_can, roles_in_one, segmented, with_triton
+from gdn_ir.schedules import adjoints
+from gdn_ir.schedules.defaults import (CROWDED, LENGTHS, default, lean, roles_can, roles_in_one, segmented, whole_scans,
+                                       with_triton)
 from gdn_ir.schedules.plans import Steps, backward_plan, plan
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
@@ -41,7 +43,8 @@ class Frame:
         if self.plan == "recurrent":
             return ()
         if instance.grads:
-            return backward_plan(self.plan, instance.program, instance.io, self.chunk, self.block, beta=instance.beta)
+            return backward_plan(self.plan, instance.program, instance.io, self.chunk, self.block, beta=instance.beta,
+                                 segment=self.segment)
         if self.plan == "roles-fused":
             return roles_in_one().steps
         sums = self.sums and instance.switches.decay != "none"
@@ -103,6 +106,8 @@ def space_of(backend: str, arch: str, instance: Instance) -> Space:
     frames += [Frame(p) for p in ("inside", "merged") if back and backend == "triton"]
     if back and backend == "triton":                       # first what serves whole scans: the first frame is searched whole
         frames.insert(0 if lean(arch, instance, backend) else len(frames), Frame("grouped"))
+    if back and lean(arch, instance, backend) and adjoints.can(instance):
+        frames += [Frame("segments", segment=n) for n in adjoints.LENGTHS]
     frames += [Frame("states", dot="tf32")] if f32 else []
     frames += [Frame("segments", segment=n) for n in (16, 32, 64) if not back and backend == "triton" and instance.K <= 128]
     return Space(tuple(frames), (None, 16, 32, 64, 128), (1, 2, 4, 8), (1, 2, 3, 4))
@@ -160,6 +165,8 @@ def based(frame: Frame, backend: str, arch: str, instance: Instance, heads: int)
         known = dict(roles_in_one().kernels)
     elif frame.plan == "roles":
         known = dict(with_triton(instance, frame.segment).kernels)
+    elif frame.segment and instance.grads:
+        known = dict(adjoints.in_segments(whole_scans(arch, instance, 1, heads, backend)[0], instance, frame.segment).kernels)
     elif frame.segment and arch in ("sm_80", "sm_90"):
         known = dict(segmented(arch, instance).kernels)
     behind = {p.name: before for before, p in zip(pipeline, pipeline[1:])}

@@ -29,7 +29,8 @@ from gdn_ir.bench import cases
 from gdn_ir.compiler import Instance, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.registry import options
-from gdn_ir.schedules.defaults import LENGTHS, roles_in_one, with_triton, roles_fit
+from gdn_ir.schedules import adjoints
+from gdn_ir.schedules.defaults import LENGTHS, roles_fit, roles_in_one, whole_scans, with_triton
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 SMALL = Instance(Switches(final_state=True), 16, 16, "f32", "f32", True)
@@ -112,6 +113,20 @@ def test_roles_are_in_the_space(heads: int) -> None:
     for other in (replace(BF16, io="f16"), replace(BF16, V=64), replace(BF16, switches=Switches(l2norm=True))):
         assert all(f.plan != "roles" for f in space_of("tilelang", "sm_90", other).frames)
     assert all(f.plan != "roles" for f in space_of("triton", "sm_90", BF16).frames)
+
+
+def test_the_backward_s_segments_are_in_the_space() -> None:
+    """Where they may serve, each length, as it would."""
+    train = Instance(Switches(), 128, 128, "bf16", "bf16", True, ("q", "k", "v", "g", "beta"), True)
+    found = [f for f in space_of("triton", "sm_90", train).frames if f.plan == "segments"]
+    assert [f.segment for f in found] == [*adjoints.LENGTHS]
+    whole, _ = whole_scans("sm_90", train, 1, 4, "triton")
+    for f in found:
+        mine, served = (variant(train, s, "triton", "sm_90") for s in
+                        (based(f, "triton", "sm_90", train, 4), adjoints.in_segments(whole, train, f.segment)))
+        assert {s.kernel: s.hash for s in mine.sources} == {s.kernel: s.hash for s in served.sources}
+    wide = replace(train, io="f16", beta="f16")
+    assert all(f.plan != "segments" for f in space_of("triton", "sm_90", wide).frames)
 
 
 def test_the_best_options_are_put_together() -> None:
