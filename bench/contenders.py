@@ -102,8 +102,6 @@ def op_call(op: Callable[..., tuple[torch.Tensor, torch.Tensor | None]], x: Tens
 def ours(backend: str, row: Row, x: Tensors, train: bool) -> Call:
     """The public op, served by one backend, or, with SERVED, as it is where nobody asks for one: in a forward and a backward
     that may be two."""
-    if backend == SERVED and not train:
-        raise NotTimed("a forward is served by one of the backends: it is timed as that")
     if not train:
         variant_of(backend, row, x, train)                 # its reason, where it cannot
     call = op_call(chunk_gated_delta_rule, x, train)

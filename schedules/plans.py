@@ -48,7 +48,7 @@ Steps = tuple[tuple[str | int, ...], ...]
 PLANS = {"forward": ("naive", "fused", "solve", "states", "wy", "segments", "cut"),
          "backward": ("naive", "fused", "states", "grouped", "inside", "merged", "segments")}
 KEEP = ("nothing", "inverse", "states")                    # each with what those before it leave
-WIDENS = ("grouped", "inside", "merged", "segments")                   # plans of the backward whose scans read a float32 beta
+WIDENS = ("grouped", "inside", "merged", "segments")       # plans of the backward whose scans read a float32 beta
 CHUNK = 64                                                 # tokens of a chunk of which something is left
 LESS: Steps = (("factor",), ("regroup",), ("exchange",), ("symmetric",))       # fewer products than reverse mode derives
 

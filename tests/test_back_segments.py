@@ -143,6 +143,13 @@ def test_segments_of_two_lengths_are_refused() -> None:
         segments(plan)
 
 
+def test_kernels_of_one_name_are_refused() -> None:
+    p = backward(build(Switches()))
+    plan = tuple(t[:4] if t[0] == "segment" else t for t in in_segments(p))
+    with pytest.raises(steps.IllegalStep, match="a kernel compose, offset, transition already: name these by a `prefix`"):
+        steps.apply(p, plan)
+
+
 # ---- kernels -----------------------------------------------------------------------------------------------------------------
 
 SMALL = Layout((200, 0, 1, 129), True, 1, 3, 16, 16)

@@ -57,6 +57,7 @@ def test_shapes_are_read_as_they_are_printed() -> None:
     ("shapes", "7", "an index from 0 to 6"), ("shapes", "1x8:3/4", "HV a multiple of H"),
     ("shapes", "0x8:1/2", "at least one sequence"),
     ("backends", "cuda", "--backends: got 'cuda'; accepts triton"), ("peers", "mamba", "--peers: got 'mamba'; accepts fla"),
+    ("backends", "served", "accepts served in the suites that train"),
     ("dtype", "f64", "--dtype: got 'f64'; accepts bf16"), ("device", "tpu", "--device: got 'tpu'"),
     ("seconds", -1.0, "--seconds: got"),
     ("energy", 1e9, "--energy: got"), ("K", 17, "K: got 17")])
@@ -64,6 +65,14 @@ def test_a_bad_option_is_named_before_anything_runs(tmp_path: Path, option: str,
     with pytest.raises(ValueError, match=re.escape(named)):
         planned(tmp_path, **{option: value})
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_served_is_timed_where_there_are_two_passes(tmp_path: Path) -> None:
+    """A forward is one of the backends; peers alone are asked for as before."""
+    names = {name: [c.name for c in planned(tmp_path, name, "1x8:1/2", backends="all").contenders]
+             for name in ("forward-core", "train-core")}
+    assert "gdn-ir served" in names["train-core"] and "gdn-ir served" not in names["forward-core"]
+    assert [c.kind for c in planned(tmp_path, "forward-core", "1x8:1/2", backends="none", peers="fla").contenders] == ["peer"]
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------------

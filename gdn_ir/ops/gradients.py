@@ -165,6 +165,6 @@ def _autograd(keys: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
     return recorded(partial(_below, keys & torch._C._after_autograd_keyset), *inputs)
 
 
-LIBRARY = library.Library("gdn_ir", "FRAGMENT")            # must outlive what is registered
-LIBRARY.impl("chunk_forward", _autograd, "Autograd", with_keyset=True)
+FRAGMENT = library.Library("gdn_ir", "FRAGMENT")           # held: what it registers goes when it goes
+FRAGMENT.impl("chunk_forward", _autograd, "Autograd", with_keyset=True)
 library.register_autograd("gdn_ir::chunk_backward", _twice)
