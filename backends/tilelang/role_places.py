@@ -39,9 +39,9 @@ class Lies:
 
 class RolePlaces(TileLangPrinter):
     """A printer that knows where a role's values and barriers lie. c: the chunk at hand, as text; role, part: whose turn it is,
-    and which part of a split axis; shared: the first of the warpgroups that have this text, if they are several; registers: (name, order of axes) of this
-    role's cells; rings: where those of all lie; places: of each barrier the array that it is in, and its first slot there,
-    if that has others."""
+    and which part of a split axis; shared: the first of the warpgroups that have this text, if they are several; registers:
+    (name, order of axes) of this role's cells; rings: where those of all lie; places: of each barrier the array that it is in,
+    and its first slot there, if that has others."""
 
     def __init__(self, kernel: Kernel) -> None:
         assert kernel.options.roles is not None
