@@ -90,9 +90,8 @@ class RoleSteps(RolePlaces):
         for term in n["index"]:
             match term:
                 case Tile(axis):
-                    size = self.size(self.role, axis)
-                    first = self.start(axis)
-                    parts.append(f"{first}:{first + size}" if isinstance(first, int) else f"{first}:{first} + {size}")
+                    first = int(self.start(axis))          # who loads or stores has a text of its own
+                    parts.append(f"{first}:{first + self.size(self.role, axis)}")
                 case At(grid, share):
                     parts.append(point(grid, share, self.kernel))
                 case Rows(_, axis, False):
@@ -102,6 +101,7 @@ class RoleSteps(RolePlaces):
         return f"{n['tensor'].name}_[{', '.join(parts)}]"
 
     def start(self, axis: str) -> int | str:
+        """Where a part begins; as text where one text stands for all."""
         if axis not in self.laid.axes:
             return 0
         size = self.size(self.role, axis)

@@ -5,8 +5,7 @@ would put them into roles), and what a role's own threads write to shared memory
 four warps of one warpgroup: TileLang would fence twice the registers of a product over two.
 
 A warpgroup is a row of the block's threads, so that copies of a role, a warpgroup each, can be one text: which part of a value
-is theirs they know by their row. Written once for each copy, a block's roles have more code than a multiprocessor holds, and
-wait for instructions two fifths of their time (docs/performance-log.md).
+is theirs they know by their row. A block then has less code, for whose instructions its warps wait (docs/performance-log.md).
 """
 from __future__ import annotations
 
