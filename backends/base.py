@@ -38,7 +38,7 @@ class Kernel:
     counts: of a scan that is followed, where it counts a chunk's columns that are stored; awaits: of its follower, those counts
     and how high they must be, and whether the scan goes backwards; clears: of a kernel before such a scan, the counts that it
     sets to zero (`gdn_ir.follow`). beside: whether it may start while the kernel before it runs; leads: whether the one after
-    it may. sweeps: stores of another kernel's outputs, whose rows past the last sequence it clears.
+    it may. sweeps: stores whose rows past the last sequence it clears: another kernel's, or its own, where it is serial.
     """
     name: str
     program: Program
@@ -83,9 +83,10 @@ class Kernel:
 
     @cached_property
     def owns_tail(self) -> bool:
-        """Whether this kernel itself writes zeros to the rows past the last sequence: one that runs all chunks at once."""
+        """Whether this kernel itself writes zeros to the rows past the last sequence: one that runs all chunks at once, or one
+        of roles that was told to."""
         alone = self.parallel is not None and len(self.parallel.chain) == 1
-        return self.varlen and alone and bool(self.row_outputs or self.sweeps)
+        return self.varlen and (bool(self.row_outputs or self.sweeps) if alone else bool(self.options.roles and self.sweeps))
 
     @cached_property
     def splits(self) -> tuple[str, ...]:
@@ -118,7 +119,7 @@ class Kernel:
         return self.extents[base(axis)] % self.tile(axis) != 0
 
     def tensors(self) -> tuple[Tensor, ...]:
-        swept = {n["tensor"].name: n["tensor"] for n in self.sweeps}
+        swept = {n["tensor"].name: n["tensor"] for n in self.sweeps if n["tensor"].name not in self.program.tensors()}
         more = [*swept.values(), *(t for t in (self.clears, self.awaits[0] if self.awaits else None, self.counts) if t)]
         return (*self.program.tensors().values(), *more)
 

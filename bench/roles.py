@@ -123,7 +123,7 @@ def check(roles: Roles, solve: str) -> dict[str, Any]:
         first[n] = first[n].clone()
         first[n][100:] = float("nan")
     beside = pair.run(*pair.memory(first, 7.0))
-    rest = 0 if pair.kernels[0].sweeps else 7              # of no sequence: cleared by triton, or left
+    rest = 0 if pair.kernels[0].sweeps else 7              # of no sequence: cleared, or left
     alone = torch.equal(beside["o"][:100], clean["o"][:100]) and torch.equal(beside["final_state"], clean["final_state"]) \
         and bool((beside["o"][100:] == rest).all())
     print("neighbours untouched:", alone, flush=True)
@@ -200,20 +200,7 @@ def with_events(role: str, *events: str, base: Roles = SOLVED) -> Roles:
     return replace(base, roles=tuple(replace(r, events=new) if r.name == role else r for r in base.roles))
 
 
-EARLY = ("compute o16 late", "compute S16", "issue SK", "issue QS", "read v", "compute decayed", "complete QS", "compute R",
-         "issue u", "compute entering", "complete u", "compute W", "issue written", "compute u16", "issue inside",
-         "complete inside")
-
-
-def joined_apart(state: int = 192, aux: int = 64, rest: int = 64) -> Roles:
-    """The fused roles, of which two warps solve and join, and the one that loads also sums: aux only multiplies and scales. The
-    states' products are early, for so they do with fewer registers, which the two warps want. The numbers are registers."""
-    load, sums, _, store, states, scales = FUSED.roles
-    apart = (replace(load, events=(load.events[0], *sums.events, *load.events[1:])), store,
-             Role("inverse", (Event("solve", "A"), Event("join", "A16")), 2),
-             replace(states, events=tuple(map(Event.of, EARLY))),
-             replace(scales, events=tuple(e for e in scales.events if e.do != "join")))
-    return with_registers(replace(FUSED, roles=apart), state=state, aux=aux, rest=rest)
+EARLY = tuple(str(e) for r in FUSED.roles if r.name == "state" for e in r.events)
 
 
 def with_registers(base: Roles, **registers: int) -> Roles:
@@ -223,15 +210,8 @@ def with_registers(base: Roles, **registers: int) -> Roles:
 VARIANTS = {
     "shipped": SOLVED,
     "fused": FUSED,                                        # one kernel: the inverse too
-    "fused_soon": with_events("aux", "issue kk", "complete kk", "compute M", "issue qk", "complete qk", "compute P", "join A16",
-                              base=FUSED),                 # joined in its own chunk
-    # joined last, so that its diagonal blocks have a chunk's time
-    "fused_late": with_events("aux", "issue kk", "complete kk", "compute M", "issue qk", "complete qk", "compute P",
-                              "join A16 late", base=FUSED),
-    "fused_apart": joined_apart(),
-    "fused_apart_72": joined_apart(aux=72, rest=56),       # aux has fewer instructions, who solves waits for what it reads
-    "fused_apart_deep": with_rings(joined_apart(), k=4),
-    "fused_64": with_registers(FUSED, state=208, aux=64, rest=32),
+    "fused_deep": with_rings(FUSED, k=4),
+    "fused_64": with_registers(FUSED, state=192, aux=64, rest=64),
     "deeper": with_rings(q=3, A_beta=3, v=3, o16=2),
     # the states take turns at the tensor cores: one multiplies by its state while the other computes what it writes
     "turns": replace(SOLVED, turns=(Turn("state0", Event.of("issue u"), "state1", Event.of("issue SK")),)),

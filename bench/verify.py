@@ -68,8 +68,10 @@ def crowded(title: str = "roles", packed: Layout = PACKED, dense: Layout = DENSE
 
 
 def cut() -> Iterator[tuple[Cell, Schedule]]:
-    """Where sequences are cut into segments that roles scan: each length of these, some sequences ending with one and some a
-    token after."""
+    """Roles whose inverses are made before: of whole sequences, and where these are cut into segments: each length of them, some
+    sequences ending with one and some a token after."""
+    for cell in crowded():
+        yield cell, with_triton(cell.instance)
     for n in LENGTHS:
         size = 64 * n
         packed, dense = (2 * size + 300, 0, size, 129, size + 1), (size + 300, size + 300)

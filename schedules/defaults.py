@@ -22,7 +22,7 @@ SEGMENTS = False                                           # whether few long se
 SEGMENT = 64                                               # chunks of one
 ROLES_IN_SEGMENTS = True                                   # whether sequences are cut where roles can scan them
 BACK_IN_SEGMENTS = True                                    # and those of a backward (schedules/adjoints.py)
-ROLES_IN_ONE = False                                       # whether roles make the inverse too, where sequences are whole
+ROLES_IN_ONE = True                                        # whether roles may make the inverses too
 LENGTHS = (8, 16, 32, 64, 128)                             # chunks that a segment of roles may have
 LONG = 128                                                 # chunks of a sequence, on average, that is worth cutting
 FILLED = 0.9                                               # blocks of the scan for each multiprocessor that need no more
@@ -50,14 +50,15 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
     widen = arch == "sm_90" and backend == "triton" and instance.keep != "nothing" and narrow(instance.beta)
     steps = plan("states", erase, io, sums=decay, leave=instance.left, widen=widen)
     if backend == "tilelang" and roles_fit(arch, instance, sequences, heads, tokens):
-        size = segment_of(sequences, heads, tokens)
+        size, one = way_of_roles(sequences, heads, tokens)
         if size:
             return with_triton(instance, size), (
                 f"{arch}: {sequences * heads} blocks of roles would not fill {MULTIPROCESSORS[arch]} multiprocessors for long; "
                 f"each sequence is cut into segments of {size} chunks; what comes before their scan by triton")
-        if ROLES_IN_ONE:
+        if one:
             return roles_in_one(), \
-                f"{arch}: roles in one block for each of {sequences * heads} sequences and heads; they make the inverses too"
+                f"{arch}: roles in one block for each of {sequences * heads} sequences and heads, beside each other on " \
+                f"{MULTIPROCESSORS[arch]} multiprocessors; they make the inverses too"
         return with_triton(instance), \
             f"{arch}: roles in one block for each of {sequences * heads} sequences and heads, beside each other on " \
             f"{MULTIPROCESSORS[arch]} multiprocessors; the inverses before, by triton"
@@ -106,18 +107,23 @@ def roles_in_one(roles: Roles = FUSED) -> Schedule:
     return Schedule("roles-fused", steps=plan("fused", scaled=True)).with_options(scan=KernelOptions(roles=roles))
 
 
-def segment_of(sequences: int, heads: int, tokens: int) -> int:
-    """Chunks of a segment that roles scan, one of LENGTHS, so that few kernels serve all lengths of sequences; 0 where these
-    should stay whole. By what an H100 takes, in microseconds: a block of roles has a multiprocessor to itself, so that blocks
-    come in waves of 2.8 a chunk; the transition and offset of what has not faded take 1 a chunk, composing 4 a segment."""
+def way_of_roles(sequences: int, heads: int, tokens: int) -> tuple[int, bool]:
+    """How roles should take a call: the chunks of a segment, one of LENGTHS, so that few kernels serve all lengths of sequences
+    (0 where these should stay whole), and whether they make the inverses too. By what an H100 takes, in microseconds: a block of
+    roles has a multiprocessor to itself, so that blocks come in waves of 2.8 a chunk, 3.5 where they make the inverses, which
+    else take 15 ns each; the transition and offset of what has not faded take 1 a chunk, composing 4 a segment."""
     chunks = -(-tokens // (64 * sequences))
+    before = 0.015 * chunks * sequences * heads
 
-    def takes(size: int) -> float:
-        segments = -(-chunks // size)
-        waves = -(-segments * sequences * heads // MULTIPROCESSORS["sm_90"])
-        return waves * (6 + 2.8 * size) + (4 * segments + size + 60 if segments > 1 else 0)
-    best = min((chunks, *(n for n in LENGTHS if n < chunks)), key=takes)
-    return best if best < chunks and ROLES_IN_SEGMENTS else 0
+    def waves(segments: int) -> int:
+        return -(-segments * sequences * heads // MULTIPROCESSORS["sm_90"])
+    takes = {(0, False): before + waves(1) * (6 + 2.8 * chunks)}
+    if ROLES_IN_ONE:
+        takes[0, True] = waves(1) * (12 + 3.5 * chunks)
+    for n in (n for n in LENGTHS if n < chunks and ROLES_IN_SEGMENTS):
+        segments = -(-chunks // n)
+        takes[n, False] = before + waves(segments) * (6 + 2.8 * n) + 4 * segments + n + 60
+    return min(takes, key=lambda way: takes[way])
 
 
 def segmented_roles(instance: Instance, segment: int, roles: Roles = SOLVED) -> Schedule:

@@ -182,21 +182,24 @@ SOLVED = Roles.of({
               {"values": ["P"], "depth": 2}, {"values": ["o16"], "depth": 1}],
 })
 
-# The scan of the plan "fused": the same states; the inverse is made beside them. aux multiplies K K^T and Q K^T and makes M;
-# one warp inverts M's blocks of 16 rows meanwhile; aux joins them under K K^T of the next chunk, each warp a column of blocks,
-# which needs nothing of another's columns. A warp sums the decays. Three chunks are at work at once: one is multiplied with the
-# state, one waits in A16 and P, one is inverted.
+# The scan of the plan "fused": the inverse is made beside the states. aux multiplies K K^T and Q K^T and makes M; two warps
+# invert M's blocks of 16 rows and join them, each what lies in its columns, and need nothing else of each other; who loads sums
+# the decays. Three chunks are at work at once: one is multiplied with the state, one waits in A16 and P, one is inverted. The
+# states ask for both products by S at once, for so they do with fewer registers, which the two warps want.
 FUSED = Roles.of({
     "names": {**dict(SOLVED.names), "M": "select(index() > index(), (beta * D) * kk, 0.0)", "A16": "bf16(A_beta)"},
     "roles": [
-        {"name": "load", "registers": 24, "events": ["load k", "load v", "load q"]},
-        {"name": "sums", "registers": 24, "events": ["compute G", "compute total", "compute gamma", "compute rest",
-                                                     "compute whole", "compute beta"]},
-        {"name": "blocks", "registers": 24, "events": ["solve A"]},
-        {"name": "store", "registers": 24, "events": ["store o"]},
-        SOLVED.data()["roles"][4],
+        {"name": "load", "registers": 56, "events": [
+            "load k", "compute G", "compute total", "compute gamma", "compute rest", "compute whole", "compute beta",
+            "load v", "load q"]},
+        {"name": "store", "registers": 56, "events": ["store o"]},
+        {"name": "inverse", "warps": 2, "registers": 56, "events": ["solve A", "join A16"]},
+        {"name": "state", "copies": 2, "rows": "V", "warps": 4, "registers": 192, "events": [
+            "compute o16 late", "compute S16", "issue SK", "issue QS", "read v", "compute decayed", "complete QS", "compute R",
+            "issue u", "compute entering", "complete u", "compute W", "issue written", "compute u16", "issue inside",
+            "complete inside"]},
         {"name": "aux", "rows": "C", "warps": 4, "registers": 72, "eager": True, "events": [
-            "issue kk", "join A16 late", "complete kk", "compute M", "issue qk", "complete qk", "compute P"]}],
+            "issue kk", "complete kk", "compute M", "issue qk", "complete qk", "compute P"]}],
     "rings": [{"values": ["q"], "depth": 2}, {"values": ["k"], "depth": 3}, {"values": ["v"], "depth": 2},
               {"values": ["M"], "depth": 2}, {"values": ["A"], "depth": 2}, {"values": ["A16"], "depth": 2},
               {"values": ["G", "gamma", "rest", "whole", "beta"], "depth": 4},

@@ -11,7 +11,7 @@ from gdn_ir import artifacts, registry
 from gdn_ir.artifacts import Store
 from gdn_ir.compiler import Instance, Unsupported, variant
 from gdn_ir.programs.gated_delta import Switches
-from gdn_ir.schedules.defaults import CROWDED, default, roles_fit
+from gdn_ir.schedules.defaults import CROWDED, roles_fit, roles_in_one, with_triton
 from gdn_ir.schedules.roles import Event, Role
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
@@ -19,7 +19,7 @@ PACKED = Instance(Switches(final_state=True), 128, 128, "bf16", "bf16", True)
 
 
 def roles(instance: Instance = PACKED) -> Schedule:
-    return default("sm_90", instance, 8, 32, 8192, "tilelang")[0]
+    return with_triton(instance)
 
 
 def test_each_kernel_is_made_by_its_own_backend() -> None:
@@ -45,6 +45,9 @@ def test_rows_of_no_sequence_are_cleared_by_the_kernel_that_has_a_block_for_each
     dense = replace(PACKED, varlen=False)
     made = variant(dense, roles(dense), "tilelang", "sm_90").compiled
     assert not made.kernels[0].sweeps and "o_ptr" not in made.sources[0].text
+    alone = variant(PACKED, roles_in_one(), "tilelang", "sm_90").compiled
+    assert alone.kernels[0].owns_tail and alone.tails == () and "tail + beyond + C" in alone.sources[0].text
+    assert not variant(dense, roles_in_one(), "tilelang", "sm_90").compiled.kernels[0].owns_tail
 
 
 def test_roles_serve_where_there_are_blocks_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -62,8 +65,9 @@ def test_roles_serve_where_there_are_blocks_enough(monkeypatch: pytest.MonkeyPat
         assert served(8) == "triton"
     with gdn_ir.forbid("tilelang"):
         assert served(8) == "triton"
-    with gdn_ir.forbid("triton"):                          # which has a part in it
-        assert served(8) == "torch"
+    with gdn_ir.forbid("triton"):
+        assert served(8) == "tilelang"                     # one kernel, all of it TileLang's
+        assert served(1) == "torch"                        # here Triton has a part in it
     said = str(gdn_ir.explain(H=8, HV=32, T=8192, sequences=8, arch="sm_90", final_state=True))
     assert "roles in one block for each of 256 sequences and heads" in said
     registry.forget()

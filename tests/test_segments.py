@@ -16,7 +16,7 @@ from gdn_ir.program import Program, ScanView
 from gdn_ir.programs.gated_delta import Switches, build
 from gdn_ir.reference import recurrence
 from gdn_ir.schedules import defaults, steps
-from gdn_ir.schedules.defaults import cuts, default, of_roles, segment_of, segmented, segmented_roles
+from gdn_ir.schedules.defaults import cuts, default, roles_in_one, segmented, segmented_roles, way_of_roles, with_triton
 from gdn_ir.schedules.plans import plan
 from gdn_ir.schedules.schedule import Schedule
 from gdn_ir.split import split
@@ -172,13 +172,14 @@ def test_where_a_sequence_should_be_cut() -> None:
 def test_segments_of_roles_fill_the_gpu(sequences: int, heads: int, tokens: int, segment: int,
                                         monkeypatch: pytest.MonkeyPatch) -> None:
     """The length that was the fastest on an H100; whole where blocks fill it. Only where few sequences are long."""
-    assert segment_of(sequences, heads, tokens) == segment
+    assert way_of_roles(sequences, heads, tokens) == (segment, segment == 0)
     with monkeypatch.context() as m:
         m.setattr(defaults, "ROLES_IN_SEGMENTS", False)
-        assert default("sm_90", BF16, 1, 8, 32768, "tilelang")[0].name == "states-32" and segment_of(1, 64, 32768) == 0
+        assert default("sm_90", BF16, 1, 8, 32768, "tilelang")[0].name == "states-32" and way_of_roles(1, 64, 32768)[0] == 0
     cut, why = default("sm_90", BF16, 1, 8, 32768, "tilelang")
     assert cut == segmented_roles(BF16, 32) and "segments of 32 chunks" in why
-    assert default("sm_90", BF16, 8, 8, 8192, "tilelang")[0].name == of_roles().name        # enough blocks
+    assert default("sm_90", BF16, 8, 32, 8192, "tilelang")[0] == roles_in_one()             # enough blocks
+    assert default("sm_90", BF16, 2, 24, 8192, "tilelang")[0] == with_triton(BF16)          # the inverses are soon made
     assert default("sm_90", BF16, 4, 8, 8192, "tilelang")[0].name == "states-32"            # short ones
     assert default("sm_90", BF16, 1, 64, 32768, "tilelang")[0] == segmented_roles(BF16, 64)
 

@@ -30,7 +30,7 @@ from gdn_ir.compiler import Instance, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.registry import options
 from gdn_ir.schedules import adjoints
-from gdn_ir.schedules.defaults import LENGTHS, roles_fit, roles_in_one, whole_scans, with_triton
+from gdn_ir.schedules.defaults import LENGTHS, roles_fit, roles_in_one, way_of_roles, whole_scans, with_triton
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 SMALL = Instance(Switches(final_state=True), 16, 16, "f32", "f32", True)
@@ -153,10 +153,13 @@ def test_one_binary_serves_many_shapes() -> None:
         for b, k, s in zip(made.makers, made.kernels, made.sources, strict=True):
             codes[k.name, str(b.recipe(k, s, "sm_90"))] += 1
     kinds = Counter(name for name, _ in codes)
-    # two widths of Triton's scan; roles of whole sequences, and of segments of 16, 32 and 64 chunks; what comes before each
+    # two widths of Triton's scan; roles of whole sequences, which make the inverses or do not, and of segments of 16, 32 and 64
+    # chunks; what comes before each
     cut = dict.fromkeys(("reach", "transition", "offset", "compose"), 3)
-    assert kinds == {"solve": 3, "scan": 6, "output": 1, **cut}, kinds
-    assert sum(n for (name, _), n in codes.items() if name == "solve") == 203
+    assert kinds == {"solve": 3, "scan": 7, "output": 1, **cut}, kinds
+    crowded = sum(way_of_roles(len(lengths), HV, sum(lengths))[1] and roles_fit("sm_90", BF16, len(lengths), HV, sum(lengths))
+                  for lengths, _, HV in [*cases.FORWARD, *cases.TRAIN])
+    assert crowded > 40 and sum(n for (name, _), n in codes.items() if name == "solve") == 203 - crowded
 
 
 # ---- runs -------------------------------------------------------------------------------------------------------------------

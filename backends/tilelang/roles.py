@@ -173,12 +173,30 @@ class RolePrinter(RoleSteps):
             self.put(depth, "if chunks > 0:")
             self.run(behind, depth + 1)
         self.lines[top:top] = [f"{INDENT * depth}{line}" for line in self.buffers_of_role]
+        if self.kernel.owns_tail:
+            self.clear([s for s in steps if s.event.do == "store"], depth)
         for c in carries:
             for store in (n for n in self.kernel.program.roots if n.op is Op.STORE):
                 if store.args[0].op is Op.FINAL and store.args[0]["i"] == self.scan.carries.index(c["name"]):
                     self.say(c, depth)
                     to, _ = where(store, self.in_memory(c.axes), self.kernel)
                     self.put(self.over_rows(c, depth), f"{to} = {self.element(c, self.here(c.axes))}")
+
+    def clear(self, stores: list[Step], depth: int) -> None:
+        """Rows that no sequence owns come back as zeros: of as many as a chunk has, the blocks of each sequence take turns."""
+        if not stores:
+            return
+        chunk = self.kernel.chunk
+        self.put(depth, "tail = T.min(T.max(cu[N], 0), L)")
+        self.put(depth, f"for i in T.serial(T.truncdiv(T.ceildiv(L - tail, {chunk}) + N - 1 - n, N)):")
+        self.put(depth + 1, f"beyond = (n + i * N) * {chunk}")
+        for s in stores:
+            self.part = s.part or 0
+            order = tuple(sorted(s.node.args[0].axes, key=lambda a: a not in self.kernel.tokens))
+            text, inside = where(s.node, self.in_memory(order), self.kernel, first="tail + beyond", rows="L - tail - beyond")
+            deepest = self.rows_of(order, depth + 1)
+            self.put(deepest, f"if {inside}:")
+            self.put(deepest + 1, f"{text} = 0.0")
 
     def allocate_registers(self, cell: str, name: str, depth: int) -> None:
         node, r = self.value(name), self.role
