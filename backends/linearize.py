@@ -61,7 +61,7 @@ INLINE = (Op.ELEM, Op.CAST, Op.SELECT, Op.TWIN, Op.BROADCAST, Op.CONST, Op.PARAM
 FREE = (Op.CONST, Op.PARAM, Op.INDEX, Op.VALID)            # written wherever used, however often
 
 
-COSTLY = ("exp", "log", "rsqrt", "sigmoid", "softplus", "div")
+COSTLY = ("exp", "exp2", "log", "rsqrt", "sigmoid", "softplus", "div")
 
 Table = dict[Op, Callable[["Linear", Node], str]]
 

@@ -370,7 +370,7 @@ def _swap(axis: str, tile: str) -> str:
 ELEMENTWISE: dict[str, Callable[..., Array]] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "neg": torch.neg,
     "floordiv": lambda a, b: torch.floor(a / b), "min": torch.minimum, "max": torch.maximum,
-    "exp": torch.exp, "log": torch.log, "rsqrt": torch.rsqrt, "sigmoid": torch.sigmoid,
+    "exp": torch.exp, "exp2": torch.exp2, "log": torch.log, "rsqrt": torch.rsqrt, "sigmoid": torch.sigmoid,
     "softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
     "lt": torch.lt, "le": torch.le, "gt": torch.gt, "ge": torch.ge, "eq": torch.eq, "and": torch.logical_and,
 }

@@ -191,7 +191,7 @@ class Fn:
 FUNCTIONS: dict[str, Fn] = {
     "add": Fn(2, "+"), "sub": Fn(2, "-"), "mul": Fn(2, "*"), "div": Fn(2, "/"), "neg": Fn(1, "-"),
     "floordiv": Fn(2, "//"), "min": Fn(2), "max": Fn(2),
-    "exp": Fn(1), "log": Fn(1), "rsqrt": Fn(1), "sigmoid": Fn(1), "softplus": Fn(1),
+    "exp": Fn(1), "exp2": Fn(1), "log": Fn(1), "rsqrt": Fn(1), "sigmoid": Fn(1), "softplus": Fn(1),
     "lt": Fn(2, "<", "bool"), "le": Fn(2, "<=", "bool"), "gt": Fn(2, ">", "bool"), "ge": Fn(2, ">=", "bool"),
     "eq": Fn(2, "==", "bool"), "and": Fn(2, "&", "bool"),
 }

@@ -109,7 +109,7 @@ def _meet(a: Holds, b: Holds) -> Holds:
     return Holds({x: p for x, p in a.pad.items() if b.pad.get(x) == p}, a.finite and b.finite, a.drawn and b.drawn)
 
 
-_RISKY = ("exp", "log", "rsqrt", "div", "floordiv")       # finite arguments do not make these finite
+_RISKY = ("exp", "exp2", "log", "rsqrt", "div", "floordiv")       # finite arguments do not make these finite
 
 
 def _rule(n: Node, args: list[Holds], axes: frozenset[str], assumed: Mapping[str, Holds]) -> Holds:
@@ -184,7 +184,7 @@ def _elementwise(n: Node, args: list[Holds], padded: list[str]) -> Holds:
     constants = all(isinstance(new.get(a), float) and math.isfinite(new[a]) for a in padded)       # type: ignore[arg-type]
     finite = all(h.finite for h in args) and (n["fn"] not in _RISKY or (constants and len(padded) == 1))
     sane = all(math.isfinite(p) for p in new.values() if isinstance(p, float))
-    return Holds(new, sane and (finite or repeats or (n["fn"] == "exp" and drawn)), drawn)
+    return Holds(new, sane and (finite or repeats or (n["fn"] in ("exp", "exp2") and drawn)), drawn)
 
 
 def _select(n: Node, args: list[Holds], padded: list[str]) -> Holds:

@@ -2,6 +2,7 @@
 (None where there is none). A triangular solve is differentiated whole: its inner loop never is."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from gdn_ir.build import broadcast, cumsum, dot, elem, reduce_sum, select, sigmoid, strict_lower, tri_solve
@@ -35,6 +36,7 @@ ELEMENTWISE: dict[str, Callable[..., tuple[Node | None, ...]]] = {
     "min": lambda n, a, x, y: (select(elem("le", x, y), a, 0.0), select(elem("le", x, y), 0.0, a)),
     "max": lambda n, a, x, y: (select(elem("ge", x, y), a, 0.0), select(elem("ge", x, y), 0.0, a)),
     "exp": lambda n, a, x: (a * n,),
+    "exp2": lambda n, a, x: (a * n * math.log(2.0),),
     "log": lambda n, a, x: (a / x,),
     "rsqrt": lambda n, a, x: (-0.5 * a * n * n * n,),
     "sigmoid": lambda n, a, x: (a * n * (1.0 - n),),

@@ -1,8 +1,10 @@
 """Steps of exact algebra: a value computed another way. How a triangular solve is done, and where its scales go."""
 from __future__ import annotations
 
+import math
+
 from gdn_ir.analysis import needs
-from gdn_ir.build import dot, elem, eye, tri_solve
+from gdn_ir.build import as_node, dot, elem, eye, tri_solve
 from gdn_ir.nodes import Node, Op, twin
 from gdn_ir.program import Program
 from gdn_ir.schedules.pipeline import Pipeline, find, put, refuse, replace_node, step
@@ -64,6 +66,46 @@ def absorb(pipeline: Pipeline, name: str, scaled: str) -> Pipeline:
                 q = replace_node(p, u, dot(new, rest, u["over"]))
                 return put(pipeline, i, q.with_note(new, scaled, like=u))
     raise refuse("absorb", p, u, f"{name}'s right operand is not scaled along {u['over']}")
+
+
+@step
+def base_two(pipeline: Pipeline, name: str) -> Pipeline:
+    """exp(x) = exp2(x / ln 2), where x is linear in the elements and the end of a running sum, called `name`: its terms are
+    scaled, once, and no x is; hardware has exp2 alone."""
+    i, total = find(pipeline, name, "base_two")
+    p = pipeline[i]
+    if total.op is not Op.CUMSUM:
+        raise refuse("base_two", p, total, f"{name} is not a running sum")
+    (terms,) = total.args
+    scale = 1.0 / math.log(2.0)
+    scaled = terms * scale
+    memo: dict[Node, Node | None] = {total: total.but((scaled,))}
+
+    def linear(n: Node) -> Node | None:
+        if n not in memo:
+            if n.op is Op.REDUCE and n.args == (terms,) and dict(n.attr).get("fn", "sum") == "sum":
+                memo[n] = n.but((scaled,))
+            elif n.op in (Op.TWIN, Op.BROADCAST) or (n.op is Op.ELEM and n["fn"] in ("add", "sub", "neg")):
+                args = [linear(a) for a in n.args]
+                memo[n] = n.but(tuple(a for a in args if a is not None)) if None not in args else None
+            elif n.op is Op.SELECT:
+                yes, no = (linear(a) for a in n.args[1:])
+                memo[n] = n.but((n.args[0], yes, no)) if yes is not None and no is not None else None
+            elif n.const is not None:
+                memo[n] = as_node(n.const * scale)
+            else:
+                memo[n] = None
+        return memo[n]
+
+    def change(old: Node, args: tuple[Node, ...]) -> Node | None:
+        x = linear(old.args[0]) if old.op is Op.ELEM and old["fn"] == "exp" else None
+        return elem("exp2", x) if x is not None else None
+    names = {n: p.name_of(n) for n in p.nodes()}
+    q = p.rebuild(change)
+    for old, new in memo.items():
+        if new is not None and names.get(old):
+            q = q.with_note(new, str(names[old]), like=old)
+    return put(pipeline, i, q)
 
 
 @step

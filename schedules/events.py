@@ -89,8 +89,10 @@ def expressions(program: Program, names: tuple[tuple[str, str], ...] = ()) -> di
 
 def padding(n: Node) -> bool:
     """Whether a node masks rows past the end of a sequence, and does nothing else."""
+    if n.op is not Op.SELECT:
+        return False
     c = n.args[0]
-    return n.op is Op.SELECT and c.op is Op.ELEM and c["fn"] == "lt" and c.args[0].op is Op.INDEX and c.args[1].op is Op.VALID
+    return c.op is Op.ELEM and c["fn"] == "lt" and c.args[0].op is Op.INDEX and c.args[1].op is Op.VALID
 
 
 class Laid:
@@ -111,10 +113,13 @@ class Laid:
         self.owner: dict[str, Role] = {}
         self.onto: dict[str, str] = {}                     # a product -> the value it is added onto
         self.users = uses(program.nodes())
+        self.fetched: dict[tuple[str, Node], str] = {}     # (role, what it fetches) -> its name
         for r in roles.roles:
             for e in r.events:
                 if e.do in MAKE:
                     self.make(r, e)
+                elif e.do == "fetch":
+                    self.fetch(r, e)
         self.matrices = {self.held.get(n.args[0], ""): name for n, name in self.held.items() if n.op is Op.TRI_SOLVE}
         self.passed = {name for n, name in self.held.items() if n.op in (Op.TRI_SOLVE, Op.CUMSUM)} | set(self.matrices)
         self.carried()
@@ -143,6 +148,12 @@ class Laid:
             if base is not None and any(o == Event("compute", base) for o in r.events):
                 self.onto[e.value], node = base, users[0]
         self.held[node] = e.value
+
+    def fetch(self, r: Role, e: Event) -> None:
+        node = self.node(r, e)
+        if node.op is not Op.LOAD or len(node.axes) != 1 or (r.name, node) in self.fetched:
+            raise IllegalRoles(f"{r.name}: {e}: {self.program.describe(node)} is not what one can fetch, once: a number for each row")
+        self.fetched[r.name, node] = e.value
 
     def carried(self) -> None:
         """The carry's next value must be one product added onto what is left of it, in the role that keeps it."""
@@ -192,6 +203,14 @@ class Laid:
             walk(a)
         return tuple(found)
 
+    def taken(self, r: Role, node: Node) -> Iterator[str]:
+        """What a role has fetched, of that which a node is computed of."""
+        if (r.name, node) in self.fetched:
+            yield self.fetched[r.name, node]
+        for a in node.args:
+            if a not in self.held:
+                yield from self.taken(r, a)
+
     # -- what a step touches
 
     def instances(self, r: Role) -> list[str]:
@@ -205,6 +224,9 @@ class Laid:
     def registers(self, role: str, name: str, ahead: int = 0) -> Access:
         return Access(f"{role}:{self.homes.get(name, name)}", name, False, ahead)
 
+    def fetches(self, role: str, name: str) -> Access:
+        return Access(f"{role}:fetched {name}", name)
+
     def keeps(self, name: str, again: bool) -> bool:
         """Whether a value lies in registers: it has no ring, or its role reads it again, or it is added onto another."""
         if name in self.passed:
@@ -217,7 +239,7 @@ class Laid:
         return Access(name if part is None else f"{name}_{part}", name, True)
 
     def of(self, r: Role, instance: str, copy: int) -> Iterator[Step]:
-        here = {e.value for e in r.events if e.do != "load"}
+        here = {e.value for e in r.events if e.do not in ("load", "fetch")}
 
         def source(name: str, part: int | None, own: bool = True) -> Access:
             """Where a value lies that is read here. What warps read of each other (not own) lies in a ring, their own too."""
@@ -229,6 +251,9 @@ class Laid:
 
         for e in r.events:
             node = self.node(r, e)
+            if e.do == "fetch":
+                yield Step(e, node, "threads", (), (self.fetches(instance, e.value),))
+                continue
             what = self.held[node.args[0]] if e.do == "store" else e.value
             if e.do == "complete" and Event("issue", e.value) not in r.events:
                 raise IllegalRoles(f"{instance}: {e}: it is not issued here")
@@ -254,6 +279,7 @@ class Laid:
                     case _:
                         reads = tuple(source(n, part) for n in self.inputs(node))
                         reads += (self.registers(instance, self.onto[e.value]),) if e.value in self.onto else ()
+                        reads += tuple(self.fetches(instance, n) for n in dict.fromkeys(self.taken(r, node)))
                         writes = (*((across,) if e.value in self.rings else ()),
                                   *((kept,) if self.keeps(e.value, again) else ()))
                         if e.do == "issue":

@@ -67,8 +67,11 @@ def apart(role: str) -> str:
 
 def unrolled(ops: tuple[Op, ...], chunks: int) -> Iterator[tuple[Op, int]]:
     """What a role does, with the chunk that each step is of."""
+    def early(x: Op) -> bool:
+        return isinstance(x, Step) and x.event.early
+    yield from ((x, 0) for x in ops if early(x) and chunks)
     for c in range(chunks):
-        yield from ((x, c - x.late) for x in ops if c >= x.late)
+        yield from ((x, c - x.late + early(x)) for x in ops if x.late <= c < chunks - early(x))
     if chunks:
         yield from ((x, chunks - 1) for x in ops if x.late)
 

@@ -68,7 +68,7 @@ def plan(name: str, erase: bool = True, io: str = "bf16", chunk: int = 64, block
     Float32 inputs merge the inverse's blocks in split tf32, others in tf32. sums: the running sums of the log decay are
     computed beside the inverse, not in the serial scan. segment: chunks of a segment. leave: what is left to the backward.
     widen: the scan reads beta, if it does, as float32 from beside the inverse. scaled: the plan fused scales the inverse's
-    columns by beta, and merges its blocks in fp16: as roles want it.
+    columns by beta, merges its blocks in fp16 and has the log decay's sums in base 2: as roles want it.
     Raises ValueError for a name it lacks."""
     merges = {"f64": "f64", "f32": "tf32x3"}.get(io, "f16" if scaled else "tf32")
     invert: Steps = (("invert", "u", "A"), ("merge", "A", chunk, block, merges)) if erase else ()
@@ -83,7 +83,7 @@ def plan(name: str, erase: bool = True, io: str = "bf16", chunk: int = 64, block
     scan: Steps = (("name_kernel", "S", "scan"),)
     table: dict[str, Steps] = {
         "naive": (),
-        "fused": (*scan, *invert, *((absorbed[0],) if scaled else ()), ("move_scales",)),
+        "fused": (*scan, *invert, *((absorbed[0], ("base_two", "G")) if scaled else ()), ("move_scales",)),
         "solve": (*scan, *invert, *hoist, ("move_scales",)),
         "states": (*scan, *invert, *hoist, *output, ("move_scales",)),
         "wy": (*scan, *invert, *(halves if erase else ()), *output, ("move_scales",)),

@@ -7,6 +7,7 @@ Events, as they are written in JSON:
 
     load x          ask for a tile of a tensor (by TMA); it is complete when its ring says so
     read x          copy a value from its ring to registers
+    fetch x         copy a tensor's elements to registers, of which its role computes then
     compute x       compute a value, element by element
     issue x         start the product x; its left operand lies in registers or in a ring, the right one in a ring
     complete x      wait until x is computed (and what was issued before it)
@@ -14,7 +15,8 @@ Events, as they are written in JSON:
     join x          compute x, an inverse with its columns scaled, of M and those blocks, which warps read of each other
     store x         copy a value from its ring to the tensor x, and wait until its slot has been read
 
-An event that ends with " late" works on the chunk before: it runs under the next one's products.
+An event that ends with " late" works on the chunk before: it runs under the next one's products. A fetch that ends with
+" early" is of the chunk after: memory has a chunk's time to answer.
 """
 from __future__ import annotations
 
@@ -22,28 +24,30 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-DO = ("load", "read", "compute", "issue", "complete", "solve", "join", "store")
+DO = ("load", "read", "fetch", "compute", "issue", "complete", "solve", "join", "store")
 MAKE = ("load", "compute", "issue", "solve", "join")        # what a value comes from
 REGISTERS = 65536                                          # of a multiprocessor
 
 
 @dataclass(frozen=True)
 class Event:
-    """do: one of DO. late: for the chunk before."""
+    """do: one of DO. late: for the chunk before; early: for the one after."""
     do: str
     value: str
     late: bool = False
+    early: bool = False
 
     def __str__(self) -> str:
-        return f"{self.do} {self.value}{' late' if self.late else ''}"
+        return f"{self.do} {self.value}{' late' if self.late else ' early' if self.early else ''}"
 
     @staticmethod
     def of(text: str) -> Event:
         words = str(text).split()
-        late = words[2:] == ["late"]
-        if len(words) != 2 + late or words[0] not in DO:
-            raise ValueError(f"event: got {text!r}; accepts '{' | '.join(DO)}', a value's name, and 'late' or nothing")
-        return Event(words[0], words[1], late)
+        late, early = words[2:] == ["late"], words[2:] == ["early"]
+        if len(words) != 2 + late + early or words[0] not in DO or (early and words[0] != "fetch"):
+            raise ValueError(f"event: got {text!r}; accepts '{' | '.join(DO)}', a value's name, and 'late' or nothing "
+                             "(of a fetch 'early')")
+        return Event(words[0], words[1], late, early)
 
 
 @dataclass(frozen=True)
@@ -187,11 +191,11 @@ SOLVED = Roles.of({
 # the decays. Three chunks are at work at once: one is multiplied with the state, one waits in A16 and P, one is inverted. The
 # states ask for both products by S at once, for so they do with fewer registers, which the two warps want.
 FUSED = Roles.of({
-    "names": {**dict(SOLVED.names), "M": "select(index() > index(), (beta * D) * kk, 0.0)", "A16": "bf16(A_beta)"},
+    "names": {**dict(SOLVED.names), "gamma": "exp2(G)", "rest": "exp2(total - G)", "whole": "exp2(total)", "M": "select(index() > index(), (beta * D) * kk, 0.0)", "A16": "bf16(A_beta)"},
     "roles": [
         {"name": "load", "registers": 56, "events": [
-            "load k", "compute G", "compute total", "compute gamma", "compute rest", "compute whole", "compute beta",
-            "load v", "load q"]},
+            "load k", "compute G", "compute total", "fetch g early", "compute gamma", "compute rest", "compute whole",
+            "compute beta", "fetch beta early", "load v", "load q"]},
         {"name": "store", "registers": 56, "events": ["store o"]},
         {"name": "inverse", "warps": 2, "registers": 56, "events": ["solve A", "join A16"]},
         {"name": "state", "copies": 2, "rows": "V", "warps": 4, "registers": 192, "events": [

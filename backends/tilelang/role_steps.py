@@ -22,6 +22,8 @@ class RoleSteps(RolePlaces):
         name = self.laid.held.get(node)
         if node in self.chosen:
             return self.chosen[node]
+        if (self.role.name, node) in self.laid.fetched:
+            return f"{self.fetched(node)}[{at[node.axes[0]]}]"
         if name is None:
             return self.expression(node, at)
         cell = self.cell(name)
@@ -39,8 +41,14 @@ class RoleSteps(RolePlaces):
             return f"T.Select({', '.join(self.element(a, at) for a in node.args)})"
         return super().expression(node, at)
 
+    def fetched(self, node: Node) -> str:
+        """The registers that this role has fetched a tensor's elements to."""
+        return self.registers[self.laid.fetches(self.instance, self.laid.fetched[self.role.name, node]).cell][0]
+
     def loads(self, node: Node) -> bool:
         """Whether an expression reads a tensor."""
+        if (self.role.name, node) in self.laid.fetched:
+            return False
         return node.op is Op.LOAD or any(self.loads(a) for a in node.args if a not in self.laid.held)
 
     # -- statements
@@ -53,6 +61,8 @@ class RoleSteps(RolePlaces):
                 self.slotted(self.rings[s.writes[0].cell], depth, lambda i, d: self.load(s, i, fenced, d))
             case "store":
                 self.slotted(self.rings[s.reads[0].cell], depth, lambda i, d: self.store(s, i, d))
+            case "fetch":
+                self.fetch(s, depth, int(s.event.early))
             case "read":
                 to = self.registers[s.writes[0].cell][0]
                 self.parted(s.reads[0].cell, depth, lambda slot, d: self.put(d, f"T.copy({slot}, {to})"))
@@ -160,6 +170,14 @@ class RoleSteps(RolePlaces):
     def over_rows(self, n: Node, depth: int) -> int:
         return self.loops(self.ordered(n, self.role), depth)
 
+    def fetch(self, s: Step, depth: int, ahead: int) -> None:
+        """Of so many chunks ahead; of the chunk at hand where that is the first."""
+        rows = ahead * self.kernel.chunk
+        first, left = (f"t0 + {rows}", f"rows - {rows}") if ahead else ("t0", "rows")
+        text, condition = where(s.node, self.here(s.node.axes), self.kernel, first=first, rows=left)
+        at = self.element(s.node, self.here(s.node.axes))
+        self.put(self.loops(s.node.axes, depth), f"{at} = T.if_then_else({condition}, {text}, 0.0)")
+
     def compute(self, s: Step, depth: int) -> None:
         """A value, element by element: into registers, its ring, or both; a matrix goes to its ring by way of registers. A sum
         over tokens is made of such values in its ring."""
@@ -186,14 +204,15 @@ class RoleSteps(RolePlaces):
     def fill_with(self, n: Node, to: str, depth: int) -> None:
         """`to`, an element, from the expression of a value."""
         here = self.here(n.axes)
-        if n.op is Op.LOAD and n.axes:
+        if n.op is Op.LOAD and n.axes and (self.role.name, n) not in self.laid.fetched:
             text, condition = where(n, self.in_memory(n.axes), self.kernel)
             inside = self.over_rows(n, depth)
             self.put(inside, f"{to} = T.if_then_else({condition}, {text}, 0.0)" if condition else f"{to} = {text}")
             return
         masked = padding(n)
         self.ready(n, to, depth)
-        self.put(self.over_rows(n, depth), f"{to} = {self.expression(n.args[1] if masked else n, here)}")
+        value = self.element(n, here) if n.op is Op.LOAD else self.expression(n.args[1] if masked else n, here)
+        self.put(self.over_rows(n, depth), f"{to} = {value}")
         if masked:                                         # of few chunks, and then for all threads
             self.put(depth, f"if rows < {self.kernel.chunk}:")
             condition = self.element(n.args[0], here)

@@ -141,8 +141,14 @@ class RolePrinter(RoleSteps):
         if self.shared is not None:
             self.put(depth, f"{PART} = warpgroup - {self.shared}")
         ops, steps = self.plan.ops[instance], self.laid.steps[instance]
+        fetches = [s for s in steps if s.event.do == "fetch"]
+        for s in fetches:
+            text = self.linear.fresh(f"next_{s.event.value}" if s.event.early else s.event.value)
+            self.registers[s.writes[0].cell] = text, s.node.axes
+            self.put(depth, f'{text} = T.alloc_fragment({listed(self.shape(s.node.axes, r))}, "{DTYPES[s.node.type.dtype]}")')
         for a in {a.cell: a for s in steps for a in (*s.reads, *s.writes) if not a.ring}.values():
-            self.allocate_registers(a.cell, a.value, depth)
+            if a.cell not in self.registers:
+                self.allocate_registers(a.cell, a.value, depth)
         for s in steps:                                    # matrices that only pass through registers
             if s.event.do == "compute" and self.cell(s.event.value) not in self.registers and len(s.node.axes) == 2:
                 self.allocate_registers(self.cell(s.event.value), s.event.value, depth)
@@ -162,6 +168,10 @@ class RolePrinter(RoleSteps):
         if any(self.placed(s) for s in steps):
             self.chunk(self.scan, depth + 1)
         here = f"i_{self.scan.axis}"
+        if any(s.event.early for s in fetches):            # nobody was there to fetch what the first chunk needs
+            self.put(depth + 1, f"if {here} == 0:")
+            for s in fetches:
+                self.fetch(s, depth + 2, 0)
         for late, run in groupby(ops, key=lambda x: x.late):
             self.c = f"({here} - 1)" if late else here
             if late:
@@ -215,7 +225,7 @@ class RolePrinter(RoleSteps):
         """Whether a step must know its chunk's place, or where its sequence ends."""
         def walk(n: Node) -> bool:
             return n.op in (Op.LOAD, Op.VALID) or any(walk(a) for a in n.args if a not in self.laid.held)
-        return s.event.do in ("load", "store") or (s.event.do == "compute" and walk(s.node))
+        return s.event.do in ("load", "store", "fetch") or (s.event.do == "compute" and walk(s.node))
 
     # -- synchronisation
 

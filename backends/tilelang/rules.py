@@ -13,8 +13,8 @@ At_ = Mapping[str, str]                                    # a tile axis -> the 
 Element = Callable[[Node, At_], str]
 DTYPES = {"f32": "float32", "tf32": "float32", "tf32x3": "float32", "real": "float32", "bf16": "bfloat16", "f16": "float16",
           "int": "int32"}
-CALLS = {"exp": "T.exp", "log": "T.log", "rsqrt": "T.rsqrt", "sigmoid": "T.sigmoid", "min": "T.min", "max": "T.max",
-         "and": "T.And"}
+CALLS = {"exp": "T.exp", "exp2": "T.exp2", "log": "T.log", "rsqrt": "T.rsqrt", "sigmoid": "T.sigmoid", "min": "T.min",
+         "max": "T.max", "and": "T.And"}
 
 
 def const(l: Element, n: Node, at: At_, k: Kernel) -> str:

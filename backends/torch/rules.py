@@ -8,8 +8,8 @@ from gdn_ir.nodes import FUNCTIONS, At, Member, Members, Node, Op, Rows, Slot, T
 
 DTYPES = {"f64": "torch.float64", "f32": "torch.float32", "tf32": "torch.float32", "tf32x3": "torch.float32",
           "real": "torch.float32", "bf16": "torch.bfloat16", "f16": "torch.float16", "int": "torch.int64"}
-CALLS = {"exp": "torch.exp", "log": "torch.log", "rsqrt": "torch.rsqrt", "sigmoid": "torch.sigmoid",
-         "softplus": "torch.nn.functional.softplus", "min": "torch.minimum", "max": "torch.maximum"}
+CALLS = {"exp": "torch.exp", "exp2": "torch.exp2", "log": "torch.log", "rsqrt": "torch.rsqrt",
+         "sigmoid": "torch.sigmoid", "softplus": "torch.nn.functional.softplus", "min": "torch.minimum", "max": "torch.maximum"}
 
 
 def number(n: Node) -> bool:

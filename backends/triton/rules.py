@@ -11,8 +11,8 @@ from gdn_ir.nodes import FUNCTIONS, Node, Op, base
 
 DTYPES = {"f64": "tl.float64", "f32": "tl.float32", "tf32": "tl.float32", "tf32x3": "tl.float32", "real": "tl.float32",
           "bf16": "tl.bfloat16", "f16": "tl.float16", "int": "tl.int32"}
-CALLS = {"exp": "tl.exp", "log": "tl.log", "rsqrt": "tl.rsqrt", "sigmoid": "tl.sigmoid", "softplus": "softplus",
-         "min": "tl.minimum", "max": "tl.maximum"}
+CALLS = {"exp": "tl.exp", "exp2": "tl.exp2", "log": "tl.log", "rsqrt": "tl.rsqrt", "sigmoid": "tl.sigmoid",
+         "softplus": "softplus", "min": "tl.minimum", "max": "tl.maximum"}
 PRECISION = {"f32": "ieee", "tf32": "tf32", "tf32x3": "tf32x3"}
 
 
