@@ -207,23 +207,11 @@ def with_registers(base: Roles, **registers: int) -> Roles:
     return replace(base, roles=tuple(replace(r, registers=registers.get(r.name, registers["rest"])) for r in base.roles))
 
 
-def in_five(state: int = 192, aux: int = 64, inverse: int = 40, rest: int = 24, early: bool = True) -> Roles:
-    """The fused roles in five warpgroups: two warps solve and two join, and one sums alone. The numbers are registers."""
-    load, store, _, states, scales = FUSED.roles
-    sums = tuple(e for e in load.events if e.do != "load" and (early or e.do != "fetch"))
-    apart = (Role("load", (Event("load", "k"), Event("load", "q"))), Role("load_values", (Event("load", "v"),)), Role("sums", sums),
-             replace(store, registers=24), Role("solve", (Event("solve", "A"),), 2), Role("join", (Event("join", "A16"),), 2), states, scales)
-    return with_registers(replace(FUSED, roles=apart), state=state, aux=aux, solve=inverse, join=inverse, rest=rest)
-
-
 VARIANTS = {
     "shipped": SOLVED,
     "fused": FUSED,                                        # one kernel: the inverse too
     "fused_deep": with_rings(FUSED, k=4),
-    "fused_five": in_five(),
-    "fused_five_late": in_five(early=False),
-    "fused_five_72": in_five(aux=72, inverse=32),
-    "fused_five_32": in_five(inverse=32, rest=32),
+    "fused_inverses": with_rings(FUSED, A16=3),            # one more waits for the states
     "fused_64": with_registers(FUSED, state=192, aux=64, rest=64),
     "deeper": with_rings(q=3, A_beta=3, v=3, o16=2),
     # the states take turns at the tensor cores: one multiplies by its state while the other computes what it writes

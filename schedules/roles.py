@@ -115,9 +115,11 @@ class Roles:
             if sum(r.warps for r in group) != 4 or len({r.registers for r in group}) > 1:
                 raise ValueError(f"Roles.roles: {', '.join(r.name for r in group)} share a warpgroup; accepts roles, in order, "
                                  "that fill 4 warps and have the same registers")
-        used = sum(128 * group[0].registers for group in self.warpgroups())
-        if used > REGISTERS:
-            raise ValueError(f"Roles.roles: {used} registers in all; there are {REGISTERS}")
+        groups = self.warpgroups()
+        used = sum(128 * group[0].registers for group in groups)
+        pool = 128 * len(groups) * (REGISTERS // (128 * len(groups)) // 8 * 8)           # what a block is started with, no more
+        if used > pool:
+            raise ValueError(f"Roles.roles: {used} registers in all; {len(groups)} warpgroups have {pool}")
 
     def warpgroups(self) -> list[list[Role]]:
         """The roles (a role once for each of its copies) by the warpgroup that they are in."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from gdn_ir.backends.linearize import listed
 from gdn_ir.backends.tilelang import warps
 from gdn_ir.backends.tilelang.role_places import PART, Lies, RolePlaces
-from gdn_ir.backends.tilelang.rules import point, where
+from gdn_ir.backends.tilelang.rules import DTYPES, point, where
 from gdn_ir.backends.tilelang.statements import coordinate
 from gdn_ir.nodes import At, IRError, Node, Op, Rows, Tile
 from gdn_ir.schedules.events import Step, padding
@@ -23,7 +23,8 @@ class RoleSteps(RolePlaces):
         if node in self.chosen:
             return self.chosen[node]
         if (self.role.name, node) in self.laid.fetched:
-            return f"{self.fetched(node)}[{at[node.axes[0]]}]"
+            row = at[node.axes[0]]
+            return f"T.Select({row} < rows, {self.fetched(node)}[{row}], {zero(node)})"
         if name is None:
             return self.expression(node, at)
         cell = self.cell(name)
@@ -171,12 +172,12 @@ class RoleSteps(RolePlaces):
         return self.loops(self.ordered(n, self.role), depth)
 
     def fetch(self, s: Step, depth: int, ahead: int) -> None:
-        """Of so many chunks ahead; of the chunk at hand where that is the first."""
-        rows = ahead * self.kernel.chunk
-        first, left = (f"t0 + {rows}", f"rows - {rows}") if ahead else ("t0", "rows")
-        text, condition = where(s.node, self.here(s.node.axes), self.kernel, first=first, rows=left)
-        at = self.element(s.node, self.here(s.node.axes))
-        self.put(self.loops(s.node.axes, depth), f"{at} = T.if_then_else({condition}, {text}, 0.0)")
+        """Of so many chunks ahead; of the chunk at hand where that is the first. No row is left out, for then what is loaded would
+        be waited for at once, to choose between that and a zero: of those past the sequence's end the last one is loaded."""
+        (axis,) = s.node.axes
+        row = f"{coordinate(axis)} + {ahead * self.kernel.chunk}" if ahead else coordinate(axis)
+        text, _ = where(s.node, {axis: f"T.min({row}, rows - 1)"}, self.kernel)
+        self.put(self.loops(s.node.axes, depth), f"{self.fetched(s.node)}[{coordinate(axis)}] = {text}")
 
     def compute(self, s: Step, depth: int) -> None:
         """A value, element by element: into registers, its ring, or both; a matrix goes to its ring by way of registers. A sum
@@ -329,6 +330,11 @@ class RoleSteps(RolePlaces):
                 return self.laid.held[x], self.laid.held[bare], s.reads[-1].cell
         raise IRError(f"roles: {self.instance}: {s.event}: warps join an inverse, its columns scaled by what lies in a ring, "
                       "in bf16")
+
+
+def zero(node: Node) -> str:
+    """In a value's own dtype: no cast hides in a choice."""
+    return "0.0" if node.type.dtype == "f32" else f'T.cast(0.0, "{DTYPES[node.type.dtype]}")'
 
 
 def below(condition: Node) -> bool:
