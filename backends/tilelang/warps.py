@@ -40,18 +40,19 @@ def running_sum(x, at):
     "invert_blocks": '''
 @T.macro
 def invert_blocks(m, at, inverses, to, warps):
-    """The inverses of I + m, four strictly lower blocks of 16 rows, transposed, with the other sign: a column a lane, so two
-    blocks a warp, and then two more if it is alone."""
+    """The inverses of I + m, four strictly lower blocks of 16 rows, with the other sign: a row a lane, so two blocks a warp, and
+    then two more if it is alone. x (I + m) = -1 from the last column on: what is known goes into all before it at once, so that
+    no sum waits for itself, and a row of m is read whole."""
     lane = T.get_thread_binding() % 32
     x = T.alloc_local((16,), "float32")
     for turn in T.serial(2 // warps):
         half = T.get_thread_binding() // 32 % warps + turn
-        x[0] = T.Select(lane % 16 == 0, -1.0, 0.0)
-        for i in T.unroll(1, 16):
+        for i in T.unroll(16):
             x[i] = 0.0
-            for j in T.unroll(i):
-                x[i] -= m[at, half * 32 + lane // 16 * 16 + i, j] * x[j]
-            x[i] = T.Select(lane % 16 == i, -1.0, x[i])    # zero till then; set before, it is spilled
+        for i in T.unroll(16):
+            x[15 - i] = T.Select(lane % 16 == 15 - i, -1.0, x[15 - i])                # zero till then; set before, it is spilled
+            for j in T.unroll(15 - i):
+                x[j] -= m[at, half * 32 + lane // 16 * 16 + 15 - i, j] * x[15 - i]
         for i in T.unroll(16):
             inverses[to, half * 32 + lane, i] = T.cast(x[i], "float16")
 ''',
@@ -84,7 +85,7 @@ def join_blocks(m, m_at, inverses, at, factors, f_at, to, to_at, warps):
         w = warps * turn + warp + turn % 2 * (warps - 1 - 2 * warp)
         for i in T.unroll(2):
             factor[i] = -T.cast(factors[f_at, w * 16 + i * 8 + lane // 4], "float32")
-        load_matrix(left, 0, inverses, at, w * 16, 0, False, False)
+        load_matrix(left, 0, inverses, at, w * 16, 0, True, True)
         for i in T.unroll(4):
             for e in T.vectorized(2):
                 to[to_at, w * 16 + i % 2 * 8 + lane // 4, w * 16 + i // 2 * 8 + lane % 4 * 2 + e] = T.cast(
@@ -100,7 +101,7 @@ def join_blocks(m, m_at, inverses, at, factors, f_at, to, to_at, warps):
                 for i in T.unroll(8):
                     half[i] = T.cast(sums[i], "float16")
                     sums[i] = 0.0
-                load_matrix(right, 0, inverses, at, (w + s) * 16, 0, True, False)
+                load_matrix(right, 0, inverses, at, (w + s) * 16, 0, False, True)
                 multiply(sums, 0, half, 0, right, 0)
                 multiply(sums, 4, half, 0, right, 4)
                 if s < 3:
