@@ -300,15 +300,16 @@ class RoleSteps(RolePlaces):
         self.whole_matrix = False
         self.put(self.over_rows(n, depth), f'{lies.element(0, self.c, here)} = T.cast({at}, "float16")')
         inside = self.over_rows(n, depth)
-        self.put(inside, f"if {row} // {warps.BLOCK} == {column} // {warps.BLOCK}:")
-        self.put(inside + 1, f"{lies.buffers[1]}[{self.turn_of(name)}, {row}, {column} % {warps.BLOCK}] = {at}")
+        self.put(inside, f"if {row} // {warps.SOLVED} == {column} // {warps.SOLVED}:")
+        self.put(inside + 1, f"{lies.buffers[1]}[{self.turn_of(name)}, {row}, {column} % {warps.SOLVED}] = {at}")
 
     def solve(self, s: Step, depth: int) -> None:
         (block, size, dtype), matrix = s.node["merges"], s.reads[0].cell
         if self.role.warps > 2 or (block, size, dtype) != (warps.BLOCK, warps.SIZE, "f16"):
             raise IRError(f"roles: {self.instance}: {s.event}: one or two warps solve blocks of {warps.BLOCK} of "
                           f"{warps.SIZE} rows, for products in f16")
-        self.call("invert_blocks", depth, self.rings[matrix].buffers[1], self.turn_of(matrix),
+        whole, blocks = self.rings[matrix].buffers
+        self.call("invert_blocks", depth, blocks, whole, self.turn_of(matrix),
                   self.rings[s.event.value].buffers[0], self.turn_of(s.event.value), str(self.role.warps))
 
     def join(self, s: Step, depth: int) -> None:

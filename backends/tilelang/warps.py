@@ -11,11 +11,11 @@ and A are kept negated, so that no product is: -A_jw^T is the sum of (-A_tw^T) M
 """
 from __future__ import annotations
 
-SIZE, BLOCK = 64, 16                                       # rows of an inverse, and of the blocks that are solved
+SIZE, BLOCK, SOLVED = 64, 16, 8                            # rows of an inverse, of the blocks that are joined, and of what is solved
 # rows of a block's tile are so long that eight of them lie in different banks
-WIDTHS = {"matrix": SIZE + 8, "blocks": BLOCK + 4, "inverses": BLOCK + 8}
+WIDTHS = {"matrix": SIZE + 8, "blocks": SOLVED + 4, "inverses": BLOCK + 8}
 
-NEEDS = {"join_blocks": ("load_matrix", "multiply")}
+NEEDS = {"invert_blocks": ("load_pair", "multiply"), "join_blocks": ("load_matrix", "multiply")}
 TEXTS = {
     "running_sum": '''
 @T.macro
@@ -39,22 +39,50 @@ def running_sum(x, at):
 ''',
     "invert_blocks": '''
 @T.macro
-def invert_blocks(m, at, inverses, to, warps):
+def invert_blocks(small, m, at, inverses, to, warps):
     """The inverses of I + m, four strictly lower blocks of 16 rows, with the other sign: a row a lane, so two blocks a warp, and
-    then two more if it is alone. x (I + m) = -1 from the last column on: what is known goes into all before it at once, so that
-    no sum waits for itself, and a row of m is read whole."""
+    then two more if it is alone. small: m's blocks of 8 rows, which are solved first, x (I + m) = -1 from the last column on:
+    what is known goes into all before it at once, so that no sum waits for itself. Then what lies under them, x m x, of both
+    blocks by one product."""
     lane = T.get_thread_binding() % 32
-    x = T.alloc_local((16,), "float32")
+    x = T.alloc_local((8,), "float32")
+    left = T.alloc_local((8,), "float16")                  # two blocks of 8 x 8 on the diagonal of 16 x 16
+    pair = T.alloc_local((4,), "float16")
+    sums = T.alloc_local((4,), "float32")
     for turn in T.serial(2 // warps):
-        half = T.get_thread_binding() // 32 % warps + turn
-        for i in T.unroll(16):
+        first = (T.get_thread_binding() // 32 % warps + turn) * 32
+        for i in T.unroll(8):
             x[i] = 0.0
-        for i in T.unroll(16):
-            x[15 - i] = T.Select(lane % 16 == 15 - i, -1.0, x[15 - i])                # zero till then; set before, it is spilled
-            for j in T.unroll(15 - i):
-                x[j] -= m[at, half * 32 + lane // 16 * 16 + 15 - i, j] * x[15 - i]
-        for i in T.unroll(16):
-            inverses[to, half * 32 + lane, i] = T.cast(x[i], "float16")
+        for i in T.unroll(8):
+            x[7 - i] = T.Select(lane % 8 == 7 - i, -1.0, x[7 - i])
+            for j in T.unroll(7 - i):
+                x[j] -= small[at, first + lane // 8 * 8 + 7 - i, j] * x[7 - i]
+        for i in T.unroll(8):
+            inverses[to, first + lane, lane // 8 % 2 * 8 + i] = T.cast(x[i], "float16")
+        for i in T.unroll(8):
+            inverses[to, first + lane, 8 - lane // 8 % 2 * 8 + i] = T.cast(0.0, "float16")
+            left[i] = T.cast(0.0, "float16")
+        T.sync_warp()
+        block, row = first + lane // 8 % 2 * 16, lane % 8
+        load_pair(pair, inverses, to, block + 8 + row, 8, False)
+        for i in T.unroll(4):
+            left[i // 2 * 6 + i % 2] = pair[i]
+            sums[i] = 0.0
+        load_pair(pair, m, at, block + 8 + row, block, True)
+        multiply(sums, 0, left, 0, pair, 0)
+        for i in T.unroll(4):
+            left[i // 2 * 6 + i % 2] = T.cast(sums[i], "float16")
+            sums[i] = 0.0
+        load_pair(pair, inverses, to, block + row, 0, True)
+        multiply(sums, 0, left, 0, pair, 0)
+        for i in T.unroll(4):
+            inverses[to, first + i // 2 * 16 + 8 + lane // 4, lane % 4 * 2 + i % 2] = T.cast(sums[i], "float16")
+''',
+    "load_pair": '''
+def load_pair(dst, tile, slot, row, col, transposed):
+    """Two blocks of 8 x 8 for a product; row, col: a lane's, of the first or the second."""
+    return T.ptx_ldmatrix(T.bool(transposed), 2, T.access_ptr(tile[slot, row, col], "r", extent=8),
+                          T.access_ptr(dst[0], "w", extent=4))
 ''',
     "load_matrix": '''
 def load_matrix(dst, at, tile, slot, row, col, transposed, turned):
