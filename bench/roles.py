@@ -211,10 +211,7 @@ VARIANTS = {
     "shipped": SOLVED,
     "fused": FUSED,                                        # one kernel: the inverse too
     "fused_deep": with_rings(FUSED, k=4),
-    "fused_inverses": with_rings(FUSED, A16=3),            # one more waits for the states
-    # aux reads ahead, who solves has fewer
-    "fused_80": with_registers(FUSED, state=192, aux=80, rest=48),
-    "fused_88": with_registers(FUSED, state=192, aux=88, rest=40),
+    "fused_80": with_registers(FUSED, state=192, aux=80, rest=48),         # aux reads ahead, who solves has fewer
     "deeper": with_rings(q=3, A_beta=3, v=3, o16=2),
     # the states take turns at the tensor cores: one multiplies by its state while the other computes what it writes
     "turns": replace(SOLVED, turns=(Turn("state0", Event.of("issue u"), "state1", Event.of("issue SK")),)),

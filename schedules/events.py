@@ -107,6 +107,7 @@ class Laid:
                                    f"{', '.join(sorted(self.named))}")
         (self.scan,) = (ScanView.of(s) for s in program.scans() if s["carries"])         # around it: segments, all at once
         self.stores = {n["tensor"].name: n for n in self.scan.effects if n.op is Op.STORE}
+        self.loaded = {n["tensor"].name: n for n in program.nodes() if n.op is Op.LOAD}      # what is named alike may be made of it
         self.axes = {r.rows: r.copies for r in roles.roles if r.copies > 1}
         self.rings = {v: ring for ring in roles.rings for v in ring.values}
         self.held: dict[Node, str] = {}                    # nodes that events make, by the value's name
@@ -184,7 +185,7 @@ class Laid:
         return next(n for n, v in self.held.items() if v == name)
 
     def node(self, r: Role, e: Event) -> Node:
-        table = self.stores if e.do == "store" else self.named
+        table = self.stores if e.do == "store" else self.loaded if e.do == "fetch" else self.named
         if e.value not in table:
             raise IllegalRoles(f"{r.name}: {e}: no value is called {e.value}; there are {', '.join(sorted(table))}")
         return table[e.value]

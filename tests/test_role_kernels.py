@@ -143,7 +143,7 @@ def test_nvcc_serialises_nothing(tmp_path: Path, varlen: bool, segment: int) -> 
     notes = said.stdout + said.stderr
     assert not re.search(r"C75\d\d", notes)
     (stored,) = re.findall(r"(\d+) bytes spill stores", notes)
-    assert int(stored) <= 16                               # of warps that have time
+    assert int(stored) <= (32 if segment == FUSED else 16)         # addresses, of warps that have time and of who solves
 
 
 def test_asked_for_by_a_schedule(tmp_path: Path) -> None:

@@ -62,7 +62,9 @@ def test_json() -> None:
     ({"roles": [{"name": "a", "events": [], "warp": 4}], "rings": []}, "accepts an object with name, events, warps"),
     ({"roles": [{"name": "a", "events": [], "warps": 4, "registers": 30}], "rings": []}, "got 4 warps, 30 registers"),
     ({"roles": [{"name": "a", "events": [], "warps": 2}], "rings": []}, "fill 4 warps"),
-    ({"roles": [{"name": "a", "events": [], "warps": 4, "registers": 240, "rows": "V", "copies": 3}], "rings": []}, "65536"),
+    ({"roles": [{"name": "a", "events": [], "warps": 4, "registers": 240, "rows": "V", "copies": 3}], "rings": []},
+     "92160 registers in all; 3 warpgroups have 64512"),
+    ({"roles": [{"name": "a", "events": ["load x early"]}], "rings": []}, "event: got 'load x early'; accepts"),
 ])
 def test_refuses_data(data: object, why: str) -> None:
     with pytest.raises(ValueError, match=why):
@@ -208,6 +210,20 @@ def test_fused_runs(chunks: int, ragged: bool) -> None:
 def test_fused_is_synchronised() -> None:
     """As above, but for what is implied."""
     assert unseen(derive(laid(FUSED, -1))) == IMPLIED
+
+
+def test_what_is_fetched_early_is_of_the_next_chunk() -> None:
+    """Fetched before the chunk at hand has used its own, it is not what that chunk means."""
+    load = FUSED.roles[0]
+    fetch = Event.of("fetch g early")
+    moved = replace(load, events=(fetch, *(e for e in load.events if e != fetch)))
+    with pytest.raises(Fault, match=r"stale: load reads load:fetched g in chunk 0 .*\('g', 1\)"):
+        execute(derive(laid(replace(FUSED, roles=(moved, *FUSED.roles[1:])), -1)), 3)
+    for value, why in (("kk", "no value is called kk; there are .*beta, g"), ("k", "is not what one can fetch"),
+                       ("g early", "is not what one can fetch, once")):
+        twice = replace(load, events=(*load.events, Event.of(f"fetch {value}")))
+        with pytest.raises(IllegalRoles, match=why):
+            laid(replace(FUSED, roles=(twice, *FUSED.roles[1:])), -1)
 
 
 def test_warps_of_a_role_wait_for_each_other() -> None:

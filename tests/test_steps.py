@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 
 import pytest
@@ -58,7 +59,23 @@ def test_plans_are_exact(name: str, decay: str, erase: bool, sums: bool) -> None
             assert float((got[n] - want[n]).abs().max()) < 1e-10, n
 
 
+@pytest.mark.parametrize("erase", [True, False])
+def test_sums_in_base_two(erase: bool) -> None:
+    """The same values; the sum is scaled where it is made, and no exponential scales anything."""
+    p = build(Switches(erase=erase, initial_state=True, final_state=True))
+    (q,) = steps.apply(p, (("base_two", "G"),))
+    functions = [n["fn"] for n in q.nodes() if n.op.name == "ELEM"]
+    assert "exp" not in functions and functions.count("exp2") >= 3
+    assert q.named("G").args[0].op.name == "ELEM" and q.named("G").args[0].args[1].const == pytest.approx(1 / math.log(2))
+    sizes = Sizes({"C": 16, "K": 5, "V": 6, "H": 1, "HV": 2}, [0, 37, 37, 53])
+    given = memory(p, sizes)
+    want, got = (run(x, given, sizes, {"scale": 0.7}) for x in (p, q))
+    for n in ("o", "final_state"):
+        assert float((got[n] - want[n]).abs().max()) < 1e-12, n
+
+
 @pytest.mark.parametrize(("taken", "message"), [
+    ((("base_two", "kk"),), "base_two: kk is not a running sum"),
     ((("hoist", "u", "io", "solve"),), "hoist: u needs S, which the scan carries"),
     ((("hoist", "S", "io", "x"),), "hoist: S needs S"),
     ((("sink", "u"),), "sink: u feeds S"),
