@@ -32,8 +32,9 @@ def demo(text: Annotated[Optional[Path], typer.Argument(help="a text file (by de
 
 
 @app.command()
-def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch")] = "triton",
-         arch: Annotated[str, typer.Option(help="triton: sm_80 or sm_90; tilelang: cpu (torch has one source)")] = "sm_90",
+def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch (`explain` says which of them serves a "
+                                                   "call)")] = "triton",
+         arch: Annotated[str, typer.Option(help="sm_80 or sm_90; of tilelang also cpu (torch has one source)")] = "sm_90",
          dtype: Annotated[str, typer.Option(help="of q, k, v and beta: bf16, f16, f32 or f64")] = "bf16",
          K: int = 128, V: int = 128, varlen: bool = True, decay: bool = True, erase: bool = True, l2norm: bool = False,
          initial_state: bool = False, final_state: bool = True,
@@ -45,8 +46,8 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch")]
          keep: Annotated[str, typer.Option(help="what a forward leaves to its backward, or a backward is given: nothing, "
                                                 "inverse or states")] = "nothing",
          schedule: Annotated[str, typer.Option(help="default; a plan with modest options: naive, fused, solve, states or wy "
-                                                    "(of a backward: naive, fused or states); roles (tilelang, sm_90); "
-                                                    "or a JSON file")] = "default",
+                                                    "(of a backward: naive, fused or states); roles or roles-fused "
+                                                    "(tilelang, sm_90); or a JSON file")] = "default",
          kernel: Annotated[str, typer.Option(help="only this kernel")] = "",
          generated: Annotated[bool, typer.Option("--generated", help="print what the toolchain makes of it: PTX (triton), or "
                                                  "TIR and C (tilelang)")] = False,
@@ -56,7 +57,7 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch")]
     from gdn_ir.backends import BACKENDS
     from gdn_ir.compiler import Instance, variant
     from gdn_ir.programs.gated_delta import Switches
-    from gdn_ir.schedules.defaults import default, of_roles
+    from gdn_ir.schedules.defaults import default, of_roles, roles_in_one
     from gdn_ir.schedules.plans import PLANS, backward_plan, plan
     from gdn_ir.schedules.schedule import Schedule
     if backend not in BACKENDS:
@@ -77,8 +78,8 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch")]
             wanted = Schedule.from_json(Path(schedule).read_text())
         except ValueError as e:
             raise ValueError(f"--schedule {schedule}: {e}") from None
-    elif schedule == "roles" and not wrt:
-        wanted = of_roles()
+    elif schedule in ("roles", "roles-fused") and not wrt:
+        wanted = of_roles() if schedule == "roles" else roles_in_one()
     else:
         known = PLANS["backward" if wrt else "forward"]
         if schedule not in known:
@@ -121,7 +122,7 @@ def explain(shapes: Annotated[Optional[list[str]], typer.Argument(help="packed c
 
     from gdn_ir.bench.cases import parse
     from gdn_ir.registry import explain as say
-    calls = [(sum(lengths), 1, len(lengths), h, hv) for lengths, h, hv in parse(",".join(shapes), "forward")] if shapes else \
+    calls = [(sum(lengths), 1, len(lengths), h, hv) for lengths, h, hv in parse(",".join(shapes), "forward", "shapes")] if shapes else \
         [(T, B, sequences, H, HV)]
     wrt = names(grads)
     more = {"initial_state": "initial_state" in wrt, "final_state": final_state and not wrt}

@@ -151,6 +151,9 @@ def test_asked_for_by_a_schedule(tmp_path: Path) -> None:
     ask = ["emit", "--backend", "tilelang", "--schedule"]
     path.write_text(CliRunner().invoke(app, [*ask, "roles", "--json"]).output)
     assert Schedule.from_json(path.read_text()) == of_roles()
+    path_of_one = tmp_path / "one.json"
+    path_of_one.write_text(CliRunner().invoke(app, [*ask, "roles-fused", "--json"]).output)
+    assert Schedule.from_json(path_of_one.read_text()) == roles_in_one()
     said = CliRunner().invoke(app, [*ask, str(path), "--kernel", "scan"])
     assert said.exit_code == 0 and "T.barrier_wait(k_full[i_X % 3], i_X // 3 % 2)" in said.output
 
