@@ -46,10 +46,11 @@ class Frame:
             return backward_plan(self.plan, instance.program, instance.io, self.chunk, self.block, beta=instance.beta,
                                  segment=self.segment)
         if self.plan == "roles-fused":
-            return roles_in_one().steps
+            return roles_in_one(norm=instance.switches.l2norm).steps
         sums = self.sums and instance.switches.decay != "none"
         name = self.plan if self.plan != "roles" else "cut" if self.segment else "solve"
-        return plan(name, instance.switches.erase, instance.io, self.chunk, self.block, sums, self.segment)
+        norm = self.plan == "roles" and instance.switches.l2norm
+        return plan(name, instance.switches.erase, instance.io, self.chunk, self.block, sums, self.segment, norm=norm)
 
     def __str__(self) -> str:
         sums = "" if self.sums else ", sums in the scan"
@@ -162,7 +163,7 @@ def based(frame: Frame, backend: str, arch: str, instance: Instance, heads: int)
         if frame.plan in ("fused", "solve"):               # its scan does all the work
             known = {k: o for k, o in known.items() if k != "scan"}
     if frame.plan == "roles-fused":
-        known = dict(roles_in_one().kernels)
+        known = dict(roles_in_one(norm=instance.switches.l2norm).kernels)
     elif frame.plan == "roles":
         known = dict(with_triton(instance, frame.segment).kernels)
     elif frame.segment and instance.grads:

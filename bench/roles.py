@@ -29,7 +29,7 @@ from gdn_ir.compiler import Instance, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.reference import recurrence
 from gdn_ir.schedules.defaults import default, of_roles, roles_in_one
-from gdn_ir.schedules.roles import FUSED, SOLVED, Event, Ring, Role, Roles, Turn
+from gdn_ir.schedules.roles import FUSED, SOLVED, Event, Ring, Roles, Turn
 from gdn_ir.schedules.schedule import KernelOptions
 
 Tensors = dict[str, torch.Tensor]

@@ -122,8 +122,9 @@ def explain(shapes: Annotated[Optional[list[str]], typer.Argument(help="packed c
 
     from gdn_ir.bench.cases import parse
     from gdn_ir.registry import explain as say
-    calls = [(sum(lengths), 1, len(lengths), h, hv) for lengths, h, hv in parse(",".join(shapes), "forward", "shapes")] if shapes else \
-        [(T, B, sequences, H, HV)]
+    asked = parse(",".join(shapes), "forward", "shapes") if shapes else []
+    calls: list[tuple[int, int, int | None, int, int]] = \
+        [(sum(lengths), 1, len(lengths), h, hv) for lengths, h, hv in asked] or [(T, B, sequences, H, HV)]
     wrt = names(grads)
     more = {"initial_state": "initial_state" in wrt, "final_state": final_state and not wrt}
     said = [say(H=h, HV=hv, K=K, V=V, T=tokens, B=rows, sequences=count, dtype=dtype, arch=arch, recurrent=recurrent, grads=wrt,

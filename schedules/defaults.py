@@ -23,6 +23,7 @@ SEGMENT = 64                                               # chunks of one
 ROLES_IN_SEGMENTS = True                                   # whether sequences are cut where roles can scan them
 BACK_IN_SEGMENTS = True                                    # and those of a backward (schedules/adjoints.py)
 ROLES_IN_ONE = True                                        # whether roles may make the inverses too
+NORMALISED = False                                         # whether roles serve what the op normalises (no GPU has run it yet)
 LENGTHS = (8, 16, 32, 64, 128)                             # chunks that a segment of roles may have
 LONG = 128                                                 # chunks of a sequence, on average, that is worth cutting
 FILLED = 0.9                                               # blocks of the scan for each multiprocessor that need no more
@@ -56,7 +57,7 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
                 f"{arch}: {sequences * heads} blocks of roles would not fill {MULTIPROCESSORS[arch]} multiprocessors for long; "
                 f"each sequence is cut into segments of {size} chunks; what comes before their scan by triton")
         if one:
-            return roles_in_one(), \
+            return roles_in_one(norm=instance.switches.l2norm), \
                 f"{arch}: roles in one block for each of {sequences * heads} sequences and heads, beside each other on " \
                 f"{MULTIPROCESSORS[arch]} multiprocessors; they make the inverses too"
         return with_triton(instance), \
@@ -95,22 +96,29 @@ def kept(instance: Instance) -> str:
     return "" if instance.keep == "nothing" else f", {'given' if instance.grads else 'leaves'} {instance.keep}"
 
 
-def of_roles(roles: Roles = SOLVED, solve: KernelOptions | None = None) -> Schedule:
+def of_roles(roles: Roles = SOLVED, solve: KernelOptions | None = None, norm: bool = False) -> Schedule:
     """The plan "solve" with its scan as cooperating roles, for TileLang on Hopper, bfloat16, K = V = 128; the log decay's sums
-    are hoisted too."""
-    return Schedule("roles", steps=plan("solve", sums=True)).with_options(scan=KernelOptions(roles=roles),
-                                                                          solve=solve or KernelOptions(None, 4, 1))
+    are hoisted too. norm: q and k are normalised before, by Triton."""
+    made = Schedule("roles", steps=plan("solve", sums=True, norm=norm))
+    return made.with_options(**normalised(norm), scan=KernelOptions(roles=roles), solve=solve or KernelOptions(None, 4, 1))
 
 
-def roles_in_one(roles: Roles = FUSED) -> Schedule:
-    """The plan "fused" as cooperating roles, the inverse among what they make: one kernel."""
-    return Schedule("roles-fused", steps=plan("fused", scaled=True)).with_options(scan=KernelOptions(roles=roles))
+def roles_in_one(roles: Roles = FUSED, norm: bool = False) -> Schedule:
+    """The plan "fused" as cooperating roles, the inverse among what they make: one kernel, but for what normalises q and k."""
+    made = Schedule("roles-fused", steps=plan("fused", scaled=True, norm=norm))
+    return made.with_options(**normalised(norm), scan=KernelOptions(roles=roles))
+
+
+def normalised(norm: bool) -> dict[str, KernelOptions]:
+    """Of the kernel that normalises q and k for roles, whose tiles come from memory as they are."""
+    return {"norm": KernelOptions(None, 4, 1, backend="triton")} if norm else {}
 
 
 def way_of_roles(sequences: int, heads: int, tokens: int) -> tuple[int, bool]:
     """How roles should take a call: the chunks of a segment, one of LENGTHS, so that few kernels serve all lengths of sequences
-    (0 where these should stay whole), and whether they make the inverses too. By what an H100 takes, in microseconds: a block of
-    roles has a multiprocessor to itself, so that blocks come in waves of 2.8 a chunk, 3.5 where they make the inverses, which
+    (0 where these should stay whole), and whether they make the inverses too. By what an H100 takes, in microseconds: a block
+    of roles has a multiprocessor to itself, so that blocks come in waves of 2.8 a chunk, 3.5 where they make the inverses (3.2
+    was measured; but of unequal sequences the longest counts, and is sooner done where the inverses are made before), which
     else take 15 ns each; the transition and offset of what has not faded take 1 a chunk, composing 4 a segment."""
     chunks = -(-tokens // (64 * sequences))
     before = 0.015 * chunks * sequences * heads
@@ -130,15 +138,16 @@ def segmented_roles(instance: Instance, segment: int, roles: Roles = SOLVED) -> 
     """The plan "cut", with that many chunks to a segment: all segments scanned as roles, the kernels before by Triton."""
     before = {k: replace(o, backend="triton") for k, o in segmented("sm_90", instance, segment).kernels
               if k not in ("*", "scan", "output")}
-    steps = plan("cut", instance.switches.erase, instance.io, sums=True, segment=segment)
-    return Schedule(f"roles-{segment}", steps=steps).with_options(**before, scan=KernelOptions(roles=roles))
+    norm = instance.switches.l2norm
+    steps = plan("cut", instance.switches.erase, instance.io, sums=True, segment=segment, norm=norm)
+    return Schedule(f"roles-{segment}", steps=steps).with_options(**normalised(norm), **before, scan=KernelOptions(roles=roles))
 
 
 def with_triton(instance: Instance, segment: int = 0) -> Schedule:
     """Roles as they serve, all before their scan by Triton. segment: chunks of one; with 0, sequences are whole."""
     if segment:
         return segmented_roles(instance, segment)
-    return of_roles(SOLVED, replace(options("sm_90", instance, 32)["solve"], backend="triton"))
+    return of_roles(SOLVED, replace(options("sm_90", instance, 32)["solve"], backend="triton"), instance.switches.l2norm)
 
 
 def roles_can(arch: str, instance: Instance) -> bool:
@@ -146,7 +155,7 @@ def roles_can(arch: str, instance: Instance) -> bool:
     s = instance.switches
     fits = arch == "sm_90" and instance.io == "bf16" and (instance.K, instance.V) == (128, 128) and not instance.grads \
         and not instance.recurrent and instance.keep == "nothing"
-    return fits and s.decay == "scalar" and s.erase and not s.l2norm and not s.state_v_first
+    return fits and s.decay == "scalar" and s.erase and (NORMALISED or not s.l2norm) and not s.state_v_first
 
 
 def roles_fit(arch: str, instance: Instance, sequences: int, heads: int, tokens: int) -> bool:

@@ -63,7 +63,8 @@ def expressions(program: Program, names: tuple[tuple[str, str], ...] = ()) -> di
             case Op.CONST:
                 text[n] = repr(n["value"])
             case Op.LOAD:
-                text[n] = n["tensor"].name
+                t = n["tensor"]                            # "k_kept" is what an earlier kernel made of the rows of k
+                text[n] = t.name.removesuffix("_kept") if t.temp else t.name
             case Op.CARRY | Op.PARAM:
                 text[n] = n["name"]
             case Op.DOT:
@@ -107,7 +108,7 @@ class Laid:
                                    f"{', '.join(sorted(self.named))}")
         (self.scan,) = (ScanView.of(s) for s in program.scans() if s["carries"])         # around it: segments, all at once
         self.stores = {n["tensor"].name: n for n in self.scan.effects if n.op is Op.STORE}
-        self.loaded = {n["tensor"].name: n for n in program.nodes() if n.op is Op.LOAD}      # what is named alike may be made of it
+        self.loaded = {n["tensor"].name: n for n in program.nodes() if n.op is Op.LOAD}
         self.axes = {r.rows: r.copies for r in roles.roles if r.copies > 1}
         self.rings = {v: ring for ring in roles.rings for v in ring.values}
         self.held: dict[Node, str] = {}                    # nodes that events make, by the value's name
@@ -153,7 +154,8 @@ class Laid:
     def fetch(self, r: Role, e: Event) -> None:
         node = self.node(r, e)
         if node.op is not Op.LOAD or len(node.axes) != 1 or (r.name, node) in self.fetched:
-            raise IllegalRoles(f"{r.name}: {e}: {self.program.describe(node)} is not what one can fetch, once: a number for each row")
+            raise IllegalRoles(f"{r.name}: {e}: {self.program.describe(node)} is not what one can fetch, once: a number for "
+                               "each row")
         self.fetched[r.name, node] = e.value
 
     def carried(self) -> None:
@@ -185,6 +187,7 @@ class Laid:
         return next(n for n, v in self.held.items() if v == name)
 
     def node(self, r: Role, e: Event) -> Node:
+        # a value may have the name of the tensor that it is made of
         table = self.stores if e.do == "store" else self.loaded if e.do == "fetch" else self.named
         if e.value not in table:
             raise IllegalRoles(f"{r.name}: {e}: no value is called {e.value}; there are {', '.join(sorted(table))}")

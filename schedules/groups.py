@@ -1,5 +1,6 @@
-"""Steps for what grid points share: gradients of a key head are sums over the value heads that read it.
+"""Steps for what grid points share: what value heads read of their key head, and gradients of that, sums over them.
 
+    hoist_shared  what is made of a key head's rows alone, once for each, in an earlier kernel
     sum_after     each grid point stores its part, and a last kernel sums the parts
     sum_inside    a block owns a whole group, steps through its members, and stores their sum
 """
@@ -10,9 +11,55 @@ from dataclasses import replace
 from gdn_ir.build import zeros
 from gdn_ir.nodes import At, Member, Members, Node, Op, Rows, Tensor, Term, make
 from gdn_ir.program import Note, Program, ScanView, only
-from gdn_ir.schedules.partition import chunks_at_once, parallel
-from gdn_ir.schedules.pipeline import IllegalStep, Pipeline, put, refuse, step
+from gdn_ir.schedules.partition import chunks_at_once, parallel, scan_of
+from gdn_ir.schedules.pipeline import IllegalStep, Pipeline, put, refuse, replace_node, step
 from gdn_ir.verify import verify
+
+
+@step
+def hoist_shared(pipeline: Pipeline, tensors: str, dtype: str, kernel: str) -> Pipeline:
+    """Of tensors (comma-separated) that grid points share (q and k of a key head) compute what is made of each row alone,
+    before any product, in a kernel over these, all chunks at once, and store it. Legal iff there is such a thing."""
+    names = tensors.split(",")
+    i = next((i for i, q in enumerate(pipeline) if not parallel(q) and set(names) <= set(q.read())), None)
+    if i is None or any(q.name == kernel for q in pipeline):
+        raise IllegalStep(f"hoist_shared: no serial kernel reads {tensors}, or there is a kernel {kernel} already")
+    p, stores, loads = pipeline[i], [], dict[Node, Node]()
+    groups: dict[str, str] = {}
+    for name in names:
+        row = next(n for n in p.nodes() if n.op is Op.LOAD and n["tensor"].name == name)
+        scan = scan_of("hoist_shared", p, row)
+        value = _made_of(p, row)
+        at = next((t for t in row["index"] if isinstance(t, At)), None)
+        if at is None or at.share is None or value is row:
+            raise refuse("hoist_shared", p, row, f"{name} is no row that grid points share, of which something is made")
+        groups[at.grid] = at.share
+        t = row["tensor"]
+        kept = Tensor(f"{name}_kept", t.dims, dtype, temp=True)
+        stores.append(make(Op.STORE, (value,), tensor=kept, index=row["index"], sum=()))
+        loads[value] = make(Op.LOAD, (), tensor=kept, index=row["index"])
+
+    def over_groups(old: Node, args: tuple[Node, ...]) -> Node | None:
+        if old.op in (Op.LOAD, Op.STORE):
+            return old.but(args, index=tuple(At(t.share) if isinstance(t, At) and t.share else t for t in old["index"]))
+        return None
+    body = chunks_at_once(scan, tuple(stores))
+    before = replace(Program(kernel, p.grid, (body,), only(p.notes, (body,))).rebuild(over_groups),
+                     grid=tuple(groups.get(g, g) for g in p.grid))
+    for (value, load), name in zip(loads.items(), names, strict=True):
+        p = replace_node(p, value, load).with_note(load, name, like=value)
+    return (*pipeline[:i], verify(before), verify(p), *pipeline[i + 1:])
+
+
+def _made_of(p: Program, row: Node) -> Node:
+    """The last value with a row's axes that is made of that row alone, element by element and by sums."""
+    alone, last = {row}, row
+    for n in p.nodes():
+        if n.op in (Op.ELEM, Op.CAST, Op.REDUCE, Op.BROADCAST, Op.SELECT) and \
+                set(n.args) & alone and all(a in alone or a.op is Op.CONST for a in n.args):
+            alone.add(n)
+            last = n if n.axes == row.axes else last
+    return last
 
 
 @step

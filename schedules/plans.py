@@ -9,7 +9,8 @@
               state (transition and offset), then, composed, from the state that each starts with
     cut       the same of solve: the last scan makes the output too
 
-(What has faded at a segment's end is left out of the two where the log decay's sums are there to tell: `sums`.)
+(What has faded at a segment's end is left out of the two where the log decay's sums are there to tell: `sums`. What the op
+normalises may be so in a kernel of its own, before all others: `norm`.)
 
 The kernels are called solve, scan and output; and transition, offset and compose.
 
@@ -63,12 +64,14 @@ def left(keep: str, decay: bool = True, erase: bool = True) -> tuple[str, ...]:
 
 
 def plan(name: str, erase: bool = True, io: str = "bf16", chunk: int = 64, block: int = 16, sums: bool = False,
-         segment: int = 32, leave: tuple[str, ...] = (), widen: bool = False, scaled: bool = False) -> Steps:
+         segment: int = 32, leave: tuple[str, ...] = (), widen: bool = False, scaled: bool = False,
+         norm: bool = False) -> Steps:
     """The steps of a plan. Without erase there is nothing to solve: what is left of the plan is where the output is computed.
     Float32 inputs merge the inverse's blocks in split tf32, others in tf32. sums: the running sums of the log decay are
     computed beside the inverse, not in the serial scan. segment: chunks of a segment. leave: what is left to the backward.
     widen: the scan reads beta, if it does, as float32 from beside the inverse. scaled: the plan fused scales the inverse's
-    columns by beta, merges its blocks in fp16 and has the log decay's sums in base 2: as roles want it.
+    columns by beta, merges its blocks in fp16 and has the log decay's sums in base 2: as roles want it. norm: q and k, which
+    the program normalises, are so before all else, once for each key head (a kernel norm).
     Raises ValueError for a name it lacks."""
     merges = {"f64": "f64", "f32": "tf32x3"}.get(io, "f16" if scaled else "tf32")
     invert: Steps = (("invert", "u", "A"), ("merge", "A", chunk, block, merges)) if erase else ()
@@ -93,7 +96,8 @@ def plan(name: str, erase: bool = True, io: str = "bf16", chunk: int = 64, block
         table[cut] = (*table[whole], ("segment", "S", segment, "f64" if io == "f64" else "tf32x3"), *fades)
     if name not in table:
         raise ValueError(f"plan: got {name!r}; accepts {', '.join(table)}")
-    return (*table[name], ("leave", *leave)) if leave else table[name]
+    first: Steps = (("hoist_shared", "q,k", "io", "norm"),) if norm else ()
+    return (*first, *table[name], ("leave", *leave)) if leave else (*first, *table[name])
 
 
 def narrow(beta: str) -> bool:

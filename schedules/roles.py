@@ -190,9 +190,9 @@ SOLVED = Roles.of({
 
 # The scan of the plan "fused": the inverse is made beside the states. aux multiplies K K^T and Q K^T and makes M; two warps
 # invert M's blocks of 16 rows and join them, each what lies in its columns, and need nothing else of each other; who loads sums
-# the decays, of which it has asked for the next already. Three chunks are at work at once: one is multiplied with the state, one
-# waits in A16 and P, one is inverted. The states ask for both products by S at once, for so they do with fewer registers, which
-# the two warps and aux want.
+# the decays, of which it has asked for the next already. Three chunks are at work at once: one is multiplied with the state,
+# one waits in A16 and P, one is inverted. The states ask for both products by S at once, for so they do with fewer registers,
+# which the two warps and aux want.
 FUSED = Roles.of({
     "names": {**dict(SOLVED.names), "gamma": "exp2(G)", "rest": "exp2(total - G)", "whole": "exp2(total)",
               "M": "select(index() > index(), (beta * D) * kk, 0.0)", "A16": "bf16(A_beta)"},

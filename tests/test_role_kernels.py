@@ -23,7 +23,8 @@ from gdn_ir.cli import app
 from gdn_ir.compiler import Instance, Unsupported, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.reference import recurrence
-from gdn_ir.schedules.defaults import of_roles, roles_in_one, segmented_roles
+from gdn_ir.schedules import defaults
+from gdn_ir.schedules.defaults import of_roles, roles_in_one, segmented_roles, with_triton
 from gdn_ir.schedules.plans import plan
 from gdn_ir.schedules.protocol import Plan, Step, Sync, derive
 from gdn_ir.schedules.roles import SOLVED, Roles
@@ -202,3 +203,31 @@ def test_emitted_text_computes_the_rule(late: bool, varlen: bool, starts: bool, 
     assert not kept or relative(memory["final_state"], want[1]) < 4.5e-3
     assert bool((memory["o"][total:] == (0 if kernel.owns_tail else 7)).all())
     assert kernel.owns_tail == (varlen and segment <= 0)
+
+
+@pytest.mark.parametrize("segment", [0, 2, FUSED])
+def test_what_is_normalised_is_so_before(monkeypatch: pytest.MonkeyPatch, segment: int) -> None:
+    """q and k are normalised once for each key head, in a kernel by Triton; roles load what it stored."""
+    monkeypatch.setattr(defaults, "NORMALISED", True)
+    i = Instance(Switches(l2norm=True, final_state=True), 128, 128, "bf16", "bf16", True)
+    made = roles_in_one(norm=True) if segment == FUSED else with_triton(i, segment)
+    chosen = variant(i, made, "tilelang", "sm_90")
+    first, maker = chosen.compiled.kernels[0], chosen.compiled.makers[0]
+    assert defaults.roles_can("sm_90", i) and (first.name, maker.name, first.program.grid) == ("norm", "triton", ("N", "H"))
+    assert "k_kept_" in chosen.sources[-1].text
+    plans = {0: plan("solve", sums=True, norm=True), FUSED: plan("fused", scaled=True, norm=True)}
+    steps = plans.get(segment) or plan("cut", sums=True, segment=segment, norm=True)
+    before = variant(i, Schedule("x", steps=steps), "torch", "torch")
+    x = inputs.make([193, 0, 65], 1, 2, device="cpu")
+    x["q"], x["k"] = 3 * x["q"], x["k"] / 5
+    want = recurrence(*(x[n][None] for n in ("q", "k", "v", "g", "beta")), cu_seqlens=x["cu_seqlens"], l2norm=True)
+    memory = {n: x[n] for n in ("q", "k", "v", "g", "beta")}
+    memory |= {"o": torch.full_like(x["v"], float("nan")), "final_state": torch.full_like(x["initial_state"], float("nan"))}
+    call = chosen.call_of(memory, 3, x["cu_seqlens"])
+    for launch in before.compiled.launches[:-1]:
+        memory |= launch(memory, {"scale": 1.0}, call) or {}
+    kernel, source = chosen.compiled.kernels[-1], chosen.sources[-1]
+    memory |= {n: memory[n].to(TORCH[t.dtype]) for n, t in kernel.program.tensors().items() if t.temp}
+    emulated.run(kernel, source, memory, 128 ** -0.5, call, False)
+    assert relative(memory["o"], want[0][0]) < 4.5e-3
+    assert relative(memory["final_state"], want[1]) < 4.5e-3

@@ -194,9 +194,9 @@ def test_nothing_derived_is_redundant(segment: int) -> None:
     assert not unseen(derive(laid(segment=segment)))
 
 
-# What follows from other synchronisation of the fused roles: who waits for P or M knows of the sums that they are made of; k has
-# fewer slots than the sums, and a slot of k is free only after all that the sums are for; the two warps have waited for each
-# other's blocks of the chunk before.
+# What follows from other synchronisation of the fused roles: who waits for P or M knows of the sums that they are made of; k
+# has fewer slots than the sums, and a slot of k is free only after all that the sums are for; the two warps have waited for
+# each other's blocks of the chunk before.
 IMPLIED = {"inverse: without wait A_free", "inverse: without wait G_full", "load: without wait G_free",
            "state0: without wait G_full", "state1: without wait G_full"}
 

@@ -74,6 +74,34 @@ def test_sums_in_base_two(erase: bool) -> None:
         assert float((got[n] - want[n]).abs().max()) < 1e-12, n
 
 
+@pytest.mark.parametrize(("name", "grids"), [("fused", ("H", "HV")), ("solve", ("H", "HV", "HV")),
+                                             ("cut", ("H", *6 * ("HV",)))])
+def test_rows_of_a_key_head_are_normalised_once(name: str, grids: tuple[str, ...]) -> None:
+    """In a kernel over key heads, whose stores the others read; the same values, and no other square."""
+    p = build(Switches(l2norm=True, initial_state=True, final_state=True))
+    wanted = plan(name, chunk=16, block=4, sums=name != "fused", segment=2, io="f64", norm=True)
+    kernels = list(steps.apply(p, wanted))
+    assert kernels[0].name == "norm" and tuple(k.grid[-1] for k in kernels) == grids
+    assert [n["fn"] for k in kernels for n in k.nodes() if n.op.name == "ELEM"].count("rsqrt") == 2
+    assert {"q_kept", "k_kept"} <= set(kernels[-1].read()) and not {"q", "k"} & set(kernels[-1].read())
+    sizes = Sizes({"C": 16, "K": 5, "V": 6, "H": 1, "HV": 2, "X": 2}, [0, 37, 37, 101])
+    given = memory(p, sizes)
+    want, got = run(p, given, sizes, {"scale": 0.7}), dict(given)
+    for k in kernels:
+        got |= run_pipeline([k], got, sizes, {"scale": 0.7})
+    for n in ("o", "final_state"):
+        assert float((got[n] - want[n]).abs().max()) < 1e-12, n
+
+
+def test_what_cannot_be_made_once_for_a_key_head() -> None:
+    for tensors, l2norm, why in (("q,k", False, "q is no row that grid points share, of which"), ("v", True, "v is no row"),
+                                 ("w", True, "no serial kernel reads w")):
+        with pytest.raises(steps.IllegalStep, match=f"hoist_shared: {why}"):
+            steps.apply(build(Switches(l2norm=l2norm)), (("hoist_shared", tensors, "io", "norm"),))
+    with pytest.raises(steps.IllegalStep, match="there is a kernel norm already"):
+        steps.apply(build(Switches(l2norm=True)), 2 * (("hoist_shared", "q,k", "io", "norm"),))
+
+
 @pytest.mark.parametrize(("taken", "message"), [
     ((("base_two", "kk"),), "base_two: kk is not a running sum"),
     ((("hoist", "u", "io", "solve"),), "hoist: u needs S, which the scan carries"),

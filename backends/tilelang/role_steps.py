@@ -172,8 +172,8 @@ class RoleSteps(RolePlaces):
         return self.loops(self.ordered(n, self.role), depth)
 
     def fetch(self, s: Step, depth: int, ahead: int) -> None:
-        """Of so many chunks ahead; of the chunk at hand where that is the first. No row is left out, for then what is loaded would
-        be waited for at once, to choose between that and a zero: of those past the sequence's end the last one is loaded."""
+        """Of so many chunks ahead; of the chunk at hand where that is the first. No row is left out, for then what is loaded
+        would be waited for at once, to choose between that and a zero: of those past the sequence's end the last is loaded."""
         (axis,) = s.node.axes
         row = f"{coordinate(axis)} + {ahead * self.kernel.chunk}" if ahead else coordinate(axis)
         text, _ = where(s.node, {axis: f"T.min({row}, rows - 1)"}, self.kernel)

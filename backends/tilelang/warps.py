@@ -11,7 +11,7 @@ and A are kept negated, so that no product is: -A_jw^T is the sum of (-A_tw^T) M
 """
 from __future__ import annotations
 
-SIZE, BLOCK, SOLVED = 64, 16, 8                            # rows of an inverse, of the blocks that are joined, and of what is solved
+SIZE, BLOCK, SOLVED = 64, 16, 8                            # rows of an inverse, of blocks that are joined, and that are solved
 # rows of a block's tile are so long that eight of them lie in different banks
 WIDTHS = {"matrix": SIZE + 8, "blocks": SOLVED + 4, "inverses": BLOCK + 8}
 
@@ -77,7 +77,7 @@ def invert_blocks(small, m, at, inverses, to, warps):
         multiply(sums, 0, left, 0, pair, 0)
         for i in T.unroll(4):
             inverses[to, first + i // 2 * 16 + 8 + lane // 4, lane % 4 * 2 + i % 2] = T.cast(sums[i], "float16")
-''',
+''',  # noqa: E501 (a longer line than others, in the text that a GPU has run)
     "load_pair": '''
 def load_pair(dst, tile, slot, row, col, transposed):
     """Two blocks of 8 x 8 for a product; row, col: a lane's, of the first or the second."""
