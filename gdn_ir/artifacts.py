@@ -10,9 +10,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import subprocess
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1                                                 # of about.json; in the keys of the cache, so that versions share one
 ABOUT = "about.json"
+LOG = logging.getLogger("gdn_ir")
 
 
 class NotCompiled(RuntimeError):
@@ -189,7 +192,10 @@ def obtain(backend: Backend, kernel: Kernel, source: Source, arch: str) -> Artif
         return found
     if os.environ.get("GDN_IR_NO_JIT") == "1":
         raise NotCompiled(f"{kernel.name} for {arch} by {backend.name} is neither in the cache nor in a loaded pack")
+    began = time.perf_counter()
+    LOG.info("compiling %s for %s by %s", kernel.name, arch, backend.name)
     built = backend.build(kernel, source, arch)
+    LOG.info("compiled %s for %s by %s in %.1f s", kernel.name, arch, backend.name, time.perf_counter() - began)
     assert built is not None, f"{backend.name} has nothing to build"
     try:
         found = here.put(key, built, recipe, toolchain)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import shutil
@@ -48,8 +49,13 @@ def run(chosen: Variant) -> float:
     return error(o, expected(x)[0])
 
 
-def test_damage_is_rebuilt_with_a_warning_and_the_folder_moves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run(native()) <= 1e-5
+def test_damage_is_rebuilt_with_a_warning_and_the_folder_moves(folder: Path, monkeypatch: pytest.MonkeyPatch,
+                                                               caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "gdn_ir"):
+        assert run(native()) <= 1e-5
+    first, last = caplog.messages
+    assert re.fullmatch(r"compiling \w+ for cpu by tilelang", first)
+    assert re.fullmatch(r"compiled \w+ for cpu by tilelang in .* s", last)
     (kept,) = (folder / cache.ARTIFACTS).iterdir()
     moved = folder.with_name("moved")
     shutil.move(folder, moved)
