@@ -194,13 +194,10 @@ def with_rings(base: Roles = SOLVED, **depths: int) -> Roles:
     return replace(base, rings=tuple(Ring(r.values, depths.get(r.values[0], r.depth)) for r in base.rings))
 
 
-def with_events(role: str, *events: str, base: Roles = SOLVED) -> Roles:
+def with_events(role: str, *events: str) -> Roles:
     """The shipped roles, of which one does other things, or in another order."""
     new = tuple(map(Event.of, events))
-    return replace(base, roles=tuple(replace(r, events=new) if r.name == role else r for r in base.roles))
-
-
-EARLY = tuple(str(e) for r in FUSED.roles if r.name == "state" for e in r.events)
+    return replace(SOLVED, roles=tuple(replace(r, events=new) if r.name == role else r for r in SOLVED.roles))
 
 
 def with_registers(base: Roles, **registers: int) -> Roles:
@@ -220,7 +217,7 @@ VARIANTS = {
                          "issue u", "issue QS", "compute decayed", "complete QS", "compute u16", "compute W",
                          "compute entering", "issue written", "issue inside", "complete inside"),
     # both products by the state at once, what is left of it under them
-    "early": with_events("state", *EARLY),
+    "early": with_events("state", *(str(e) for r in FUSED.roles if r.name == "state" for e in r.events)),
 }
 
 

@@ -79,7 +79,7 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch (`
         except ValueError as e:
             raise ValueError(f"--schedule {schedule}: {e}") from None
     elif schedule in ("roles", "roles-fused") and not wrt:
-        wanted = of_roles() if schedule == "roles" else roles_in_one()
+        wanted = of_roles(norm=l2norm) if schedule == "roles" else roles_in_one(norm=l2norm)
     else:
         known = PLANS["backward" if wrt else "forward"]
         if schedule not in known:

@@ -80,11 +80,14 @@ def base_two(pipeline: Pipeline, name: str) -> Pipeline:
     scale = 1.0 / math.log(2.0)
     scaled = terms * scale
     memo: dict[Node, Node | None] = {total: total.but((scaled,))}
+    summed = {total}                                       # what has the sum in it
+    changed = False
 
     def linear(n: Node) -> Node | None:
         if n not in memo:
             if n.op is Op.REDUCE and n.args == (terms,) and dict(n.attr).get("fn", "sum") == "sum":
                 memo[n] = n.but((scaled,))
+                summed.add(n)
             elif n.op in (Op.TWIN, Op.BROADCAST) or (n.op is Op.ELEM and n["fn"] in ("add", "sub", "neg")):
                 args = [linear(a) for a in n.args]
                 memo[n] = n.but(tuple(a for a in args if a is not None)) if None not in args else None
@@ -95,13 +98,21 @@ def base_two(pipeline: Pipeline, name: str) -> Pipeline:
                 memo[n] = as_node(n.const * scale)
             else:
                 memo[n] = None
+            if memo[n] is not None and summed & set(n.args):
+                summed.add(n)
         return memo[n]
 
     def change(old: Node, args: tuple[Node, ...]) -> Node | None:
+        nonlocal changed
         x = linear(old.args[0]) if old.op is Op.ELEM and old["fn"] == "exp" else None
-        return elem("exp2", x) if x is not None else None
+        if x is None or old.args[0] not in summed:
+            return None
+        changed = True
+        return elem("exp2", x)
     names = {n: p.name_of(n) for n in p.nodes()}
     q = p.rebuild(change)
+    if not changed:
+        raise refuse("base_two", p, total, f"no exponential is of a sum of {name}'s elements")
     for old, new in memo.items():
         if new is not None and names.get(old):
             q = q.with_note(new, str(names[old]), like=old)

@@ -153,9 +153,10 @@ class Laid:
 
     def fetch(self, r: Role, e: Event) -> None:
         node = self.node(r, e)
-        if node.op is not Op.LOAD or len(node.axes) != 1 or (r.name, node) in self.fetched:
-            raise IllegalRoles(f"{r.name}: {e}: {self.program.describe(node)} is not what one can fetch, once: a number for "
-                               "each row")
+        if len(node.axes) != 1:
+            raise IllegalRoles(f"{r.name}: {e}: {self.program.describe(node)} is not what one can fetch: a number for each row")
+        if (r.name, node) in self.fetched:
+            raise IllegalRoles(f"{r.name}: {e}: it is fetched twice")
         self.fetched[r.name, node] = e.value
 
     def carried(self) -> None:
@@ -291,8 +292,12 @@ class Laid:
                         yield Step(e, node, "tensor" if e.do == "issue" else "threads", reads, writes, part)
 
     def check(self, instance: str) -> None:
-        """What a chunk issues it must complete."""
+        """What a chunk issues it must complete, and compute of what it fetches."""
         steps = self.steps[instance]
+        read = {a.cell for s in steps for a in s.reads}
+        for s in steps:
+            if s.event.do == "fetch" and s.writes[0].cell not in read:
+                raise IllegalRoles(f"{instance}: {s}: it computes nothing of that")
         issued = [s.event.value for s in steps if s.event.do == "issue"]
         if issued:
             ends = [i for i, s in enumerate(steps) if s.event.do == "complete"]

@@ -21,21 +21,26 @@ def hoist_shared(pipeline: Pipeline, tensors: str, dtype: str, kernel: str) -> P
     """Of tensors (comma-separated) that grid points share (q and k of a key head) compute what is made of each row alone,
     before any product, in a kernel over these, all chunks at once, and store it. Legal iff there is such a thing."""
     names = tensors.split(",")
+    if any(q.name == kernel for q in pipeline):
+        raise IllegalStep(f"hoist_shared: there is a kernel {kernel} already")
     i = next((i for i, q in enumerate(pipeline) if not parallel(q) and set(names) <= set(q.read())), None)
-    if i is None or any(q.name == kernel for q in pipeline):
-        raise IllegalStep(f"hoist_shared: no serial kernel reads {tensors}, or there is a kernel {kernel} already")
+    if i is None or len(set(names)) < len(names):
+        serial = "; ".join(f"{q.name} reads {', '.join(sorted(q.read()))}" for q in pipeline if not parallel(q))
+        raise IllegalStep(f"hoist_shared: got tensors {tensors}; accepts some that one serial kernel reads, each once: "
+                          f"{serial}")
     p, stores, loads = pipeline[i], [], dict[Node, Node]()
     groups: dict[str, str] = {}
     for name in names:
         row = next(n for n in p.nodes() if n.op is Op.LOAD and n["tensor"].name == name)
         scan = scan_of("hoist_shared", p, row)
-        value = _made_of(p, row)
+        tokens = {t.tile for t in row["index"] if isinstance(t, Rows)}
+        value = _made_of(p, row, tokens)
         at = next((t for t in row["index"] if isinstance(t, At)), None)
         if at is None or at.share is None or value is row:
             raise refuse("hoist_shared", p, row, f"{name} is no row that grid points share, of which something is made")
         groups[at.grid] = at.share
         t = row["tensor"]
-        kept = Tensor(f"{name}_kept", t.dims, dtype, temp=True)
+        kept = Tensor(f"{name}_kept", t.dims, dtype, temp=True)              # roles know it by the name without (events.py)
         stores.append(make(Op.STORE, (value,), tensor=kept, index=row["index"], sum=()))
         loads[value] = make(Op.LOAD, (), tensor=kept, index=row["index"])
 
@@ -51,11 +56,12 @@ def hoist_shared(pipeline: Pipeline, tensors: str, dtype: str, kernel: str) -> P
     return (*pipeline[:i], verify(before), verify(p), *pipeline[i + 1:])
 
 
-def _made_of(p: Program, row: Node) -> Node:
-    """The last value with a row's axes that is made of that row alone, element by element and by sums."""
+def _made_of(p: Program, row: Node, tokens: set[str]) -> Node:
+    """The last value with a row's axes that is made of that row alone, element by element and by sums along it."""
     alone, last = {row}, row
     for n in p.nodes():
-        if n.op in (Op.ELEM, Op.CAST, Op.REDUCE, Op.BROADCAST, Op.SELECT) and \
+        along = n.op is Op.REDUCE and n["over"] not in tokens
+        if (along or n.op in (Op.ELEM, Op.CAST, Op.BROADCAST, Op.SELECT)) and \
                 set(n.args) & alone and all(a in alone or a.op is Op.CONST for a in n.args):
             alone.add(n)
             last = n if n.axes == row.axes else last

@@ -88,8 +88,7 @@ def wire(laid: Laid) -> Plan:
     written = [a for ss in steps.values() for s in ss for a in s.writes if a.ring]
     cells = {name: tuple(dict.fromkeys(a.cell for a in written if in_ring(a, laid) == name))
              for name in dict.fromkeys(in_ring(a, laid) for a in written)}
-    every = (*channels(laid, cells), *turns(laid))
-    for ch in every:
+    for ch in (*channels(laid, cells), *turns(laid)):
         if len(ch.writers) != 1 or not ch.readers or (ch.name not in cells and set(ch.writers) & set(ch.readers)):
             raise IllegalRoles(f"ring {ch.name}: written by {', '.join(ch.writers)}, read by {', '.join(ch.readers)};"
                                " accepts one role that writes and others that read")
@@ -109,8 +108,7 @@ def wire(laid: Laid) -> Plan:
                                                                  ragged=not by_threads))
         after.setdefault((writer, last), []).append(Sync("arrive", full, 0, steps[writer][last].late))
         for reader, (first, last) in ch.readers.items():
-            if reader != writer or not implied(ch, every, writer):
-                before.setdefault((reader, first), []).append(Sync("wait", full, 0, steps[reader][first].late))
+            before.setdefault((reader, first), []).append(Sync("wait", full, 0, steps[reader][first].late))
             after.setdefault((reader, last), []).append(Sync("arrive", free, 0, steps[reader][last].late))
     ops = {role: tuple(laid_out(ss, role, before, after)) for role, ss in steps.items()}
     return Plan(ops, warps, barriers, rings)
@@ -136,13 +134,6 @@ def channels(laid: Laid, cells: Mapping[str, tuple[str, ...]]) -> Iterator[Chann
                         table[role] = min(first, i, key=in_order), max(last, done(steps, i), key=in_order)
         yield Channel(name, next(laid.rings[a.value].depth for ss in laid.steps.values() for s in ss for a in s.writes
                                  if a.ring and a.cell == mine[0]), writers, readers)
-
-
-def implied(ch: Channel, every: tuple[Channel, ...], role: str) -> bool:
-    """Whether a role that reads its own ring has waited, where it does, for what another role made of the same chunk of it."""
-    first, _ = ch.readers[role]
-    return any(other.readers.get(role, (-1, -1))[0] == first and set(other.writers) & (set(ch.readers) - {role})
-               for other in every)
 
 
 def turns(laid: Laid) -> Iterator[Channel]:

@@ -37,6 +37,13 @@ class Event:
     late: bool = False
     early: bool = False
 
+    def __post_init__(self) -> None:
+        if self.early and (self.late or self.do != "fetch"):
+            raise ValueError(f"event: got {self.do} {self.value}, early{' and late' if self.late else ''}; accepts an early "
+                             "fetch")
+        if self.late and self.do in ("load", "store", "fetch"):
+            raise ValueError(f"event: got {self.do} {self.value} late; accepts what touches no tensor, late")
+
     def __str__(self) -> str:
         return f"{self.do} {self.value}{' late' if self.late else ' early' if self.early else ''}"
 
@@ -109,8 +116,8 @@ class Roles:
             if ring.depth < 1 or not ring.values:
                 raise ValueError(f"Roles.rings: got {ring}; accepts values, and a depth from 1 on")
         for t in self.turns:
-            if t.depth < 1 or t.after.late or t.before.late:
-                raise ValueError(f"Roles.turns: got {t}; accepts a depth from 1 on and events that are not late")
+            if t.depth < 1 or any(e.late or e.early for e in (t.after, t.before)):
+                raise ValueError(f"Roles.turns: got {t}; accepts a depth from 1 on and events that are neither late nor early")
         for group in self.warpgroups():
             if sum(r.warps for r in group) != 4 or len({r.registers for r in group}) > 1:
                 raise ValueError(f"Roles.roles: {', '.join(r.name for r in group)} share a warpgroup; accepts roles, in order, "
@@ -119,7 +126,9 @@ class Roles:
         used = sum(128 * group[0].registers for group in groups)
         pool = 128 * len(groups) * (REGISTERS // (128 * len(groups)) // 8 * 8)           # what a block is started with, no more
         if used > pool:
-            raise ValueError(f"Roles.roles: {used} registers in all; {len(groups)} warpgroups have {pool}")
+            each = " + ".join(str(group[0].registers) for group in groups)
+            raise ValueError(f"Roles.roles: got {each} registers a thread, by warpgroup; accepts {pool // 128} in all, as many "
+                             f"as a block of {len(groups)} warpgroups starts with")
 
     def warpgroups(self) -> list[list[Role]]:
         """The roles (a role once for each of its copies) by the warpgroup that they are in."""

@@ -225,7 +225,7 @@ def run(kernel: Kernel, source: Source, memory: Mapping[str, torch.Tensor], scal
     text = "\n".join(line for line in source.text.splitlines() if not line.startswith("import "))
     sizes = {"tokens": call.tokens, "sequences": call.sequences, "slots": call.slots(kernel.chunk), **call.heads,
              "boundaries": call.sequences + 1, **{f"slots_{d}": call.slots(n) for d, n in kernel.segments.items()}}
-    arrays = {f"{t.name}_": array(memory[t.name], 2 * kernel.chunk) for t in kernel.tensors()}
+    arrays = {f"{t.name}_": array(memory[t.name], kernel.chunk) for t in kernel.tensors()}
     given = {**arrays, "scale": np.float32(scale), "L": call.length, "N": call.sequences, **call.heads}
     given |= {"block0": 0, "blocks": 0}
     if call.cu_seqlens is not None:

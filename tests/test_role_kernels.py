@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,7 +28,8 @@ from gdn_ir.schedules import defaults
 from gdn_ir.schedules.defaults import of_roles, roles_in_one, segmented_roles, with_triton
 from gdn_ir.schedules.plans import plan
 from gdn_ir.schedules.protocol import Plan, Step, Sync, derive
-from gdn_ir.schedules.roles import SOLVED, Roles
+from gdn_ir.schedules.roles import FUSED as FUSED_ROLES
+from gdn_ir.schedules.roles import SOLVED, Event, Roles
 from gdn_ir.schedules.schedule import Schedule
 from tests import emulated
 
@@ -37,13 +39,15 @@ TOKENS = re.compile(r"(?P<barrier>\w+)\[(?P<slot>[^\]]*)\]\.(?P<what>wait|arrive
                     r"|(?P<fence>fence_proxy_async)|wait_wgmma<(?P<most>\d+)>|(?P<stored>tma_store_wait)|(?P<other>__sync_?thread|bar\.sync|mbarrier)")
 
 
-# of segments: none, and the inverse among the roles; none, and each state loads its own values
-FUSED, OWN = -1, -2
+# of segments: none, and the inverse among the roles; none, and each state loads its own values; g computed before the next
+FUSED, OWN, FIRST = -1, -2, -3
 
 
 def schedule(i: Instance, segment: int) -> Schedule:
     if segment == OWN:
         return of_roles(own_values())
+    if segment == FIRST:
+        return roles_in_one(computed_first())
     return roles_in_one() if segment == FUSED else segmented_roles(i, segment) if segment else of_roles()
 
 
@@ -167,6 +171,19 @@ def test_declines() -> None:
         with pytest.raises(Unsupported, match=why):
             variant(instance, of_roles(), backend, arch)
     assert "roles" not in json.loads(Schedule("x").to_json())["kernels"]["*"]
+    load = FUSED_ROLES.roles[0]
+    late = replace(load, events=tuple(replace(e, late=e == Event.of("compute beta")) for e in load.events))
+    with pytest.raises(Unsupported, match="compute beta late: only what touches no tensor"):
+        variant(i, roles_in_one(replace(FUSED_ROLES, roles=(late, *FUSED_ROLES.roles[1:]))), "tilelang", "sm_90")
+
+
+def computed_first() -> Roles:
+    """The fused roles, of which who loads computes with g as it is before it fetches the next."""
+    load = FUSED_ROLES.roles[0]
+    at = load.events.index(Event.of("compute G"))
+    rest = tuple(e for e in load.events[at + 1:] if e != Event.of("fetch g early"))
+    early = (*load.events[:at], Event.of("compute g"), Event.of("fetch g early"), load.events[at], *rest)
+    return replace(FUSED_ROLES, roles=(replace(load, events=early), *FUSED_ROLES.roles[1:]))
 
 
 @pytest.mark.parametrize(("late", "varlen", "starts", "kept", "lengths", "segment"), [
@@ -175,7 +192,7 @@ def test_declines() -> None:
     (False, True, True, True, [0, 300, 64, 0, 129, 1], 2), (True, True, False, False, [257, 70], 2),
     (True, False, True, True, [193, 193], 2), (False, False, False, False, [200], 3),
     (False, True, True, True, [193, 0, 65], FUSED), (True, False, False, True, [130], FUSED),
-    (True, True, True, True, [130, 0, 64], OWN)])
+    (True, True, True, True, [130, 0, 64], OWN), (True, True, True, True, [193, 65], FIRST)])
 def test_emitted_text_computes_the_rule(late: bool, varlen: bool, starts: bool, kept: bool, lengths: list[int],
                                         segment: int) -> None:
     """The emitted text itself, executed role by role, against float64: ragged tails, an empty sequence, with and without

@@ -63,7 +63,8 @@ def test_json() -> None:
     ({"roles": [{"name": "a", "events": [], "warps": 4, "registers": 30}], "rings": []}, "got 4 warps, 30 registers"),
     ({"roles": [{"name": "a", "events": [], "warps": 2}], "rings": []}, "fill 4 warps"),
     ({"roles": [{"name": "a", "events": [], "warps": 4, "registers": 240, "rows": "V", "copies": 3}], "rings": []},
-     "92160 registers in all; 3 warpgroups have 64512"),
+     "got 240 \\+ 240 \\+ 240 registers a thread, by warpgroup; accepts 504 in all"),
+    ({"roles": [{"name": "a", "events": ["fetch x late"]}], "rings": []}, "event: got fetch x late; accepts what touches no"),
     ({"roles": [{"name": "a", "events": ["load x early"]}], "rings": []}, "event: got 'load x early'; accepts"),
 ])
 def test_refuses_data(data: object, why: str) -> None:
@@ -219,8 +220,11 @@ def test_what_is_fetched_early_is_of_the_next_chunk() -> None:
     moved = replace(load, events=(fetch, *(e for e in load.events if e != fetch)))
     with pytest.raises(Fault, match=r"stale: load reads load:fetched g in chunk 0 .*\('g', 1\)"):
         execute(derive(laid(replace(FUSED, roles=(moved, *FUSED.roles[1:])), -1)), 3)
+    store = replace(FUSED.roles[1], events=(*FUSED.roles[1].events, fetch))
+    with pytest.raises(IllegalRoles, match="store: fetch g early: it computes nothing of that"):
+        laid(replace(FUSED, roles=(load, store, *FUSED.roles[2:])), -1)
     for value, why in (("kk", "no value is called kk; there are .*beta, g"), ("k", "is not what one can fetch"),
-                       ("g early", "is not what one can fetch, once")):
+                       ("g early", "it is fetched twice")):
         twice = replace(load, events=(*load.events, Event.of(f"fetch {value}")))
         with pytest.raises(IllegalRoles, match=why):
             laid(replace(FUSED, roles=(twice, *FUSED.roles[1:])), -1)

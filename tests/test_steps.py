@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gdn_ir.autodiff import backward
 from gdn_ir.compiler import Instance, variant
 from gdn_ir.interp import Sizes, run, run_pipeline
 from gdn_ir.program import Program
@@ -72,6 +73,10 @@ def test_sums_in_base_two(erase: bool) -> None:
     want, got = (run(x, given, sizes, {"scale": 0.7}) for x in (p, q))
     for n in ("o", "final_state"):
         assert float((got[n] - want[n]).abs().max()) < 1e-12, n
+    back, of_two = backward(p), backward(q)                # the derivative of exp2 too
+    given = memory(back, sizes)
+    want, got = (run(x, given, sizes, {"scale": 0.7}) for x in (back, of_two))
+    assert float((got["d_g"] - want["d_g"]).abs().max()) < 1e-12 < float(want["d_g"].abs().max())
 
 
 @pytest.mark.parametrize(("name", "grids"), [("fused", ("H", "HV")), ("solve", ("H", "HV", "HV")),
@@ -94,8 +99,10 @@ def test_rows_of_a_key_head_are_normalised_once(name: str, grids: tuple[str, ...
 
 
 def test_what_cannot_be_made_once_for_a_key_head() -> None:
-    for tensors, l2norm, why in (("q,k", False, "q is no row that grid points share, of which"), ("v", True, "v is no row"),
-                                 ("w", True, "no serial kernel reads w")):
+    for tensors, l2norm, why in (
+            ("q,k", False, "q is no row that grid points share, of which"), ("v", True, "v is no row"),
+            ("w", True, "got tensors w; accepts some that one serial kernel reads, each once: "),
+            ("q,q", True, "got tensors q,q")):
         with pytest.raises(steps.IllegalStep, match=f"hoist_shared: {why}"):
             steps.apply(build(Switches(l2norm=l2norm)), (("hoist_shared", tensors, "io", "norm"),))
     with pytest.raises(steps.IllegalStep, match="there is a kernel norm already"):
@@ -104,6 +111,7 @@ def test_what_cannot_be_made_once_for_a_key_head() -> None:
 
 @pytest.mark.parametrize(("taken", "message"), [
     ((("base_two", "kk"),), "base_two: kk is not a running sum"),
+    ((("base_two", "G"), ("base_two", "G")), "base_two: no exponential is of a sum of G's elements"),
     ((("hoist", "u", "io", "solve"),), "hoist: u needs S, which the scan carries"),
     ((("hoist", "S", "io", "x"),), "hoist: S needs S"),
     ((("sink", "u"),), "sink: u feeds S"),

@@ -117,7 +117,7 @@ class RolePlaces(TileLangPrinter):
 
     def order_of(self, name: str) -> tuple[str, ...]:
         """How a ring has a value's axes: as the tensor that it comes from or goes to, else as its producer's registers, which
-        have an inverse transposed."""
+        have what is joined transposed."""
         node = self.value(name)
         if self.joined(name) or name in self.laid.matrices.values():
             return self.ordered(node, self.laid.owner[name])[::-1]

@@ -22,11 +22,8 @@ class RoleSteps(RolePlaces):
         name = self.laid.held.get(node)
         if node in self.chosen:
             return self.chosen[node]
-        if (self.role.name, node) in self.laid.fetched:
-            row = at[node.axes[0]]
-            return f"T.Select({row} < rows, {self.fetched(node)}[{row}], {zero(node)})"
         if name is None:
-            return self.expression(node, at)
+            return self.element_fetched(node, at) if self.is_fetched(node) else self.expression(node, at)
         cell = self.cell(name)
         if cell in self.registers:
             text, order = self.registers[cell]
@@ -42,15 +39,23 @@ class RoleSteps(RolePlaces):
             return f"T.Select({', '.join(self.element(a, at) for a in node.args)})"
         return super().expression(node, at)
 
+    def is_fetched(self, node: Node) -> bool:
+        """Whether this role computes of registers what a tensor has there."""
+        return (self.role.name, node) in self.laid.fetched
+
+    def element_fetched(self, node: Node, at: Mapping[str, str]) -> str:
+        row = at[node.axes[0]]
+        return f"T.Select({row} < rows, {self.fetched(node)}[{row}], {zero(node)})"
+
     def fetched(self, node: Node) -> str:
         """The registers that this role has fetched a tensor's elements to."""
         return self.registers[self.laid.fetches(self.instance, self.laid.fetched[self.role.name, node]).cell][0]
 
     def loads(self, node: Node) -> bool:
         """Whether an expression reads a tensor."""
-        if (self.role.name, node) in self.laid.fetched:
-            return False
-        return node.op is Op.LOAD or any(self.loads(a) for a in node.args if a not in self.laid.held)
+        if node.op is Op.LOAD:
+            return not self.is_fetched(node)
+        return any(self.loads(a) for a in node.args if a not in self.laid.held)
 
     # -- statements
 
@@ -205,14 +210,14 @@ class RoleSteps(RolePlaces):
     def fill_with(self, n: Node, to: str, depth: int) -> None:
         """`to`, an element, from the expression of a value."""
         here = self.here(n.axes)
-        if n.op is Op.LOAD and n.axes and (self.role.name, n) not in self.laid.fetched:
+        if n.op is Op.LOAD and n.axes and not self.is_fetched(n):
             text, condition = where(n, self.in_memory(n.axes), self.kernel)
             inside = self.over_rows(n, depth)
             self.put(inside, f"{to} = T.if_then_else({condition}, {text}, 0.0)" if condition else f"{to} = {text}")
             return
         masked = padding(n)
         self.ready(n, to, depth)
-        value = self.element(n, here) if n.op is Op.LOAD else self.expression(n.args[1] if masked else n, here)
+        value = self.element_fetched(n, here) if self.is_fetched(n) else self.expression(n.args[1] if masked else n, here)
         self.put(self.over_rows(n, depth), f"{to} = {value}")
         if masked:                                         # of few chunks, and then for all threads
             self.put(depth, f"if rows < {self.kernel.chunk}:")

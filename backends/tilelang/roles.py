@@ -1,8 +1,8 @@
 """Prints a kernel of cooperating roles as TileLang: what each does in a chunk, in the order of its plan (protocol.py).
 
 Every synchronisation printed here is an operation of the plan. TileLang adds none: its pass that places barriers is off (it
-would put them into roles), and what a role's own threads write to shared memory none of them reads. A product's rows fill the
-four warps of one warpgroup: TileLang would fence twice the registers of a product over two.
+would put them into roles), and what a warp writes to shared memory others of its role read only behind a barrier of the plan.
+A product's rows fill the four warps of one warpgroup: TileLang would fence twice the registers of a product over two.
 
 A warpgroup is a row of the block's threads, so that copies of a role, a warpgroup each, can be one text: which part of a value
 is theirs they know by their row. A block then has less code, for whose instructions its warps wait (docs/performance-log.md).
@@ -63,9 +63,9 @@ class RolePrinter(RoleSteps):
             if products and (r.warps != 4 or self.size(r, r.rows) != ROWS):
                 raise IRError(f"roles: {r.name} issues products: it must have 4 warps and {ROWS} rows, not {r.warps} and "
                               f"{self.size(r, r.rows)}")
-            for e in r.events:
-                if e.late and e.do in ("load", "store"):
-                    raise IRError(f"roles: {r.name}: {e}: only what touches no tensor can be late")
+            for s in self.laid.steps[self.laid.instances(r)[0]]:
+                if s.late and self.placed(s):              # the place that is printed is of the chunk at hand
+                    raise IRError(f"roles: {r.name}: {s}: only what touches no tensor, and masks no row, can be late")
         self.source()
 
     # -- the kernel
@@ -168,9 +168,10 @@ class RolePrinter(RoleSteps):
         if any(self.placed(s) for s in steps):
             self.chunk(self.scan, depth + 1)
         here = f"i_{self.scan.axis}"
-        if any(s.event.early for s in fetches):            # nobody was there to fetch what the first chunk needs
+        first = [s for s in fetches if s.event.early]      # nobody was there to fetch what the first chunk needs
+        if first:
             self.put(depth + 1, f"if {here} == 0:")
-            for s in fetches:
+            for s in first:
                 self.fetch(s, depth + 2, 0)
         for late, run in groupby(ops, key=lambda x: x.late):
             self.c = f"({here} - 1)" if late else here

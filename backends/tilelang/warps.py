@@ -7,7 +7,8 @@ column w of its blocks, A_ww = D_w the inverse of a diagonal block,
     A_jw^T = -(sum of A_tw^T M_jt^T over w <= t < j) D_j^T
 
 and each left operand is what the same warp has in registers as an accumulator; right ones are M's blocks and the D_j. (All D
-and A are kept negated, so that no product is: -A_jw^T is the sum of (-A_tw^T) M_jt^T, times -D_j^T.)
+and A are kept negated, so that no product is: -A_jw^T is the sum of (-A_tw^T) M_jt^T, times -D_j^T. The D_j lie in memory as
+they are: what loads them for a product transposes them.)
 """
 from __future__ import annotations
 
