@@ -83,13 +83,17 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch (`
     else:
         known = PLANS["backward" if wrt else "forward"]
         if schedule not in known:
-            raise ValueError(f"--schedule: got {schedule!r}; accepts default, {', '.join(known)}, or a JSON file that exists")
+            more = () if wrt else ("roles", "roles-fused")
+            raise ValueError(f"--schedule: got {schedule!r}; accepts default, {', '.join((*known, *more))}, or a JSON file "
+                             "that exists")
         steps = backward_plan(schedule, instance.program, dtype, keep=keep, beta=instance.beta) if wrt else \
             plan(schedule, erase, dtype, sums=decay and bool(instance.left), leave=instance.left)
         wanted = Schedule(schedule, steps=steps)
     if json:
         print(wanted.to_json())
         return
+    if backend != "tilelang" and any(o.roles for _, o in wanted.kernels):
+        raise ValueError(f"--backend: got {backend}; accepts tilelang, for a schedule of roles")
     chosen = variant(instance, wanted, backend, arch)
     sources = {s.kernel: s.text for s in chosen.sources}
     if kernel and kernel not in sources:
@@ -112,6 +116,7 @@ def explain(shapes: Annotated[Optional[list[str]], typer.Argument(help="packed c
             sequences: Annotated[Optional[int], typer.Option(help="packed sequences; without it, dense")] = None,
             dtype: str = "bf16", arch: Annotated[Optional[str], typer.Option(help="cpu, sm_80, sm_90")] = None,
             final_state: Annotated[bool, typer.Option(help="whether the final state is asked for")] = True,
+            l2norm: Annotated[bool, typer.Option("--l2norm", help="whether q and k are normalised in the op")] = False,
             recurrent: Annotated[bool, typer.Option("--recurrent", help="one token at a time, as in decoding")] = False,
             grads: Annotated[str, typer.Option(help="of the backward: gradients of these, such as q,k,v,g,beta")] = "",
             keep: Annotated[str, typer.Option(help="what a forward leaves to its backward, or a backward is given: nothing, "
@@ -126,7 +131,7 @@ def explain(shapes: Annotated[Optional[list[str]], typer.Argument(help="packed c
     calls: list[tuple[int, int, int | None, int, int]] = \
         [(sum(lengths), 1, len(lengths), h, hv) for lengths, h, hv in asked] or [(T, B, sequences, H, HV)]
     wrt = names(grads)
-    more = {"initial_state": "initial_state" in wrt, "final_state": final_state and not wrt}
+    more = {"initial_state": "initial_state" in wrt, "final_state": final_state and not wrt, "l2norm": l2norm}
     said = [say(H=h, HV=hv, K=K, V=V, T=tokens, B=rows, sequences=count, dtype=dtype, arch=arch, recurrent=recurrent, grads=wrt,
                 keep=keep, **more) for tokens, rows, count, h, hv in calls]
     print(dumps([s.data() for s in said], indent=1) if json else "\n".join(map(str, said)))

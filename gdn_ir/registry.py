@@ -238,7 +238,9 @@ def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, 
     choices = []
     for rank, o in enumerate(every):
         if not o.by.isdisjoint(out):
-            choices.append(Choice(o.backend, "forbidden", "gdn_ir.forbid or GDN_IR_FORBID names it"))
+            part = ", ".join(sorted(o.by & set(out)))
+            choices.append(Choice(o.backend, "forbidden", "gdn_ir.forbid or GDN_IR_FORBID names "
+                                  + (f"{part}, which makes a part of its schedule" if o.backend not in out else "it")))
         elif o.variant is None:
             choices.append(Choice(o.backend, "cannot", o.reason))
         else:

@@ -259,6 +259,9 @@ class Laid:
             if e.do == "fetch":
                 yield Step(e, node, "threads", (), (self.fetches(instance, e.value),))
                 continue
+            if e.do == "store" and node.args[0] not in self.held:
+                raise IllegalRoles(f"{instance}: {e}: no event of any role makes what is stored, "
+                                   f"{self.program.describe(node.args[0])}")
             what = self.held[node.args[0]] if e.do == "store" else e.value
             if e.do == "complete" and Event("issue", e.value) not in r.events:
                 raise IllegalRoles(f"{instance}: {e}: it is not issued here")

@@ -90,7 +90,7 @@ def wire(laid: Laid) -> Plan:
              for name in dict.fromkeys(in_ring(a, laid) for a in written)}
     for ch in (*channels(laid, cells), *turns(laid)):
         if len(ch.writers) != 1 or not ch.readers or (ch.name not in cells and set(ch.writers) & set(ch.readers)):
-            raise IllegalRoles(f"ring {ch.name}: written by {', '.join(ch.writers)}, read by {', '.join(ch.readers)};"
+            raise IllegalRoles(f"ring {ch.name}: written by {', '.join(ch.writers)}, read by {', '.join(ch.readers) or 'none'};"
                                " accepts one role that writes and others that read")
         ((writer, (first, last)),) = ch.writers.items()
         full, free = f"{ch.name}_full", f"{ch.name}_free"

@@ -106,7 +106,12 @@ class Roles:
             twice = sorted({x for x in listed if listed.count(x) > 1})
             if twice:
                 raise ValueError(f"Roles.{what}: {', '.join(twice)} twice")
+        if not self.roles:
+            raise ValueError("Roles.roles: got none; accepts one or more")
         for r in self.roles:
+            for name in ("warps", "registers", "copies"):
+                if type(getattr(r, name)) is not int:
+                    raise ValueError(f"Roles.roles[{r.name}].{name}: got {getattr(r, name)!r}; accepts a whole number")
             if r.warps not in (1, 2, 4) or r.registers % 8 or not 24 <= r.registers <= 240 or r.copies < 1:
                 raise ValueError(f"Roles.roles[{r.name}]: got {r.warps} warps, {r.registers} registers, {r.copies} copies; "
                                  "accepts 1, 2 or 4 warps (a warpgroup), 24 to 240 registers in steps of 8, 1 copy or more")

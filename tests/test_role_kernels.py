@@ -171,10 +171,28 @@ def test_declines() -> None:
         with pytest.raises(Unsupported, match=why):
             variant(instance, of_roles(), backend, arch)
     assert "roles" not in json.loads(Schedule("x").to_json())["kernels"]["*"]
+    for role, left, why in (("state", "compute W", "state0 reads W, which no event"),
+                            ("state", "compute u16", "state0 reads u16"), ("state", "compute R", "state0 reads R"),
+                            ("inverse", "join A16", "state0 reads A16"),
+                            ("load", "load q", "reads q, which no event"), ("load", "compute total", "load reads total"),
+                            ("state", "compute o16 late", "store: store o: no event of any role makes what is stored"),
+                            ("store", "store o", "read by none")):
+        with pytest.raises(Unsupported, match=why):
+            variant(i, roles_in_one(without(role, left)), "tilelang", "sm_90")
+    deep = replace(FUSED_ROLES, rings=tuple(replace(r, depth=20) if r.values == ("k",) else r for r in FUSED_ROLES.rings))
+    with pytest.raises(Unsupported, match=r"rings take \d+ bytes of shared memory; a block has 232448"):
+        variant(i, roles_in_one(deep), "tilelang", "sm_90")
     load = FUSED_ROLES.roles[0]
     late = replace(load, events=tuple(replace(e, late=e == Event.of("compute beta")) for e in load.events))
     with pytest.raises(Unsupported, match="compute beta late: only what touches no tensor"):
         variant(i, roles_in_one(replace(FUSED_ROLES, roles=(late, *FUSED_ROLES.roles[1:]))), "tilelang", "sm_90")
+
+
+def without(role: str, event: str) -> Roles:
+    """The fused roles, of which one leaves something out."""
+    roles = (replace(r, events=tuple(e for e in r.events if e != Event.of(event))) if r.name == role else r
+             for r in FUSED_ROLES.roles)
+    return replace(FUSED_ROLES, roles=tuple(roles))
 
 
 def computed_first() -> Roles:

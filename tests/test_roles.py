@@ -64,6 +64,8 @@ def test_json() -> None:
     ({"roles": [{"name": "a", "events": [], "warps": 2}], "rings": []}, "fill 4 warps"),
     ({"roles": [{"name": "a", "events": [], "warps": 4, "registers": 240, "rows": "V", "copies": 3}], "rings": []},
      "got 240 \\+ 240 \\+ 240 registers a thread, by warpgroup; accepts 504 in all"),
+    ({"roles": [], "rings": []}, "Roles.roles: got none"),
+    ({"roles": [{"name": "a", "events": [], "registers": "56"}], "rings": []}, "\\[a\\].registers: got '56'; accepts a whole"),
     ({"roles": [{"name": "a", "events": ["fetch x late"]}], "rings": []}, "event: got fetch x late; accepts what touches no"),
     ({"roles": [{"name": "a", "events": ["load x early"]}], "rings": []}, "event: got 'load x early'; accepts"),
 ])

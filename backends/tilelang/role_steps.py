@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from gdn_ir.backends.linearize import listed
 from gdn_ir.backends.tilelang import warps
 from gdn_ir.backends.tilelang.role_places import PART, Lies, RolePlaces
-from gdn_ir.backends.tilelang.rules import DTYPES, point, where
+from gdn_ir.backends.tilelang.rules import DTYPES, RULES, point, where
 from gdn_ir.backends.tilelang.statements import coordinate
 from gdn_ir.nodes import At, IRError, Node, Op, Rows, Tile
 from gdn_ir.schedules.events import Step, padding
@@ -37,7 +37,14 @@ class RoleSteps(RolePlaces):
             return self.element(node.args[1], at)
         if node.op is Op.SELECT and not self.loads(node):
             return f"T.Select({', '.join(self.element(a, at) for a in node.args)})"
+        if node.op not in RULES:                           # a product, a sum, a solve: somebody's event
+            raise self.missing(node)
         return super().expression(node, at)
+
+    def missing(self, node: Node) -> IRError:
+        made = next((name for name, n in self.laid.named.items() if n is node), "")
+        what = made or self.kernel.program.describe(node)
+        return IRError(f"roles: {self.instance} reads {what}, which no event of any role makes")
 
     def is_fetched(self, node: Node) -> bool:
         """Whether this role computes of registers what a tensor has there."""
@@ -260,7 +267,9 @@ class RoleSteps(RolePlaces):
         """The registers or the ring's slot behind an operand, and its axes in the order of dimensions."""
         name = self.laid.held.get(node)
         if name is None:
-            text, axes = self.operand_of(node.args[0])
+            if node.op is not Op.TWIN and not (node.op is Op.CAST and node["dtype"] in ("f32", "real")) and not padding(node):
+                raise self.missing(node)
+            text, axes = self.operand_of(node.args[1] if padding(node) else node.args[0])
             a = node["axis"] if node.op is Op.TWIN else ""
             swap = {a: a + "'", a + "'": a} if a else {}
             return text, tuple(swap.get(x, x) for x in axes)

@@ -9,6 +9,8 @@ is theirs they know by their row. A block then has less code, for whose instruct
 """
 from __future__ import annotations
 
+import math
+import re
 from itertools import groupby
 
 from gdn_ir.backends.base import Kernel, Reason
@@ -27,6 +29,7 @@ from gdn_ir.schedules.protocol import Sync
 from gdn_ir.schedules.roles import REGISTERS, Role
 
 ROWS = 64                                                  # of a product of one warpgroup
+SHARED = 232448                                            # bytes that a block can have
 # where an element of 16 x 8 blocks, transposed, lies: its thread, and its place among the registers of that
 ACROSS = ("lambda c, r: r // 16 * 32 + r % 8 * 4 + c % 8 // 2", "lambda c, r: c // 8 * 4 + r % 16 // 8 * 2 + c % 2")
 
@@ -59,14 +62,20 @@ class RolePrinter(RoleSteps):
     def check(self) -> None:
         """Raises IRError where a product has no form here."""
         for r in self.roles.roles:
+            if r.rows and r.rows not in self.kernel.extents:
+                raise IRError(f"roles: {r.name}.rows: got {r.rows!r}; accepts {', '.join(self.kernel.extents)}")
             products = [e.value for e in r.events if e.do == "issue"]
             if products and (r.warps != 4 or self.size(r, r.rows) != ROWS):
-                raise IRError(f"roles: {r.name} issues products: it must have 4 warps and {ROWS} rows, not {r.warps} and "
-                              f"{self.size(r, r.rows)}")
+                raise IRError(f"roles: {r.name} issues products: it must have 4 warps and {ROWS} rows ({r.rows} by copies), "
+                              f"not {r.warps} and {self.size(r, r.rows)}")
             for s in self.laid.steps[self.laid.instances(r)[0]]:
                 if s.late and self.placed(s):              # the place that is printed is of the chunk at hand
                     raise IRError(f"roles: {r.name}: {s}: only what touches no tensor, and masks no row, can be late")
         self.source()
+        taken = sum(math.prod(int(n) for n in re.findall(r"\d+", shape)) * (4 if dtype == "float32" else 2) for shape, dtype
+                    in re.findall(r'alloc_shared\(\(([^)]*)\), "(\w+)"\)', "\n".join(self.buffers.values())))
+        if taken > SHARED:
+            raise IRError(f"roles: their rings take {taken} bytes of shared memory; a block has {SHARED}: lower a ring's depth")
 
     # -- the kernel
 
