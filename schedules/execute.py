@@ -109,7 +109,9 @@ class Machine:
             if not self.knows(clock, (apart(actor), c.by[1]) if beside and c.by else c.by):
                 raise Fault(f"race: {actor} reads {a.cell} in chunk {chunk} ({step}) while {c.by} may still write it")
             if c.holds != (a.value, chunk + a.ahead):
-                raise Fault(f"stale: {actor} reads {a.cell} in chunk {chunk} ({step}) and finds {c.holds}")
+                found = "nothing yet: it is made or waited for too late" if c.holds is None else \
+                    f"{c.holds}, of another chunk: what makes that comes too early" if c.holds[0] == a.value else f"{c.holds}"
+                raise Fault(f"stale: {actor} reads {a.cell} in chunk {chunk} ({step}) and finds {found}")
             if a.ring and proxy in ASYNC and c.proxy == "threads" and (c.fenced is None or not self.knows(clock, c.fenced)):
                 raise Fault(f"not visible: {actor} reads {a.cell} in chunk {chunk} ({step}) without a fence after its write")
             c.reads[apart(actor) if beside else actor] = clock[actor]
