@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 from gdn_ir.artifacts import digest
 from gdn_ir.autotune.space import Candidate
-from gdn_ir.backends.base import Call, Kernel, blocks
+from gdn_ir.backends.base import SHARED, Call, Kernel, blocks
 from gdn_ir.compiler import Instance, Unsupported, Variant, variant
 from gdn_ir.nodes import Node, Op
 from gdn_ir.program import ScanView
 
-SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}        # bytes that one block can use
 REGISTERS = 255                                            # of 32 bits, that one thread can use
 BYTES = {"bf16": 2, "f16": 2, "f32": 4, "tf32": 4, "f64": 8}
 REASONS = ("illegal step", "declined", "shared memory", "registers", "waves", "same code")

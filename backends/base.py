@@ -17,6 +17,7 @@ from gdn_ir.program import Program, ScanView, token_chains
 from gdn_ir.schedules.schedule import KernelOptions
 
 TORCH = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "f64": torch.float64}
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}        # bytes that one block can use
 STORED = {**TORCH, "int": torch.int32}                     # what temporaries may be of: counts too, which start at zero
 
 

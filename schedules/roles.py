@@ -51,7 +51,7 @@ class Event:
     def of(text: str) -> Event:
         words = str(text).split()
         late, early = words[2:] == ["late"], words[2:] == ["early"]
-        if len(words) != 2 + late + early or words[0] not in DO or (early and words[0] != "fetch"):
+        if len(words) != 2 + late + early or words[0] not in DO:
             raise ValueError(f"event: got {text!r}; accepts '{' | '.join(DO)}', a value's name, and 'late' or nothing "
                              "(of a fetch 'early')")
         return Event(words[0], words[1], late, early)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from gdn_ir.bench import inputs
 from gdn_ir.bench.errors import relative
 from gdn_ir.backends import BACKENDS
-from gdn_ir.backends.base import TORCH, Kernel
+from gdn_ir.backends.base import SHARED, TORCH, Kernel
 from gdn_ir.backends.tilelang.roles import RolePrinter
 from gdn_ir.backends.tilelang.runtime import compiler, lowered
 from gdn_ir.cache import load_source
@@ -34,7 +34,6 @@ from gdn_ir.schedules.schedule import Schedule
 from tests import emulated
 
 TILELANG = BACKENDS["tilelang"]
-SHARED = 232448                                            # bytes that a block can have
 TOKENS = re.compile(r"(?P<barrier>\w+)\[(?P<slot>[^\]]*)\]\.(?P<what>wait|arrive)\((?P<parity>.*)\);"
                     r"|(?P<fence>fence_proxy_async)|wait_wgmma<(?P<most>\d+)>|(?P<stored>tma_store_wait)|(?P<other>__sync_?thread|bar\.sync|mbarrier)")
 
@@ -92,7 +91,7 @@ def evaluated(text: str, chunk: int, late: bool, row: int = 0) -> int:
     (True, True, 0), (False, False, 0), (True, False, 32), (False, True, 16), (True, True, FUSED)])
 def test_cuda_synchronises_as_planned(varlen: bool, states: bool, segment: int) -> None:
     kernel, cuda, shared = scan(varlen, states, segment)
-    assert shared <= SHARED
+    assert shared <= SHARED["sm_90"]
     printer = RolePrinter(kernel)
     p = derive(printer.laid)
     (state,) = (r for r in printer.roles.roles if r.copies > 1)

@@ -67,7 +67,7 @@ def test_json() -> None:
     ({"roles": [], "rings": []}, "Roles.roles: got none"),
     ({"roles": [{"name": "a", "events": [], "registers": "56"}], "rings": []}, "\\[a\\].registers: got '56'; accepts a whole"),
     ({"roles": [{"name": "a", "events": ["fetch x late"]}], "rings": []}, "event: got fetch x late; accepts what touches no"),
-    ({"roles": [{"name": "a", "events": ["load x early"]}], "rings": []}, "event: got 'load x early'; accepts"),
+    ({"roles": [{"name": "a", "events": ["load x early"]}], "rings": []}, "event: got load x, early; accepts an early fetch"),
 ])
 def test_refuses_data(data: object, why: str) -> None:
     with pytest.raises(ValueError, match=why):

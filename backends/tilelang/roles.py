@@ -10,10 +10,9 @@ is theirs they know by their row. A block then has less code, for whose instruct
 from __future__ import annotations
 
 import math
-import re
 from itertools import groupby
 
-from gdn_ir.backends.base import Kernel, Reason
+from gdn_ir.backends.base import SHARED, Kernel, Reason
 from gdn_ir.backends.linearize import listed
 from gdn_ir.backends.printer import INDENT
 from gdn_ir.backends.tilelang import warps
@@ -29,7 +28,6 @@ from gdn_ir.schedules.protocol import Sync
 from gdn_ir.schedules.roles import REGISTERS, Role
 
 ROWS = 64                                                  # of a product of one warpgroup
-SHARED = 232448                                            # bytes that a block can have
 # where an element of 16 x 8 blocks, transposed, lies: its thread, and its place among the registers of that
 ACROSS = ("lambda c, r: r // 16 * 32 + r % 8 * 4 + c % 8 // 2", "lambda c, r: c // 8 * 4 + r % 16 // 8 * 2 + c % 2")
 
@@ -72,10 +70,9 @@ class RolePrinter(RoleSteps):
                 if s.late and self.placed(s):              # the place that is printed is of the chunk at hand
                     raise IRError(f"roles: {r.name}: {s}: only what touches no tensor, and masks no row, can be late")
         self.source()
-        taken = sum(math.prod(int(n) for n in re.findall(r"\d+", shape)) * (4 if dtype == "float32" else 2) for shape, dtype
-                    in re.findall(r'alloc_shared\(\(([^)]*)\), "(\w+)"\)', "\n".join(self.buffers.values())))
-        if taken > SHARED:
-            raise IRError(f"roles: their rings take {taken} bytes of shared memory; a block has {SHARED}: lower a ring's depth")
+        if self.taken > SHARED["sm_90"]:
+            raise IRError(f"roles: their rings take {self.taken} bytes of shared memory; a block has {SHARED['sm_90']}: lower "
+                          "the depth of one")
 
     # -- the kernel
 
@@ -95,6 +92,7 @@ class RolePrinter(RoleSteps):
             chunks = f"T.if_then_else({at} >= 0, T.max({chunks}, 0), 0)" if self.kernel.varlen else chunks
         self.put(depth, f"chunks = {chunks}")
         self.buffers["chunks"] = 'T.alloc_var("int32")'
+        self.taken = 0                                     # bytes of shared memory
         for slots, cells in self.plan.rings.values():
             for cell in cells:
                 self.lay(cell, slots)
@@ -125,23 +123,26 @@ class RolePrinter(RoleSteps):
         """Shared memory for a cell of a ring."""
         name = self.value_of(cell)
         order, kind = self.order_of(name), DTYPES[self.value(name).type.dtype]
-        rows = f"{slots}, {warps.SIZE}"
         if name in {*self.laid.matrices, *self.laid.matrices.values()}:
             made = {"": ("matrix", "float16"), "_blocks": ("blocks", "float32")} if name in self.laid.matrices else \
                 {"": ("inverses", "float16")}
             names = {f"{cell}_ring{more}": self.linear.fresh(f"{cell}_ring{more}") for more in made}
             for text, (width, dtype) in zip(names.values(), made.values(), strict=True):
-                self.buffers[text] = f'T.alloc_shared(({rows}, {warps.WIDTHS[width]}), "{dtype}")'
+                self.allocate_shared(text, [str(slots), str(warps.SIZE), str(warps.WIDTHS[width])], dtype)
             self.rings[cell] = Lies(tuple(names.values()), slots, order, False)
             return
         shape = self.shape(order, self.laid.owner[name]) or ["1"]
         apart = self.crosses(name)
         texts = [self.linear.fresh(f"{cell}_ring{i if apart else ''}") for i in range(slots if apart else 1)]
         for text in texts:
-            self.buffers[text] = f'T.alloc_shared({listed(shape if apart else [str(slots), *shape])}, "{kind}")'
+            self.allocate_shared(text, shape if apart else [str(slots), *shape], kind)
         if apart:
             self.put(2, f"T.annotate_layout({{{', '.join(f'{t}: tilelang.layout.make_swizzled_layout({t})' for t in texts)}}})")
         self.rings[cell] = Lies(tuple(texts), slots, order, apart)
+
+    def allocate_shared(self, name: str, shape: list[str], dtype: str) -> None:
+        self.taken += math.prod(map(int, shape)) * (4 if dtype == "float32" else 2)
+        self.buffers[name] = f'T.alloc_shared({listed(shape)}, "{dtype}")'
 
     def do(self, r: Role, instance: str, copy: int, depth: int) -> None:
         """A role, from its registers to its last store."""
