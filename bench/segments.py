@@ -42,7 +42,7 @@ from gdn_ir.schedules.schedule import KernelOptions, Schedule
 ARCH = "sm_90"
 SHAPES: list[Shape] = [([32768], 2, 8), ([32768], 16, 32), ([32768], 4, 16), ([32768], 16, 16), ([8192], 16, 32),
                        ([8192], 2, 8), ([28672, 4096], 2, 8), ([1024] * 8, 4, 16), ([8192] * 4, 2, 8), ([4096], 16, 32),
-                       ([4096], 2, 8)]
+                       ([4096], 2, 8), ([4096] * 8, 16, 64)]
 TIMED = Instance(Switches(), 128, 128, "bf16", "bf16", True)
 STATES = Switches(initial_state=True, final_state=True)
 WORSE = 1.2                                                # times the error of "states", at most
@@ -84,7 +84,7 @@ def states(instance: Instance, heads: int = 8, tokens: int = 32768) -> Schedule:
 
 
 def as_roles(instance: Instance, segment: int) -> Schedule:
-    return roles_in_one() if segment < 0 else with_triton(instance, segment)
+    return roles_in_one(norm=instance.switches.l2norm) if segment < 0 else with_triton(instance, segment)
 
 
 def backend_of(schedule: Schedule) -> str:
@@ -148,7 +148,8 @@ def checked(c: Check, segment: int, cut: Schedule) -> dict[str, Any]:
     cpu = {n: t.cpu() for n, t in x.items()}
     q, k, v, g, beta = (cpu[n][None] for n in ("q", "k", "v", "g", "beta"))
     start, ends = cpu["initial_state"] if s.initial_state else None, cpu["cu_seqlens"]
-    o, S = recurrence(q, k, v, g if s.decay == "scalar" else None, beta, None, start, ends, erase=s.erase)
+    o, S = recurrence(q, k, v, g if s.decay == "scalar" else None, beta, None, start, ends, erase=s.erase,
+                      l2norm=s.l2norm)
     want = {"o": o[0].cuda(), "final_state": S.cuda()}
     found: dict[str, Any] = {"check": c.name, "schedule": cut.name, "errors": {}}
     for name, schedule in (("states", states(c.instance)), (cut.name, cut)):
@@ -161,7 +162,7 @@ def checked(c: Check, segment: int, cut: Schedule) -> dict[str, Any]:
     return found
 
 
-def timed(shape: Shape, made: list[tuple[str, Schedule]]) -> dict[str, Any]:
+def timed(shape: Shape, made: list[tuple[str, Schedule]], instance: Instance = TIMED) -> dict[str, Any]:
     """Milliseconds of all candidates on one shape, in turns, and of each of their kernels."""
     lengths, H, HV = shape
     x = inputs.make(lengths, H, HV, kind="real")
@@ -170,7 +171,7 @@ def timed(shape: Shape, made: list[tuple[str, Schedule]]) -> dict[str, Any]:
     found: dict[str, Any] = {"shape": name_of(lengths), "heads": [H, HV], "plans": {}}
     runs, want = {}, None
     for name, schedule in made:
-        chosen = variant(TIMED, schedule, backend_of(schedule), ARCH)
+        chosen = variant(instance, schedule, backend_of(schedule), ARCH)
         run = [partial(call, chosen, y, y["cu_seqlens"], len(lengths)) for y in copies]
         got, again = repeated(partial(call, chosen, x, x["cu_seqlens"], len(lengths), spoil=True))
         want = want or got
@@ -195,23 +196,26 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", required=True, type=Path)
     p.add_argument("--commit", required=True)
-    p.add_argument("--segments", type=lambda t: [int(n) for n in t.split(",")], default=[16, 32, 64])
+    p.add_argument("--segments", type=lambda t: [int(n) for n in t.split(",") if n], default=[16, 32, 64])
     p.add_argument("--roles", type=lambda t: [int(n) for n in t.split(",") if n], default=[0, 16, 32, 64, 128],
                    help="chunks of segments that roles scan; 0: whole sequences; -1: these, the inverse among the roles")
     p.add_argument("--set", type=change, action="append", default=[], metavar="KERNEL=TILE,WARPS,STAGES")
     p.add_argument("--only", choices=("checks", "times"), help="one half of the run")
+    p.add_argument("--l2norm", action="store_true", help="the op normalises q and k")
     p.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes are timed")
     a = p.parse_args()
+    every = [replace(c, switches=replace(c.switches, l2norm=a.l2norm)) for c in CHECKS]
+    this = replace(TIMED, switches=replace(TIMED.switches, l2norm=a.l2norm))
     checks = [(c, n, segmented(ARCH, c.instance, n)) for n in a.segments
-              for c in (CHECKS if n == a.segments[0] else CHECKS[:3])]
-    able = [c for c in CHECKS if roles_can(ARCH, c.instance)]
+              for c in (every if n == a.segments[0] else every[:3])]
+    able = [c for c in every if roles_can(ARCH, c.instance)]
     checks += [(c, max(n, 2), as_roles(c.instance, n)) for n in a.roles for c in (able if n in a.roles[:2] else able[:2])]
     checks = checks if a.only != "times" else []
     shapes = SHAPES[:a.shapes] if a.only != "checks" else []
-    made = [*candidates(TIMED, a.segments, a.set), *((s.name, s) for n in a.roles for s in [as_roles(TIMED, n)])]
-    base = [states(TIMED, HV * len(lengths)) for lengths, _, HV in shapes]
+    made = [*candidates(this, a.segments, a.set), *((s.name, s) for n in a.roles for s in [as_roles(this, n)])]
+    base = [states(this, HV * len(lengths)) for lengths, _, HV in shapes]
     jobs = [(c.instance, s) for c, _, cut in checks for s in (states(c.instance), cut)]
-    jobs += [(TIMED, s) for s in (*base, *(s for _, s in made))] if shapes else []
+    jobs += [(this, s) for s in (*base, *(s for _, s in made))] if shapes else []
     failed = build_all(list(dict.fromkeys(jobs)))
     result: dict[str, Any] = {"commit": a.commit, "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
                               "failed": {f"{i}, {s.name} {s.kernels}": why for (i, s), why in failed.items()},
@@ -234,8 +238,8 @@ def main() -> None:
         wrong |= set() if result["checks"][-1].get("right") else {cut.name}
     for shape, first in zip(shapes, base, strict=True):
         signal.alarm(LIMIT)
-        left = ((n, s) for n, s in made if (TIMED, s) not in failed and s.name not in wrong)
-        keep("rows", timed(shape, [("states", first), *left]))
+        left = ((n, s) for n, s in made if (this, s) not in failed and s.name not in wrong)
+        keep("rows", timed(shape, [("states", first), *left], this))
     signal.alarm(0)
 
 

@@ -21,7 +21,7 @@ from gdn_ir.backends.triton.ptx import TritonPtx
 from gdn_ir.compiler import Unsupported, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.reference import recurrence
-from gdn_ir.schedules.defaults import LENGTHS, NORMALISED, default, with_triton
+from gdn_ir.schedules.defaults import LENGTHS, default, with_triton
 from gdn_ir.schedules.schedule import Schedule
 
 FULL = Switches(initial_state=True, final_state=True)
@@ -62,7 +62,7 @@ def crowded(title: str = "roles", packed: Layout = PACKED, dense: Layout = DENSE
     switches = {"": Switches(final_state=True), ", initial state": FULL, ", no final state": Switches(),
                 ", initial state alone": Switches(initial_state=True),
                 ", negative eigenvalues": Switches(beta_sigmoid=True, neg_eigval=True, final_state=True)}
-    switches |= {", normalised in the kernel": replace(FULL, l2norm=True)} if NORMALISED and "roles" in title else {}
+    switches |= {", normalised in the kernel": replace(FULL, l2norm=True)} if "roles" in title else {}
     for layout, lay in layouts.items():
         for name, s in switches.items():
             yield Cell(f"{title}, {layout}{name}, bf16", s, "bf16", lay)

@@ -23,7 +23,6 @@ SEGMENT = 64                                               # chunks of one
 ROLES_IN_SEGMENTS = True                                   # whether sequences are cut where roles can scan them
 BACK_IN_SEGMENTS = True                                    # and those of a backward (schedules/adjoints.py)
 ROLES_IN_ONE = True                                        # whether roles may make the inverses too
-NORMALISED = False                                         # whether roles serve what the op normalises (no GPU has run it yet)
 LENGTHS = (8, 16, 32, 64, 128)                             # chunks that a segment of roles may have
 LONG = 128                                                 # chunks of a sequence, on average, that is worth cutting
 FILLED = 0.9                                               # blocks of the scan for each multiprocessor that need no more
@@ -155,7 +154,7 @@ def roles_can(arch: str, instance: Instance) -> bool:
     s = instance.switches
     fits = arch == "sm_90" and instance.io == "bf16" and (instance.K, instance.V) == (128, 128) and not instance.grads \
         and not instance.recurrent and instance.keep == "nothing"
-    return fits and s.decay == "scalar" and s.erase and (NORMALISED or not s.l2norm) and not s.state_v_first
+    return fits and s.decay == "scalar" and s.erase and not s.state_v_first
 
 
 def roles_fit(arch: str, instance: Instance, sequences: int, heads: int, tokens: int) -> bool:

@@ -240,9 +240,8 @@ def test_emitted_text_computes_the_rule(late: bool, varlen: bool, starts: bool, 
 
 
 @pytest.mark.parametrize("segment", [0, 2, FUSED])
-def test_what_is_normalised_is_so_before(monkeypatch: pytest.MonkeyPatch, segment: int) -> None:
+def test_what_is_normalised_is_so_before(segment: int) -> None:
     """q and k are normalised once for each key head, in a kernel by Triton; roles load what it stored."""
-    monkeypatch.setattr(defaults, "NORMALISED", True)
     i = Instance(Switches(l2norm=True, final_state=True), 128, 128, "bf16", "bf16", True)
     made = roles_in_one(norm=True) if segment == FUSED else with_triton(i, segment)
     chosen = variant(i, made, "tilelang", "sm_90")
