@@ -84,7 +84,9 @@ def states(instance: Instance, heads: int = 8, tokens: int = 32768) -> Schedule:
 
 
 def as_roles(instance: Instance, segment: int) -> Schedule:
-    return roles_in_one(norm=instance.switches.l2norm) if segment < 0 else with_triton(instance, segment)
+    if segment == -1:
+        return roles_in_one(norm=instance.switches.l2norm)
+    return with_triton(instance, abs(segment), one=segment < 0)
 
 
 def backend_of(schedule: Schedule) -> str:
@@ -198,7 +200,8 @@ def main() -> None:
     p.add_argument("--commit", required=True)
     p.add_argument("--segments", type=lambda t: [int(n) for n in t.split(",") if n], default=[16, 32, 64])
     p.add_argument("--roles", type=lambda t: [int(n) for n in t.split(",") if n], default=[0, 16, 32, 64, 128],
-                   help="chunks of segments that roles scan; 0: whole sequences; -1: these, the inverse among the roles")
+                   help="chunks of segments that roles scan; 0: whole sequences; -1: these, the inverse among the "
+                        "roles; -n: segments of n, so too")
     p.add_argument("--set", type=change, action="append", default=[], metavar="KERNEL=TILE,WARPS,STAGES")
     p.add_argument("--only", choices=("checks", "times"), help="one half of the run")
     p.add_argument("--l2norm", action="store_true", help="the op normalises q and k")
@@ -209,7 +212,7 @@ def main() -> None:
     checks = [(c, n, segmented(ARCH, c.instance, n)) for n in a.segments
               for c in (every if n == a.segments[0] else every[:3])]
     able = [c for c in every if roles_can(ARCH, c.instance)]
-    checks += [(c, max(n, 2), as_roles(c.instance, n)) for n in a.roles for c in (able if n in a.roles[:2] else able[:2])]
+    checks += [(c, max(abs(n), 2), as_roles(c.instance, n)) for n in a.roles for c in (able if n in a.roles[:2] else able[:2])]
     checks = checks if a.only != "times" else []
     shapes = SHAPES[:a.shapes] if a.only != "checks" else []
     made = [*candidates(this, a.segments, a.set), *((s.name, s) for n in a.roles for s in [as_roles(this, n)])]

@@ -290,6 +290,8 @@ class _Run:
         turns = range(trips)[::-1] if view.reverse else range(trips)
         for i in turns[max(0, trips - int(self.value(view.recent[0], env))):] if view.recent else turns:
             inner = _Env(env, view.axis, i)
+            if view.where and not self.value(view.where[0], inner):
+                continue
             for name, value in zip(view.carries, state, strict=True):
                 if name in carries:
                     inner.values[carries[name]] = value

@@ -41,7 +41,9 @@ class Op(Enum):
     SCAN = auto()       # args inits, nexts, effects; attr axis, chain, tile, carries, reverse, group (absent where it steps
                         # through chunks; else the grid axis whose points' members, along `axis`, it steps through), idle
                         # (absent, or of an inner scan: "first", "last": iterations around it in which it does not run),
-                        # recent (absent, or of an inner scan: the last argument says how many of its last iterations run)
+                        # recent (absent, or of an inner scan: an argument after these says how many of its last iterations
+                        # run), where (absent, or of a scan that carries nothing: the last argument, a number in memory for
+                        # each iteration, is 0 for those that do not run)
     FINAL = auto()      # what a scan carries out; attr i
 
 
@@ -408,10 +410,11 @@ def infer(op: Op, args: tuple[Node, ...], attr: dict[str, Any]) -> Type:
             for carry, init, step in zip(attr["carries"], args[:n], args[n:2 * n], strict=True):
                 if init.axes != step.axes:
                     raise IRError(f"scan {attr['axis']}: carry {carry} starts as {init.type} and becomes {step.type}")
-            recent = args[-1:] if attr.get("recent") else ()
-            if any(r.axes or r.type.dtype in ("bool", "effect") for r in recent):
-                raise IRError(f"scan {attr['axis']}: how many iterations run must be one number, got {recent[0].type}")
-            for effect in args[2 * n:len(args) - len(recent)]:
+            end = len(args) - bool(attr.get("recent")) - bool(attr.get("where"))
+            for r in args[end:]:
+                if r.axes or r.type.dtype in ("bool", "effect"):
+                    raise IRError(f"scan {attr['axis']}: which iterations run must be said by one number, got {r.type}")
+            for effect in args[2 * n:end]:
                 if effect.type.dtype != "effect":
                     raise IRError(f"scan {attr['axis']}: only stores and scans may follow the carries, got {effect!r}")
             return Type((), "effect")

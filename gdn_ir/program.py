@@ -210,21 +210,31 @@ class ScanView:
     group: str = ""            # of a scan over the members of a group: the grid axis whose points are the groups
     idle: tuple[str, ...] = ()                             # iterations around it, "first" or "last", in which it does not run
     recent: tuple[Node, ...] = ()                          # at most one: how many of its last iterations run; else all do
+    where: tuple[Node, ...] = ()                           # at most one, of a scan that carries nothing: 0 where it does not run
 
     @staticmethod
     def of(node: Node) -> ScanView:
         n = len(node["carries"])
         a, attr = node.args, dict[str, Any](node.attr)
-        end = len(a) - bool(attr.get("recent"))
+        last = len(a) - bool(attr.get("where"))
+        end = last - bool(attr.get("recent"))
         return ScanView(node, node["axis"], node["chain"], node["tile"], node["carries"], node["reverse"],
-                        a[:n], a[n:2 * n], a[2 * n:end], attr.get("group", ""), attr.get("idle", ()), a[end:])
+                        a[:n], a[n:2 * n], a[2 * n:end], attr.get("group", ""), attr.get("idle", ()), a[end:last],
+                        a[last:])
 
     def with_parts(self, **parts: Any) -> Node:
         """The same scan with some of carries, inits, nexts, effects (or reverse) replaced."""
         v = replace(self, **parts)
-        rare = (("group", v.group), ("idle", v.idle), ("recent", bool(v.recent)))
-        return make(Op.SCAN, v.inits + v.nexts + v.effects + v.recent, axis=v.axis, chain=v.chain, tile=v.tile,
+        rare = (("group", v.group), ("idle", v.idle), ("recent", bool(v.recent)), ("where", bool(v.where)))
+        return make(Op.SCAN, v.inits + v.nexts + v.effects + v.recent + v.where, axis=v.axis, chain=v.chain, tile=v.tile,
                     carries=v.carries, reverse=v.reverse, **{k: x for k, x in rare if x})
+
+    def asked(self) -> Node | None:
+        """The load that says whether an iteration runs, where that is asked, under whatever casts."""
+        node = self.where[0] if self.where else None
+        while node is not None and node.op is Op.CAST:
+            node = node.args[0]
+        return node
 
     def carry_nodes(self) -> tuple[Node, ...]:
         """The CARRY nodes of the body (those it uses), in the order of `carries`; absent ones are left out."""

@@ -98,6 +98,9 @@ def idle_scans_are_inner(program: Program) -> Iterator[Finding]:
             yield scan, "runs its last iterations alone, which only an inner scan can"
         if view.recent and view.effects:
             yield view.effects[0], "is not stored in the iterations that its scan leaves out"
+        asked = view.asked()
+        if asked and (view.carries or len(view.chain) > 1 or asked.op is not Op.LOAD):
+            yield scan, "runs where a value says so, which only chunks at once can, by a number in memory"
 
 
 @rule

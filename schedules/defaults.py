@@ -23,6 +23,7 @@ SEGMENT = 64                                               # chunks of one
 ROLES_IN_SEGMENTS = True                                   # whether sequences are cut where roles can scan them
 BACK_IN_SEGMENTS = True                                    # and those of a backward (schedules/adjoints.py)
 ROLES_IN_ONE = True                                        # whether roles may make the inverses too
+APART = False                                              # and so in segments (no GPU has run it yet)
 LENGTHS = (8, 16, 32, 64, 128)                             # chunks that a segment of roles may have
 LONG = 128                                                 # chunks of a sequence, on average, that is worth cutting
 FILLED = 0.9                                               # blocks of the scan for each multiprocessor that need no more
@@ -52,9 +53,10 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
     if backend == "tilelang" and roles_fit(arch, instance, sequences, heads, tokens):
         size, one = way_of_roles(sequences, heads, tokens)
         if size:
-            return with_triton(instance, size), (
+            inverses = "; the roles make all inverses, triton those of what has not faded" if one else ""
+            return with_triton(instance, size, one), (
                 f"{arch}: {sequences * heads} blocks of roles would not fill {MULTIPROCESSORS[arch]} multiprocessors for long; "
-                f"each sequence is cut into segments of {size} chunks; what comes before their scan by triton")
+                f"each sequence is cut into segments of {size} chunks; what comes before their scan by triton{inverses}")
         if one:
             return roles_in_one(norm=instance.switches.l2norm), \
                 f"{arch}: roles in one block for each of {sequences * heads} sequences and heads, beside each other on " \
@@ -129,23 +131,30 @@ def way_of_roles(sequences: int, heads: int, tokens: int) -> tuple[int, bool]:
         takes[0, True] = waves(1) * (12 + 3.5 * chunks)
     for n in (n for n in LENGTHS if n < chunks and ROLES_IN_SEGMENTS):
         segments = -(-chunks // n)
-        takes[n, False] = before + waves(segments) * (6 + 2.8 * n) + 4 * segments + n + 60
+        both = 4 * segments + n + 60
+        takes[n, False] = before + waves(segments) * (6 + 2.8 * n) + both
+        if APART:
+            takes[n, True] = before / 2 + waves(segments) * (12 + 3.5 * n) + both
     return min(takes, key=lambda way: takes[way])
 
 
-def segmented_roles(instance: Instance, segment: int, roles: Roles = SOLVED) -> Schedule:
-    """The plan "cut", with that many chunks to a segment: all segments scanned as roles, the kernels before by Triton."""
+def segmented_roles(instance: Instance, segment: int, roles: Roles = SOLVED, one: bool = False) -> Schedule:
+    """The plan "cut", with that many chunks to a segment: all segments scanned as roles, the kernels before by Triton. one: the
+    plan "apart"; the roles make the inverses too."""
     before = {k: replace(o, backend="triton") for k, o in segmented("sm_90", instance, segment).kernels
               if k not in ("*", "scan", "output")}
     norm = instance.switches.l2norm
-    steps = plan("cut", instance.switches.erase, instance.io, sums=True, segment=segment, norm=norm)
-    return Schedule(f"roles-{segment}", steps=steps).with_options(**normalised(norm), **before, scan=KernelOptions(roles=roles))
+    steps = plan("apart" if one else "cut", instance.switches.erase, instance.io, sums=True, segment=segment, norm=norm)
+    before |= {"fade": KernelOptions(None, 4, 1, backend="triton")} if one else {}
+    made = Schedule(f"roles-fused-{segment}" if one else f"roles-{segment}", steps=steps)
+    return made.with_options(**normalised(norm), **before, scan=KernelOptions(roles=roles))
 
 
-def with_triton(instance: Instance, segment: int = 0) -> Schedule:
-    """Roles as they serve, all before their scan by Triton. segment: chunks of one; with 0, sequences are whole."""
+def with_triton(instance: Instance, segment: int = 0, one: bool = False) -> Schedule:
+    """Roles as they serve, all before their scan by Triton. segment: chunks of one; with 0, sequences are whole. one: the
+    inverses are made by roles, of segments."""
     if segment:
-        return segmented_roles(instance, segment)
+        return segmented_roles(instance, segment, FUSED if one else SOLVED, one)
     return of_roles(SOLVED, replace(options("sm_90", instance, 32)["solve"], backend="triton"), instance.switches.l2norm)
 
 

@@ -8,6 +8,8 @@
     segments  as states, with each sequence's scan cut into segments of chunks, which run at once: first for what they do to a
               state (transition and offset), then, composed, from the state that each starts with
     cut       the same of solve: the last scan makes the output too
+    apart     the same of fused: the last scan makes the inverses too, those of the chunks that transition and offset look at are
+              made before
 
 (What has faded at a segment's end is left out of the two where the log decay's sums are there to tell: `sums`. What the op
 normalises may be so in a kernel of its own, before all others: `norm`.)
@@ -46,7 +48,7 @@ from gdn_ir.nodes import Node, Op
 from gdn_ir.program import Program, ScanView, toposort
 
 Steps = tuple[tuple[str | int, ...], ...]
-PLANS = {"forward": ("naive", "fused", "solve", "states", "wy", "segments", "cut"),
+PLANS = {"forward": ("naive", "fused", "solve", "states", "wy", "segments", "cut", "apart"),
          "backward": ("naive", "fused", "states", "grouped", "inside", "merged", "segments")}
 KEEP = ("nothing", "inverse", "states")                    # each with what those before it leave
 WIDENS = ("grouped", "inside", "merged", "segments")       # plans of the backward whose scans read a float32 beta
@@ -92,8 +94,13 @@ def plan(name: str, erase: bool = True, io: str = "bf16", chunk: int = 64, block
         "wy": (*scan, *invert, *(halves if erase else ()), *output, ("move_scales",)),
     }
     fades: Steps = (("forget", "S"),) if erase and sums else ()
+    in_parts: Steps = (("segment", "S", segment, "f64" if io == "f64" else "tf32x3"), *fades)
     for cut, whole in (("segments", "states"), ("cut", "solve")):
-        table[cut] = (*table[whole], ("segment", "S", segment, "f64" if io == "f64" else "tf32x3"), *fades)
+        table[cut] = (*table[whole], *in_parts)
+    # the inverses are hoisted out of transition and offset alone; then the scan is made what fused is, scaled
+    near: Steps = (("hoist_within", "A_beta,G,total", "io,f32,f32", "solve"), ("base_two", "G"),
+                   *((("merge", "A", chunk, block, "f16"),) if merges == "tf32" else ())) if fades else ()
+    table["apart"] = (*scan, *invert, *(absorbed[:1] if erase else ()), ("move_scales",), *in_parts, *near)
     if name not in table:
         raise ValueError(f"plan: got {name!r}; accepts {', '.join(table)}")
     first: Steps = (("hoist_shared", "q,k", "io", "norm"),) if norm else ()

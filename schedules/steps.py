@@ -4,11 +4,12 @@ A step names values of the user's program ("u", "o"; of a derived one also "d_u"
 (`forget`: float32's), and refuses with the node's name and line. They are in algebra.py (a value computed another way), sums.py
 (sums and products rearranged, so that there are fewer of them), pieces.py (a value taken apart), partition.py (which kernel
 computes what), given.py (what a backward reads of its forward), groups.py (sums over grid points), segments.py (a sequence's
-scan in parts that run at once) and forget.py (what has faded before a segment's end is left out).
+scan in parts that run at once), forget.py (what has faded before a segment's end is left out) and within.py (what the rest of a
+segment needs of each chunk, computed before).
 """
 from __future__ import annotations
 
-from gdn_ir.schedules import algebra, forget, given, groups, partition, pieces, segments, sums   # noqa: F401  (fill the table)
+from gdn_ir.schedules import algebra, forget, given, groups, partition, pieces, segments, sums, within   # noqa: F401  (fill the table)
 from gdn_ir.schedules.pipeline import STEPS, IllegalStep, Pipeline, apply
 
 __all__ = ["STEPS", "IllegalStep", "Pipeline", "apply"]

@@ -50,6 +50,8 @@ class TileLang:
             return Reason(f"tilelang does not lower a loop over the {scan.axis} that share one {scan.group} yet")
         if not kernel.options.roles and (kernel.segments or any("idle" in dict(s.attr) for s in kernel.program.scans())):
             return Reason("tilelang lowers scans over segments of chunks as roles alone; triton lowers all")
+        if any("where" in dict(s.attr) for s in kernel.program.scans()):
+            return Reason("tilelang does not leave out chunks where memory says so; triton does")
         if not kernel.options.roles and (len(kernel.splits) > 1 or (kernel.parallel and len(kernel.parallel.chain) > 1)):
             return Reason("tilelang: one split axis a kernel, and one scan where its iterations go to the grid")
         if importlib.util.find_spec("tilelang") is None or (arch == "cpu" and shutil.which("g++") is None):

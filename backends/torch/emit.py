@@ -6,7 +6,7 @@ from dataclasses import replace
 from gdn_ir.backends.base import Kernel, Source, heads
 from gdn_ir.backends.linearize import Loop, listed, paren
 from gdn_ir.backends.printer import Printer
-from gdn_ir.backends.torch.rules import DTYPES, RULES, aligned, number
+from gdn_ir.backends.torch.rules import DTYPES, RULES, aligned, load, number
 from gdn_ir.nodes import Node, Op, base
 from gdn_ir.program import ScanView
 
@@ -56,6 +56,15 @@ class TorchPrinter(Printer):
             self.put(1, f"{a} = torch.arange({k.tile(a)}, device=n.device)")
         if k.parallel:
             self.reached(k.parallel, 1)
+            self.left_out(k.parallel)
+
+    def left_out(self, scan: ScanView) -> None:
+        """Chunks that do not run have no rows, so that nothing of them is stored."""
+        asked = scan.asked()
+        if asked:
+            self.put(1, f"rows = torch.where({load(self.linear, asked)} == 0, 0, rows)")
+            if self.rows and not self.single:
+                self.put(1, f"in_{scan.tile} = {scan.tile} < rows[..., None]")
 
     def reached(self, scan: ScanView, depth: int) -> None:
         """At the start of an iteration: of a segment its slot and whether there is one, of a chunk all that is its own."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from gdn_ir.backends.base import Kernel, Source, heads
 from gdn_ir.backends.linearize import Loop
 from gdn_ir.backends.printer import Printer
-from gdn_ir.backends.triton.rules import RULES, pointer
+from gdn_ir.backends.triton.rules import RULES, load, pointer
 from gdn_ir.backends.triton.runtime import HELPERS, NEEDS
 from gdn_ir.backends.memory import coordinate
 from gdn_ir.follow import TOGETHER
@@ -94,6 +94,10 @@ class TritonPrinter(Printer):
             self.put(2, "return")
         if k.clears:
             self.put(1, f"tl.store({self.place(k.clears)}, 0)")
+        asked = k.parallel.asked() if k.parallel else None
+        if asked:
+            self.put(1, f"if {load(self.linear, asked)} == 0.0:")
+            self.put(2, "return")
         if k.awaits:
             counts, enough, _ = k.awaits
             self.put(1, f"await_count({self.place(counts, k.parallel)}, {enough})")

@@ -1,0 +1,91 @@
+"""What the transition and the offset of a segment need of each chunk alone (its inverse), computed before them for all chunks within
+reach at once. The scan that runs again need not read it: it can make its own, of all chunks.
+
+Chunks in these kernels are counted through their segment; in one of all chunks at once, through their sequence.
+"""
+from __future__ import annotations
+
+from dataclasses import replace
+
+from gdn_ir.analysis import needs
+from gdn_ir.build import select
+from gdn_ir.nodes import At, Node, Op, Rows, Slot, Tensor, Term, make
+from gdn_ir.program import Program, ScanView
+from gdn_ir.schedules.partition import place_of
+from gdn_ir.schedules.pipeline import IllegalStep, Pipeline, put, refuse, step
+from gdn_ir.schedules.segments import OUTER
+from gdn_ir.verify import verify
+
+
+def inner_scan(cut: Program) -> ScanView:
+    """The scan over the chunks of a segment."""
+    return next(ScanView.of(s) for s in cut.scans() if s["axis"] != OUTER)
+
+
+def slot_of(cut: Program) -> tuple[Term, ...]:
+    """Where a number of each chunk lies, as that scan says it."""
+    inner = inner_scan(cut)
+    return (Slot(inner.chain, inner.tile), *map(At, (g for g in cut.grid if g != "N")))
+
+
+def of_chunks(kernel: str, cut: Program, effects: tuple[Node, ...], where: tuple[Node, ...] = ()) -> Program:
+    """A kernel of all chunks at once with effects that could stand in that scan and need no carry. where: a load that says which
+    chunks run, if not all do."""
+    inner = inner_scan(cut)
+    body = inner.with_parts(carries=(), inits=(), nexts=(), effects=effects, reverse=False, idle=(), recent=(), where=where)
+
+    def through_sequence(old: Node, args: tuple[Node, ...]) -> Node | None:
+        if old.op is Op.SCAN:
+            return old.but(args, chain=inner.chain[1:])
+        if old.op not in (Op.LOAD, Op.STORE):
+            return None
+        index = tuple(replace(t, chain=inner.chain[1:]) if isinstance(t, Rows | Slot) and t.chain == inner.chain else t
+                      for t in old["index"])
+        return old.but(args, index=index)
+    return verify(replace(cut, roots=(body,)).rebuild(through_sequence, kernel))
+
+
+@step
+def hoist_within(pipeline: Pipeline, names: str, dtypes: str, kernel: str) -> Pipeline:
+    """Compute values (names, comma-separated, and what each is stored as) that the transition and the offset of segments need in
+    a kernel of all chunks within reach at once. Legal iff `forget` found these, and no value needs a carry."""
+    wanted = list(zip(names.split(","), dtypes.split(","), strict=False))
+    readers = [i for i, p in enumerate(pipeline) if any(ScanView.of(s).recent for s in p.scans())]
+    reach = next((i for i, p in enumerate(pipeline) if any("within" in s["carries"] for s in p.scans())), None)
+    if reach is None or not readers or names.count(",") != dtypes.count(","):
+        raise IllegalStep(f"hoist_within: got {names} as {dtypes}; accepts a dtype for each name, after the step forget")
+    cut, pipeline = pipeline[readers[0]], _marked(pipeline, reach)
+    found: dict[str, Node] = {}
+    stores: list[Node] = []
+    for i in readers:
+        p = pipeline[i]
+        table: dict[Node, Node] = {}
+        for name, dtype in wanted:
+            value = p.named(name)
+            if needed := needs(p)[value]:
+                raise refuse("hoist_within", p, value, f"{name} needs {', '.join(sorted(needed))}, which the scan carries")
+            if found.setdefault(name, value) is not value:
+                raise refuse("hoist_within", p, value, f"{cut.name} computes another {name}")
+            tensor, index = place_of(inner_scan(p), name, value.axes, dtype)
+            stores += [make(Op.STORE, (value,), tensor=tensor, index=index, sum=())] if p.name == cut.name else []
+            table[value] = make(Op.LOAD, (), tensor=tensor, index=index)
+        names_of = {load: name for load, (name, _) in zip(table.values(), wanted, strict=True)}
+        p = p.rebuild(lambda n, args, table=table: table.get(n))       # type: ignore[misc]
+        for load in set(p.nodes()) & set(names_of):
+            p = p.with_note(load, names_of[load])
+        pipeline = put(pipeline, i, p)
+    mark = make(Op.LOAD, (), tensor=MARK, index=slot_of(cut))
+    return (*pipeline[:reach + 1], of_chunks(kernel, cut, tuple(stores), (mark,)), *pipeline[reach + 1:])
+
+
+MARK = Tensor("near", ("X", "HV"), "f32", temp=True)       # of each chunk, whether it is within reach
+
+
+def _marked(pipeline: Pipeline, i: int) -> Pipeline:
+    """The kernel reach, marking the chunks that it counts."""
+    p = pipeline[i]
+    inner = inner_scan(p)
+    counts = inner.nexts[inner.carries.index("within")]    # select(whether one is within reach, one more, no more)
+    mark = make(Op.STORE, (select(counts.args[0], 1.0, 0.0),), tensor=MARK, index=slot_of(p), sum=())
+    told = inner.with_parts(effects=(*inner.effects, mark))
+    return put(pipeline, i, p.rebuild(lambda n, args: told if n is inner.node else None))
