@@ -40,7 +40,7 @@ from gdn_ir.schedules.defaults import default, roles_can, roles_in_one, segmente
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 ARCH = "sm_90"
-SHAPES: list[Shape] = [([32768], 2, 8), ([32768], 16, 32), ([32768], 4, 16), ([32768], 16, 16), ([8192], 16, 32),
+SHAPES: list[Shape] = [([32768], 2, 8), ([32768], 16, 32), ([32768], 4, 16), ([8192], 16, 32), ([32768], 16, 64), ([32768], 16, 16),
                        ([8192], 2, 8), ([28672, 4096], 2, 8), ([1024] * 8, 4, 16), ([8192] * 4, 2, 8), ([4096], 16, 32),
                        ([4096], 2, 8), ([4096] * 8, 16, 64)]
 TIMED = Instance(Switches(), 128, 128, "bf16", "bf16", True)
@@ -98,11 +98,16 @@ def candidates(instance: Instance, lengths: list[int], changes: list[tuple[str, 
         -> Iterator[tuple[str, Schedule]]:
     """The plan "segments" with each number of chunks, and each change of a kernel's options."""
     for n in lengths:
-        s = segmented(ARCH, instance, n)
-        yield s.name, s
-        for kernel, o in changes:
-            if kernel in dict(s.kernels):
-                yield f"{s.name}, {kernel} {o}", s.with_options(**{kernel: o})
+        yield from changed(segmented(ARCH, instance, n), changes)
+
+
+def changed(s: Schedule, changes: list[tuple[str, KernelOptions]]) -> Iterator[tuple[str, Schedule]]:
+    """A schedule, and itself with each change of a kernel's tile, warps and stages."""
+    yield s.name, s
+    for kernel, o in changes:
+        if kernel in dict(s.kernels):
+            now = replace(s.options(kernel), v_tile=o.v_tile, num_warps=o.num_warps, num_stages=o.num_stages)
+            yield f"{s.name}, {kernel} {now}", s.with_options(**{kernel: now})
 
 
 def build(job: tuple[Instance, Schedule]) -> str | None:
@@ -215,7 +220,7 @@ def main() -> None:
     checks += [(c, max(abs(n), 2), as_roles(c.instance, n)) for n in a.roles for c in (able if n in a.roles[:2] else able[:2])]
     checks = checks if a.only != "times" else []
     shapes = SHAPES[:a.shapes] if a.only != "checks" else []
-    made = [*candidates(this, a.segments, a.set), *((s.name, s) for n in a.roles for s in [as_roles(this, n)])]
+    made = [*candidates(this, a.segments, a.set), *(x for n in a.roles for x in changed(as_roles(this, n), a.set))]
     base = [states(this, HV * len(lengths)) for lengths, _, HV in shapes]
     jobs = [(c.instance, s) for c, _, cut in checks for s in (states(c.instance), cut)]
     jobs += [(this, s) for s in (*base, *(s for _, s in made))] if shapes else []

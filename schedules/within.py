@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gdn_ir.analysis import needs
-from gdn_ir.build import select
+from gdn_ir.build import elem, select
 from gdn_ir.nodes import At, Node, Op, Rows, Slot, Tensor, Term, make
 from gdn_ir.program import Program, ScanView
 from gdn_ir.schedules.partition import place_of
@@ -82,10 +82,13 @@ MARK = Tensor("near", ("X", "HV"), "f32", temp=True)       # of each chunk, whet
 
 
 def _marked(pipeline: Pipeline, i: int) -> Pipeline:
-    """The kernel reach, marking the chunks that it counts."""
+    """The kernel reach, marking the chunks that it has counted: in a second scan, for a store among the loads of the first would
+    keep each from being read ahead."""
     p = pipeline[i]
-    inner = inner_scan(p)
-    counts = inner.nexts[inner.carries.index("within")]    # select(whether one is within reach, one more, no more)
-    mark = make(Op.STORE, (select(counts.args[0], 1.0, 0.0),), tensor=MARK, index=slot_of(p), sum=())
-    told = inner.with_parts(effects=(*inner.effects, mark))
-    return put(pipeline, i, p.rebuild(lambda n, args: told if n is inner.node else None))
+    outer, inner = ScanView.of(p.roots[0]), inner_scan(p)
+    counted = make(Op.FINAL, (inner.node,), i=inner.carries.index("within"))
+    left = make(Op.CARRY, name="left", scan=inner.axis, axes=())
+    mark = make(Op.STORE, (select(elem("gt", left, 0.0), 1.0, 0.0),), tensor=MARK, index=slot_of(p), sum=())
+    again = inner.with_parts(carries=("left",), inits=(counted,), nexts=(left - 1.0,), effects=(mark,))
+    told = outer.with_parts(effects=(*outer.effects, again))
+    return put(pipeline, i, p.rebuild(lambda n, args: told if n is outer.node else None))
