@@ -1,4 +1,5 @@
-"""One call of every kernel that serves a shape by default, forward, backward and one token at a time, for a tool to watch:
+"""One call of every kernel that serves a shape by default, forward (by roles too), backward and one token at a time, for a tool
+to watch:
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool initcheck python -m gdn_ir.bench.sanitize
 
@@ -12,7 +13,10 @@ import torch
 
 from gdn_ir import registry
 from gdn_ir.bench import inputs
+from gdn_ir.compiler import Instance, variant
 from gdn_ir.ops import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+from gdn_ir.programs.gated_delta import Switches
+from gdn_ir.schedules.defaults import roles_in_one, with_triton
 
 LENGTHS = [130, 64, 0, 71, 37]                             # whole chunks, ragged ends, no token; the last is nobody's
 
@@ -29,10 +33,27 @@ def main() -> None:
         with torch.no_grad():
             one = {n: t[:, :1].contiguous() for n, t in leaves.items()}
             last, _ = fused_recurrent_gated_delta_rule(**one, initial_state=S[:1], output_final_state=True)
+        found = {"o": o, "final_state": S, "one token": last}
+        found |= {f"d {n}": d for n, d in zip((*leaves, "initial_state"), grads, strict=True)}
+    found |= by_roles({n: t[0] for n, t in leaves.items()} | {"initial_state": state}, x["cu_seqlens"])
     torch.cuda.synchronize()
-    for name, t in zip(("o", "final_state", *leaves, "initial_state", "one token"), (o, S, *grads, last), strict=True):
+    for name, t in found.items():
         if not bool(t.isfinite().all()):
             raise SystemExit(f"{name} is not finite")
+
+
+def by_roles(x: dict[str, torch.Tensor], ends: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What roles make of the same: whole sequences, segments of two chunks, and with the inverses among what they make."""
+    x = {n: t.detach() for n, t in x.items()}
+    instance = Instance(Switches(initial_state=True, final_state=True), 128, 128, "bf16", "bf16", True)
+    found = {}
+    for segment in (0, 2):
+        for one in (False, True):
+            schedule = with_triton(instance, segment, one) if segment or not one else roles_in_one()
+            out = {"o": torch.empty_like(x["v"]), "final_state": torch.empty_like(x["initial_state"])}
+            variant(instance, schedule, "tilelang", "sm_90")(x | out, 128 ** -0.5, len(ends) - 1, ends)
+            found |= {f"{n}, {schedule.name}": t for n, t in out.items()}
+    return found
 
 
 if __name__ == "__main__":

@@ -40,9 +40,9 @@ from gdn_ir.schedules.defaults import default, roles_can, roles_in_one, segmente
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 ARCH = "sm_90"
-SHAPES: list[Shape] = [([32768], 2, 8), ([32768], 16, 32), ([32768], 4, 16), ([8192], 16, 32), ([32768], 16, 64), ([32768], 16, 16),
-                       ([8192], 2, 8), ([28672, 4096], 2, 8), ([1024] * 8, 4, 16), ([8192] * 4, 2, 8), ([4096], 16, 32),
-                       ([4096], 2, 8), ([4096] * 8, 16, 64)]
+SHAPES: list[Shape] = [([32768], 2, 8), ([32768], 16, 32), ([32768], 4, 16), ([8192], 16, 32), ([32768], 16, 64),
+                       ([32768], 16, 16), ([8192], 2, 8), ([28672, 4096], 2, 8), ([1024] * 8, 4, 16), ([8192] * 4, 2, 8),
+                       ([4096], 16, 32), ([4096], 2, 8), ([4096] * 8, 16, 64)]
 TIMED = Instance(Switches(), 128, 128, "bf16", "bf16", True)
 STATES = Switches(initial_state=True, final_state=True)
 WORSE = 1.2                                                # times the error of "states", at most

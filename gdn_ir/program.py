@@ -210,7 +210,7 @@ class ScanView:
     group: str = ""            # of a scan over the members of a group: the grid axis whose points are the groups
     idle: tuple[str, ...] = ()                             # iterations around it, "first" or "last", in which it does not run
     recent: tuple[Node, ...] = ()                          # at most one: how many of its last iterations run; else all do
-    where: tuple[Node, ...] = ()                           # at most one, of a scan that carries nothing: 0 where it does not run
+    where: tuple[Node, ...] = ()                           # at most one, of a scan that carries nothing: 0 where none runs
 
     @staticmethod
     def of(node: Node) -> ScanView:

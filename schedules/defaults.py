@@ -23,8 +23,8 @@ SEGMENT = 64                                               # chunks of one
 ROLES_IN_SEGMENTS = True                                   # whether sequences are cut where roles can scan them
 BACK_IN_SEGMENTS = True                                    # and those of a backward (schedules/adjoints.py)
 ROLES_IN_ONE = True                                        # whether roles may make the inverses too
-APART = False                                              # and so in segments (no GPU has run it yet)
 LENGTHS = (8, 16, 32, 64, 128)                             # chunks that a segment of roles may have
+APART = (64, 128)                                          # and those of roles that make the inverses too
 LONG = 128                                                 # chunks of a sequence, on average, that is worth cutting
 FILLED = 0.9                                               # blocks of the scan for each multiprocessor that need no more
 
@@ -118,9 +118,10 @@ def normalised(norm: bool) -> dict[str, KernelOptions]:
 def way_of_roles(sequences: int, heads: int, tokens: int) -> tuple[int, bool]:
     """How roles should take a call: the chunks of a segment, one of LENGTHS, so that few kernels serve all lengths of sequences
     (0 where these should stay whole), and whether they make the inverses too. By what an H100 takes, in microseconds: a block
-    of roles has a multiprocessor to itself, so that blocks come in waves of 2.8 a chunk, 3.5 where they make the inverses (3.2
-    was measured; but of unequal sequences the longest counts, and is sooner done where the inverses are made before), which
-    else take 15 ns each; the transition and offset of what has not faded take 1 a chunk, composing 4 a segment."""
+    of roles has a multiprocessor to itself, so that blocks come in waves of 2.8 a chunk, 3.2 where they make the inverses (3.5
+    of whole sequences: if these are unequal the longest counts, and is sooner done where the inverses are made before), which
+    else take 15 ns each, and 9 with the bounds where only those of what has not faded are made; its transition and offset take
+    1 a chunk and 0.4 a segment and head, composing 4 a segment."""
     chunks = -(-tokens // (64 * sequences))
     before = 0.015 * chunks * sequences * heads
 
@@ -131,10 +132,10 @@ def way_of_roles(sequences: int, heads: int, tokens: int) -> tuple[int, bool]:
         takes[0, True] = waves(1) * (12 + 3.5 * chunks)
     for n in (n for n in LENGTHS if n < chunks and ROLES_IN_SEGMENTS):
         segments = -(-chunks // n)
-        both = 4 * segments + n + 60
+        both = 4 * segments + n + 0.4 * segments * sequences * heads + 20
         takes[n, False] = before + waves(segments) * (6 + 2.8 * n) + both
-        if APART:
-            takes[n, True] = before / 2 + waves(segments) * (12 + 3.5 * n) + both
+        if n in APART:
+            takes[n, True] = 0.6 * before + waves(segments) * (12 + 3.2 * n) + both
     return min(takes, key=lambda way: takes[way])
 
 
@@ -143,9 +144,11 @@ def segmented_roles(instance: Instance, segment: int, roles: Roles = SOLVED, one
     plan "apart"; the roles make the inverses too."""
     before = {k: replace(o, backend="triton") for k, o in segmented("sm_90", instance, segment).kernels
               if k not in ("*", "scan", "output")}
+    for kernel in ("transition", "compose"):               # more blocks of these beside each other: few have much to do
+        before[kernel] = replace(before[kernel], num_stages=2)
     norm = instance.switches.l2norm
     steps = plan("apart" if one else "cut", instance.switches.erase, instance.io, sums=True, segment=segment, norm=norm)
-    before |= {"fade": KernelOptions(None, 4, 1, backend="triton")} if one else {}
+    before |= {"fade": KernelOptions(None, 1, 1, backend="triton")} if one else {}
     made = Schedule(f"roles-fused-{segment}" if one else f"roles-{segment}", steps=steps)
     return made.with_options(**normalised(norm), **before, scan=KernelOptions(roles=roles))
 

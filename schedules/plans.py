@@ -8,8 +8,8 @@
     segments  as states, with each sequence's scan cut into segments of chunks, which run at once: first for what they do to a
               state (transition and offset), then, composed, from the state that each starts with
     cut       the same of solve: the last scan makes the output too
-    apart     the same of fused: the last scan makes the inverses too, those of the chunks that transition and offset look at are
-              made before
+    apart     the same of fused: the last scan makes the inverses too, those of the chunks that transition and offset look at
+              are made before
 
 (What has faded at a segment's end is left out of the two where the log decay's sums are there to tell: `sums`. What the op
 normalises may be so in a kernel of its own, before all others: `norm`.)

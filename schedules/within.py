@@ -1,5 +1,5 @@
-"""What the transition and the offset of a segment need of each chunk alone (its inverse), computed before them for all chunks within
-reach at once. The scan that runs again need not read it: it can make its own, of all chunks.
+"""What the transition and the offset of a segment need of each chunk alone (its inverse), computed before them for all chunks
+within reach at once. The scan that runs again need not read it: it can make its own, of all chunks.
 
 Chunks in these kernels are counted through their segment; in one of all chunks at once, through their sequence.
 """
@@ -29,8 +29,8 @@ def slot_of(cut: Program) -> tuple[Term, ...]:
 
 
 def of_chunks(kernel: str, cut: Program, effects: tuple[Node, ...], where: tuple[Node, ...] = ()) -> Program:
-    """A kernel of all chunks at once with effects that could stand in that scan and need no carry. where: a load that says which
-    chunks run, if not all do."""
+    """A kernel of all chunks at once with effects that could stand in that scan and need no carry. where: a load that says
+    which chunks run, if not all do."""
     inner = inner_scan(cut)
     body = inner.with_parts(carries=(), inits=(), nexts=(), effects=effects, reverse=False, idle=(), recent=(), where=where)
 
@@ -47,8 +47,8 @@ def of_chunks(kernel: str, cut: Program, effects: tuple[Node, ...], where: tuple
 
 @step
 def hoist_within(pipeline: Pipeline, names: str, dtypes: str, kernel: str) -> Pipeline:
-    """Compute values (names, comma-separated, and what each is stored as) that the transition and the offset of segments need in
-    a kernel of all chunks within reach at once. Legal iff `forget` found these, and no value needs a carry."""
+    """Compute values (names, comma-separated, and what each is stored as) that the transition and the offset of segments need
+    in a kernel of all chunks within reach at once. Legal iff `forget` found these, and no value needs a carry."""
     wanted = list(zip(names.split(","), dtypes.split(","), strict=False))
     readers = [i for i, p in enumerate(pipeline) if any(ScanView.of(s).recent for s in p.scans())]
     reach = next((i for i, p in enumerate(pipeline) if any("within" in s["carries"] for s in p.scans())), None)
@@ -82,8 +82,8 @@ MARK = Tensor("near", ("X", "HV"), "f32", temp=True)       # of each chunk, whet
 
 
 def _marked(pipeline: Pipeline, i: int) -> Pipeline:
-    """The kernel reach, marking the chunks that it has counted: in a second scan, for a store among the loads of the first would
-    keep each from being read ahead."""
+    """The kernel reach, marking the chunks that it has counted: in a second scan, for a store among the loads of the first
+    would keep each from being read ahead."""
     p = pipeline[i]
     outer, inner = ScanView.of(p.roots[0]), inner_scan(p)
     counted = make(Op.FINAL, (inner.node,), i=inner.carries.index("within"))

@@ -8,6 +8,7 @@ import torch
 
 from gdn_ir.compiler import Instance, variant
 from gdn_ir.interp import Sizes, run_pipeline
+from gdn_ir.nodes import IRError
 from gdn_ir.programs.gated_delta import Switches, build
 from gdn_ir.reference import recurrence
 from gdn_ir.schedules import steps
@@ -110,8 +111,30 @@ def test_refusals() -> None:
         steps.apply(p, (*plan("solve", sums=True), ("forget", "S")))
     taken = tuple(s for s in plan("cut", segment=4, sums=False))
     assert not any(s[0] == "forget" for s in taken)
-    with pytest.raises(steps.IllegalStep, match="forget: .*kk"):
+    with pytest.raises(steps.IllegalStep, match=r"forget: .*kk"):
         steps.apply(p, (*taken, ("forget", "S")))
+
+
+def test_inverses_within_reach_alone() -> None:
+    """What transition and offset read is computed for the chunks that they look at, and for no other."""
+    x, S0 = fading()
+    got = by_interpreter(x, S0, cut("apart"))
+    assert got["near"][:4].tolist() == [[0, 1, 1], [0, 1, 1], [1, 1, 1], [1, 1, 1]]       # within reach: 2, 4 and 4 of 4 chunks
+    near, made = got["near"] == 1, got["total"] < 0
+    assert near.any() and (got["near"] == 0).any() and torch.equal(near, made)
+
+
+def test_refusals_of_what_is_hoisted_within() -> None:
+    p = build(STATES)
+    before = [s for s in plan("apart", sums=True, segment=4) if s[0] not in ("base_two", "merge")]
+    at = [s[0] for s in before].index("hoist_within")
+    for step, why in ((("hoist_within", "A_beta,G", "io", "solve"), "a dtype for each name"),
+                      (("hoist_within", "P_S_u", "io", "solve"), "P_S_u needs P_S, which the scan carries"),
+                      (("hoist_within", "kk,x", "io,io", "solve"), "no value named 'x'")):
+        with pytest.raises(IRError, match=why):
+            steps.apply(p, (*before[:at], step))
+    with pytest.raises(steps.IllegalStep, match="after the step forget"):
+        steps.apply(p, (*before[:at - 1], before[at]))
 
 
 def test_reference_is_of_the_op() -> None:

@@ -199,6 +199,11 @@ def recent_and_stored() -> Program:
                                if n.op is Op.SCAN and n["axis"] == "X" else None)
 
 
+def where_nothing_says_so() -> Program:
+    p = traced(lambda t: t.store(Y, t.load(X)) and None)
+    return p.rebuild(lambda n, args: n.but((*args, as_node(1.0)), where=True) if n.op is Op.SCAN else None)
+
+
 def idle_and_stored() -> Program:
     t = Tracer("broken", grid=("N", "HV"), chain=("Y", "X"))
     with t.recording():
@@ -219,6 +224,7 @@ BREACHES = [
     (member_of_no_group, "members_are_of_groups", r"index Member\(grid=.N., scan=.X., own=False\) is of no scan"),
     (idle_without_a_scan_around, "idle_scans_are_inner", r"is idle in iterations \('last',\) of no scan around it"),
     (idle_and_stored, "idle_scans_are_inner", r"is not stored in the iterations \('last',\)"),
+    (where_nothing_says_so, "idle_scans_are_inner", "runs where a value says so, which only chunks at once can"),
     (recent_and_outermost, "idle_scans_are_inner", "runs its last iterations alone, which only an inner scan"),
     (recent_and_stored, "idle_scans_are_inner", "is not stored in the iterations that its scan leaves out"),
     (unsummed, "sums_cover", "is written by every point of HV: say that they are summed"),

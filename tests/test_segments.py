@@ -166,13 +166,15 @@ def test_where_a_sequence_should_be_cut() -> None:
     assert default("sm_90", BF16, 1, 8, 32768)[0].name == "states-16"                       # until a GPU has run it
 
 
-@pytest.mark.parametrize(("sequences", "heads", "tokens", "segment"), [
-    (1, 8, 32768, 32), (1, 16, 32768, 64), (1, 16, 32768, 64), (1, 32, 32768, 64), (1, 32, 8192, 32), (1, 8, 8192, 16),
-    (2, 8, 32768, 32), (4, 8, 32768, 32), (1, 64, 32768, 64), (8, 32, 32768, 0), (8, 8, 32768, 0), (8, 16, 8192, 0)])
-def test_segments_of_roles_fill_the_gpu(sequences: int, heads: int, tokens: int, segment: int,
+@pytest.mark.parametrize(("sequences", "heads", "tokens", "segment", "one"), [
+    (1, 8, 32768, 32, False), (1, 16, 32768, 64, True), (1, 32, 32768, 128, True), (1, 32, 8192, 32, False),
+    (1, 8, 8192, 16, False), (2, 8, 32768, 32, False), (4, 8, 32768, 32, False), (1, 64, 32768, 128, True),
+    (8, 32, 32768, 0, True), (8, 8, 32768, 0, True), (8, 16, 8192, 0, True)])
+def test_segments_of_roles_fill_the_gpu(sequences: int, heads: int, tokens: int, segment: int, one: bool,
                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    """The length that was the fastest on an H100; whole where blocks fill it. Only where few sequences are long."""
-    assert way_of_roles(sequences, heads, tokens) == (segment, segment == 0)
+    """The length that was the fastest on an H100, and who makes the inverses; whole where blocks fill it. Only where few
+    sequences are long."""
+    assert way_of_roles(sequences, heads, tokens) == (segment, one)
     with monkeypatch.context() as m:
         m.setattr(defaults, "ROLES_IN_SEGMENTS", False)
         assert default("sm_90", BF16, 1, 8, 32768, "tilelang")[0].name == "states-32" and way_of_roles(1, 64, 32768)[0] == 0
@@ -181,7 +183,8 @@ def test_segments_of_roles_fill_the_gpu(sequences: int, heads: int, tokens: int,
     assert default("sm_90", BF16, 8, 32, 8192, "tilelang")[0] == roles_in_one()             # enough blocks
     assert default("sm_90", BF16, 2, 24, 8192, "tilelang")[0] == with_triton(BF16)          # the inverses are soon made
     assert default("sm_90", BF16, 4, 8, 8192, "tilelang")[0].name == "states-32"            # short ones
-    assert default("sm_90", BF16, 1, 64, 32768, "tilelang")[0] == segmented_roles(BF16, 64)
+    fused, why = default("sm_90", BF16, 1, 64, 32768, "tilelang")
+    assert fused == with_triton(BF16, 128, one=True) and "the roles make all inverses" in why
 
 
 def test_roles_in_segments() -> None:
@@ -191,6 +194,9 @@ def test_roles_in_segments() -> None:
         *((n, "triton") for n in ("solve", "reach", "transition", "offset", "compose")), ("scan", "tilelang")]
     assert made.kernels[0].sweeps and made.tails == ()
     assert made.kernels[-1].program.written() == ("o",)    # the end of the last segment is compose's
+    apart = variant(BF16, with_triton(BF16, 64, one=True), "tilelang", "sm_90").compiled
+    assert [k.name for k in apart.kernels] == ["fade", "reach", "solve", "transition", "offset", "compose", "scan"]
+    assert apart.kernels[0].sweeps and apart.tails == () and "A_beta" not in apart.kernels[-1].program.tensors()
     first = variant(replace(BF16, switches=Switches()), segmented_roles(BF16, 32), "tilelang", "sm_90").compiled
     idle = {k.name: s["idle"] for k in first.kernels for s in k.program.scans() if "idle" in dict(s.attr)}
     assert idle == {"transition": ("first", "last"), "offset": ("last",)}
