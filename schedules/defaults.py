@@ -121,7 +121,7 @@ def way_of_roles(sequences: int, heads: int, tokens: int) -> tuple[int, bool]:
     of roles has a multiprocessor to itself, so that blocks come in waves of 2.8 a chunk, 3.2 where they make the inverses (3.5
     of whole sequences: if these are unequal the longest counts, and is sooner done where the inverses are made before), which
     else take 15 ns each, and 9 with the bounds where only those of what has not faded are made; its transition and offset take
-    1 a chunk and 0.4 a segment and head, composing 4 a segment."""
+    1 a chunk and a quarter a segment and head, composing 4 a segment."""
     chunks = -(-tokens // (64 * sequences))
     before = 0.015 * chunks * sequences * heads
 
@@ -132,7 +132,7 @@ def way_of_roles(sequences: int, heads: int, tokens: int) -> tuple[int, bool]:
         takes[0, True] = waves(1) * (12 + 3.5 * chunks)
     for n in (n for n in LENGTHS if n < chunks and ROLES_IN_SEGMENTS):
         segments = -(-chunks // n)
-        both = 4 * segments + n + 0.4 * segments * sequences * heads + 20
+        both = 4 * segments + n + segments * sequences * heads / 4 + 20
         takes[n, False] = before + waves(segments) * (6 + 2.8 * n) + both
         if n in APART:
             takes[n, True] = 0.6 * before + waves(segments) * (12 + 3.2 * n) + both

@@ -36,15 +36,13 @@ def forget(pipeline: Pipeline, name: str, least: int = FADED) -> Pipeline:
     if len(places) < 2:
         raise IllegalStep(f"forget: {name} is not cut into segments with a transition; there are "
                           f"{', '.join(p.name for p in pipeline)}")
-    i = next((i for i, p in enumerate(pipeline) if parallel(p) and "total" in p.written()), None)
+    sums = [i for i, p in enumerate(pipeline) if parallel(p) and "total" in p.written()]
     tensor = Tensor("fade", ("X", "HV"), "f32", temp=True)
-    if i is None:
-        first = min(places.values())
-        before = _fade(pipeline[places[f"P_{name}"]], tensor)
-        pipeline, places = (*pipeline[:first], before, *pipeline[first:]), {n: j + 1 for n, j in places.items()}
-    else:
-        before = pipeline[i]
-    if tensor.name not in before.written():                # of another scan's segments: a transpose is of the same norm
+    if not sums:
+        first, made = min(places.values()), _fade(pipeline[places[f"P_{name}"]], tensor)
+        pipeline, places = (*pipeline[:first], made, *pipeline[first:]), {n: j + 1 for n, j in places.items()}
+    elif tensor.name not in pipeline[sums[0]].written():   # of another scan's segments: a transpose is of the same norm
+        i, before = sums[0], pipeline[sums[0]]
         scan = ScanView.of(before.roots[0])
         fade, where = _bound(before)
         stores = (*scan.effects, make(Op.STORE, (fade,), tensor=tensor, index=where, sum=()))

@@ -167,7 +167,7 @@ def test_where_a_sequence_should_be_cut() -> None:
 
 
 @pytest.mark.parametrize(("sequences", "heads", "tokens", "segment", "one"), [
-    (1, 8, 32768, 32, False), (1, 16, 32768, 64, True), (1, 32, 32768, 128, True), (1, 32, 8192, 32, False),
+    (1, 8, 32768, 32, False), (1, 16, 32768, 64, True), (1, 32, 32768, 64, True), (1, 32, 8192, 32, False),
     (1, 8, 8192, 16, False), (2, 8, 32768, 32, False), (4, 8, 32768, 32, False), (1, 64, 32768, 128, True),
     (8, 32, 32768, 0, True), (8, 8, 32768, 0, True), (8, 16, 8192, 0, True)])
 def test_segments_of_roles_fill_the_gpu(sequences: int, heads: int, tokens: int, segment: int, one: bool,
@@ -181,7 +181,7 @@ def test_segments_of_roles_fill_the_gpu(sequences: int, heads: int, tokens: int,
     cut, why = default("sm_90", BF16, 1, 8, 32768, "tilelang")
     assert cut == segmented_roles(BF16, 32) and "segments of 32 chunks" in why
     assert default("sm_90", BF16, 8, 32, 8192, "tilelang")[0] == roles_in_one()             # enough blocks
-    assert default("sm_90", BF16, 2, 24, 8192, "tilelang")[0] == with_triton(BF16)          # the inverses are soon made
+    assert default("sm_90", BF16, 3, 16, 3072, "tilelang")[0] == with_triton(BF16)          # the inverses are soon made
     assert default("sm_90", BF16, 4, 8, 8192, "tilelang")[0].name == "states-32"            # short ones
     fused, why = default("sm_90", BF16, 1, 64, 32768, "tilelang")
     assert fused == with_triton(BF16, 128, one=True) and "the roles make all inverses" in why
