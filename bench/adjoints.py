@@ -1,4 +1,5 @@
-"""The backward with its scans in segments beside "grouped", on an H100 or its kin: checked, then timed, whole and each kernel.
+"""The backward with its scans in segments, and with a state's readers gathered, beside "grouped", on an H100 or its kin:
+checked, then timed, whole and each kernel.
 
     python -m gdn_ir.bench.adjoints --out FILE --commit HASH
     python -m gdn_ir.bench.adjoints --out FILE --commit HASH --segments 32 --set back=32,4,3
@@ -15,6 +16,7 @@ import json
 import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -46,19 +48,18 @@ CHECKS = [(Cell("states", FULL, "bf16", RAGGED), "model"), (Cell("no states", Sw
 SECONDS = 0.2                                              # of timing, for each candidate
 
 
-def grouped(instance: Instance, shape: Shape) -> Schedule:
+def grouped(instance: Instance, shape: Shape, gathers: bool = False) -> Schedule:
     lengths, _, HV = shape
-    return whole_scans(ARCH, instance, len(lengths), HV, "triton")[0]
+    return whole_scans(ARCH, instance, len(lengths), HV, "triton", gathers)[0]
 
 
 def candidates(instance: Instance, lengths: list[int], changes: list[tuple[str, KernelOptions]], shape: Shape) \
         -> dict[str, Schedule]:
-    """"grouped", the plan "segments" with each number of chunks, and each change of a kernel's options. Those of the scans
-    alone depend on the shape, and only of "grouped"."""
-    base = grouped(instance, shape)
-    found = {"grouped": base}
-    for n in lengths:
-        s = in_segments(grouped(instance, SHAPES[0]), instance, n)
+    """"grouped" and "gathered"; "segments" and "cut" with each number of chunks, and each change of a kernel's options. Those
+    of the scans alone depend on the shape, and only where they are whole."""
+    found = {"grouped": grouped(instance, shape), "gathered": grouped(instance, shape, True)}
+    for n, gathers in product(lengths, (False, True)):
+        s = in_segments(grouped(instance, SHAPES[0]), instance, n, gathers)
         found |= {s.name: s, **{f"{s.name}, {kernel} {o}": s.with_options(**{kernel: o}) for kernel, o in changes}}
     return found
 

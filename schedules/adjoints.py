@@ -14,11 +14,17 @@ LENGTHS = (16, 32)                                         # chunks that a segme
 WORTH = 0.9                                                # of the time of whole scans
 
 
-def in_segments(base: Schedule, instance: Instance, segment: int) -> Schedule:
+def beside(schedule: Schedule, *kernels: str) -> Schedule:
+    """The schedule with these kernels beside those before them, of which they read nothing."""
+    return schedule.with_options(**{k: replace(schedule.options(k), follows=True) for k in kernels})
+
+
+def in_segments(base: Schedule, instance: Instance, segment: int, gathers: bool = False) -> Schedule:
     """The plan "segments", with that many chunks to a segment, and for the kernels that "grouped" has too the options of
     `base`. Segments are stored beside each other, so that nothing follows their scans. Wide tiles, for there are blocks enough,
-    and two stages of the adjoint's loads, so that two blocks have a multiprocessor."""
-    steps = backward_plan("segments", instance.program, instance.io, keep=instance.keep, beta=instance.beta, segment=segment)
+    and two stages of the adjoint's loads, so that two blocks have a multiprocessor. gathers: the plan "cut"."""
+    plan = "cut" if gathers else "segments"
+    steps = backward_plan(plan, instance.program, instance.io, keep=instance.keep, beta=instance.beta, segment=segment)
     chosen = {k: replace(o, follows=False) for k, o in base.kernels}
     moves = instance.switches.erase or instance.switches.decay != "none"           # a state, but for what is added to it
     for prefix in (str(s[4]) for s in steps if s[0] == "segment"):
@@ -27,7 +33,10 @@ def in_segments(base: Schedule, instance: Instance, segment: int) -> Schedule:
         chosen |= {name: scan, f"{prefix}offset": replace(scan, follows=moves), f"{prefix}compose": KernelOptions(32, 8, 1)}
         chosen |= {f"{prefix}transition": scan} if moves else {}                   # beside the offset: neither reads the other
         chosen |= {f"{prefix}reach": KernelOptions(None, 1, 1)} if any(s[0] == "forget" for s in steps) else {}
-    return Schedule(f"backward-segments-{segment}", steps=steps).with_options(**chosen)
+    made = Schedule(f"backward-{plan}-{segment}", steps=steps).with_options(**chosen)
+    moved = [str(s[1]) for s in steps if s[0] == "move" and s[1] != "back_compose"]
+    late = ["grads"] if any(s[0] == "sum_after" for s in steps) else []
+    return beside(made, *moved, "again", *late) if moved else made
 
 
 def can(instance: Instance) -> bool:

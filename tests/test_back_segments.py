@@ -51,20 +51,21 @@ def by_interpreter(cell: Cell, x: dict[str, torch.Tensor], p: Program, plan: Ste
     return got
 
 
-def in_segments(p: Program, io: str = "f64", keep: str = "nothing") -> Steps:
-    return backward_plan("segments", p, io, CHUNK, 4, keep, segment=SEGMENT)
+def in_segments(p: Program, io: str = "f64", keep: str = "nothing", name: str = "segments") -> Steps:
+    return backward_plan(name, p, io, CHUNK, 4, keep, segment=SEGMENT)
 
 
 @pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("states", [True, False])
+@pytest.mark.parametrize("name", ["segments", "cut"])
 @pytest.mark.parametrize(("decay", "erase"), [("scalar", True), ("none", True), ("scalar", False), ("none", False)])
-def test_exact(decay: str, erase: bool, states: bool, tiles: bool) -> None:
+def test_exact(decay: str, erase: bool, name: str, states: bool, tiles: bool) -> None:
     """Without states the first segment's transition is not used, nor what the last does; in reverse, the other way round."""
     s = replace(FULL if states else Switches(), decay=decay, erase=erase)
     cell = replace(RAGGED, switches=s)
     x = make(cell, tail=0)
     p = backward(build(s))
-    plan = tuple(t for t in in_segments(p) if t[0] != "forget")
+    plan = tuple(t for t in in_segments(p, name=name) if t[0] != "forget" and "back_reach" not in t)
     got = by_interpreter(cell, x, p, plan, tiles)
     grads = tuple(n for n in (*GRADS, "initial_state") if f"d_{n}" in p.written())
     want = expected(cell, x, grads)
@@ -95,12 +96,13 @@ def fading(norm: float = 1.0) -> tuple[Cell, dict[str, torch.Tensor]]:
     return cell, x
 
 
+@pytest.mark.parametrize("name", ["segments", "cut"])
 @pytest.mark.parametrize("norm", [1.0, 2.0])
-def test_what_has_faded_is_left_out(norm: float) -> None:
+def test_what_has_faded_is_left_out(norm: float, name: str) -> None:
     """From the end that each scan reaches: of a segment's last chunks, and in reverse of its first; not where keys stretch."""
     cell, x = fading(norm)
     p = backward(build(FULL))
-    got = by_interpreter(cell, x, p, in_segments(p))
+    got = by_interpreter(cell, x, p, in_segments(p, name=name))
     want = expected(cell, x, (*GRADS, "initial_state"))
     assert all(inputs.error(got[f"d_{n}"], w) < 10 * math.exp(-FADED) for n, w in want.items())
     if norm == 1.0:
@@ -155,22 +157,24 @@ def test_kernels_of_one_name_are_refused() -> None:
 SMALL = Layout((200, 0, 1, 129), True, 1, 3, 16, 16)
 
 
+@pytest.mark.parametrize("name", ["segments", "cut"])
 @pytest.mark.parametrize("given", ["model", "strong_decay"])
-def test_by_torch(given: str) -> None:
+def test_by_torch(given: str, name: str) -> None:
     for io in ("f64", "f32"):
         cell = Cell("small", FULL, io, SMALL)
         instance = backward_of(cell)
-        schedule = Schedule("x", CHUNK, in_segments(instance.program, io))
+        schedule = Schedule("x", CHUNK, in_segments(instance.program, io, name=name))
         found = check(cell, "torch", "torch", kind=given, schedule=schedule)["errors"]
         assert worst(found.values()) < {"f64": 1e-8, "f32": 1e-4}[io], found
 
 
+@pytest.mark.parametrize("name", ["segments", "cut"])
 @pytest.mark.parametrize("keep", ["inverse", "states"])
-def test_what_is_given(keep: str) -> None:
+def test_what_is_given(keep: str, name: str) -> None:
     """With the states given the adjoint's scan alone is cut."""
     cell = Cell("given", FULL, "f32", replace(SMALL, lengths=(400, 0, 1, 129)))
     program = backward_of(cell, keep=keep).program
-    schedule = Schedule("x", steps=backward_plan("segments", program, "f32", keep=keep, segment=2))
+    schedule = Schedule("x", steps=backward_plan(name, program, "f32", keep=keep, segment=2))
     found = check(cell, "torch", "torch", schedule=schedule, keep=keep)["errors"]
     assert worst(found.values()) < 1e-4, found
 
@@ -179,9 +183,11 @@ def test_by_triton() -> None:
     """Packed, one sequence empty, outputs poisoned, with states in and out and without; P's columns and V in tiles; and a
     sequence of more segments, in most of which only what is near the end counts. (There d_g, a sum of differences, is off by
     4e-5 under any plan.)"""
-    found = interpreted([*(["backward", cell, 32, "segments", [1, 2], False, 2]
-                           for cell in ("initial state, f32", "no final state, f32")),
-                         ["backward", "initial state, f32", 32, "segments", [1, 2], False, 3, 500, "strong_decay"]])
+    found = interpreted([*(["backward", cell, 32, name, [1, 2], False, 2]
+                           for cell, name in (("initial state, f32", "segments"), ("no final state, f32", "segments"),
+                                              ("no final state, f32", "cut"))),
+                         *(["backward", "initial state, f32", 32, name, [1, 2], False, 3, 500, "strong_decay"]
+                           for name in ("segments", "cut"))])
     assert all(float(str(v.get("error", "nan"))) < (1e-4 if "strong_decay" in n else 1e-5) for n, v in found.items()), found
 
 

@@ -69,7 +69,7 @@ def compare(p: Program, plan: tuple[tuple[str | int, ...], ...], padded: bool = 
 
 
 @pytest.mark.parametrize("flags", [{}, STATES | {"l2norm": True}, STATES | {"beta_sigmoid": True, "neg_eigval": True}])
-@pytest.mark.parametrize("name", ["naive", "fused", "states", "grouped", "inside", "merged"])
+@pytest.mark.parametrize("name", ["naive", "fused", "states", "grouped", "inside", "merged", "gathered"])
 @pytest.mark.parametrize(("decay", "erase"), FAMILY)
 def test_plans_are_exact(name: str, decay: str, erase: bool, flags: dict[str, bool]) -> None:
     p = backward(build(Switches(decay=decay, erase=erase, **flags)))           # type: ignore[arg-type]
@@ -268,7 +268,7 @@ def test_prune_drops_carries_and_scans() -> None:
 SMALL = Layout((40, 0, 70, 1), varlen=True, H=1, HV=2, K=16, V=32)
 
 
-@pytest.mark.parametrize("name", ["naive", "states", "grouped", "merged"])
+@pytest.mark.parametrize("name", ["naive", "states", "grouped", "merged", "gathered"])
 @pytest.mark.parametrize("io", ["f64", "f32"])
 @pytest.mark.parametrize(("decay", "erase"), FAMILY)
 def test_torch(decay: str, erase: bool, io: str, name: str) -> None:
@@ -291,7 +291,8 @@ def test_triton_executed() -> None:
     found = interpreted([*(["backward", n] for n in names), ["backward", "gated delta rule, f32, GVA", 32],
                          *(["backward", f"gated delta rule, {layout}", None, plan, heads]
                            for layout, plan, heads in (("f32, varlen", "grouped", (1, 2)), ("f32, ragged", "inside", (1, 3)),
-                                                       ("f32, dense", "merged", (1, 2)), ("f16, varlen", "grouped", (1, 2)))),
+                                                       ("f32, dense", "merged", (1, 2)), ("f16, varlen", "grouped", (1, 2)),
+                                                       ("f32, varlen", "gathered", (1, 2)))),
                          *(["backward", f"gated delta rule, {layout}", None, "grouped", (1, 2), True]
                            for layout in ("f32, varlen", "f16, varlen"))])
     bad = {k: v for k, v in found.items()

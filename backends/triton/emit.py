@@ -32,6 +32,8 @@ class TritonPrinter(Printer):
         self.put(0, f"def {k.name}({', '.join(signature(k))}):")
         self.prologue()
         self.block(self.linear.body, 1)
+        if k.beside and not k.parallel:                    # a serial block takes as long as its kernel: it would wait too early
+            self.last_waits("tl.program_id(0)")
         body = self.text()
         used = [h for h in HELPERS if re.search(rf"\b{h}\(", body)]
         used = [h for h in HELPERS if h in used or any(h in NEEDS.get(u, ()) for u in used)]
@@ -46,9 +48,8 @@ class TritonPrinter(Printer):
         self.put(1, "pid = tl.program_id(0)")
         if k.leads:
             self.put(1, "start_follower()")
-        if k.beside:
-            self.put(1, "if pid == tl.num_programs(0) - 1:  # so that this kernel does not end before the one that it follows")
-            self.put(2, "wait_for_followed()")
+        if k.beside and k.parallel:
+            self.last_waits("pid")
             if k.awaits and k.awaits[2]:
                 self.put(1, "pid = tl.num_programs(0) - 1 - pid  # in the order of the scan, which goes backwards")
         for a in reversed([g for g in grid if g != "N"]):
@@ -97,6 +98,10 @@ class TritonPrinter(Printer):
         if k.awaits:
             counts, enough, _ = k.awaits
             self.put(1, f"await_count({self.place(counts, k.parallel)}, {enough})")
+
+    def last_waits(self, block: str) -> None:
+        self.put(1, f"if {block} == tl.num_programs(0) - 1:  # so that this kernel does not end before the one that it follows")
+        self.put(2, "wait_for_followed()")
 
     def place(self, counts: Tensor, scan: ScanView | None = None) -> str:
         """Where a chunk's count lies, as text; with the scan over chunks, that of the first of those counted as one."""
