@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
@@ -57,7 +58,11 @@ def candidates(instance: Instance, lengths: list[int], changes: list[tuple[str, 
         -> dict[str, Schedule]:
     """"grouped" and "gathered"; "segments" and "cut" with each number of chunks, and each change of a kernel's options. Those
     of the scans alone depend on the shape, and only where they are whole."""
-    found = {"grouped": grouped(instance, shape), "gathered": grouped(instance, shape, True)}
+    both = grouped(instance, shape, True)
+    back, inner = both.options("back"), both.options("inner")
+    found = {"grouped": grouped(instance, shape), "gathered": both,
+             "gathered, inner waits": both.with_options(inner=replace(inner, follows=False)),
+             "gathered, back in 2 stages": both.with_options(back=replace(back, num_stages=2))}
     for n, gathers in product(lengths, (False, True)):
         s = in_segments(grouped(instance, SHAPES[0]), instance, n, gathers)
         found |= {s.name: s, **{f"{s.name}, {kernel} {o}": s.with_options(**{kernel: o}) for kernel, o in changes}}

@@ -258,17 +258,17 @@ def whole_scans(arch: str, instance: Instance, sequences: int, heads: int, backe
             "any device: one pass over the chunks each way, the rest of them at once"
     if backend == "tilelang" and max(instance.K, instance.V) > 128:
         raise ValueError(f"no schedule of a backward for K x V of {instance.K} x {instance.V} by tilelang yet; 128 at most")
-    width = 32 if backend == "tilelang" else scan_width(arch, instance, sequences * heads)
+    both = any(step[0] == "move" for step in steps)        # scans, beside each other
+    width = 32 if backend == "tilelang" else scan_width(arch, instance, (1 + both) * sequences * heads)
     carried = instance.program.scans()[-1]["carries"]      # none where nothing passes from chunk to chunk, in reverse
     runs_again = len(instance.program.scans()) == 2 and instance.keep != "states"
-    both = any(step[0] == "move" for step in steps)        # scans, beside each other
     again = back = KernelOptions(width, 4, 2)
     every = local = inner = KernelOptions(None, 8, 1)
     if grouped:                                            # a third stage of a scan, where it costs no block a multiprocessor
         crowded = (1 + both) * sequences * heads * -(-instance.V // width) > MULTIPROCESSORS[arch]
         again, back = KernelOptions(width, 4, 3), KernelOptions(width, 4, 2 if crowded else 3, follows=both)
         every = KernelOptions(None, 4, 1, sparing=True)    # so that two blocks have a multiprocessor
-        local, inner = replace(every, follows=runs_again and not both), replace(every, follows=bool(carried) and not both)
+        local, inner = replace(every, follows=runs_again and not both), replace(every, follows=bool(carried))
     if max(instance.K, instance.V) > 128:                  # a state is more than a block holds: sums over V in parts
         every = local = inner = KernelOptions(32 if whole else 64, 8, 1)
         again = back = KernelOptions(width, 8 if width == 64 else 4, 2 if arch == "sm_90" and not whole else 1)

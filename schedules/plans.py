@@ -151,7 +151,7 @@ def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64
     if widens and "S" not in known:
         steps += [("hoist", "beta", "f32", "widen" if "A" in known else "solve")]
     out = {n["tensor"].name for n in stores}
-    gathers = name in ("gathered", "cut") and {"d_k", "d_q"} <= out and "d_r" in named
+    gathers = name in ("gathered", "cut") and "d_k" in out and "d_r" in named
     if not back:                                           # nothing is carried: all chunks at once already
         return (*steps, ("move_scales",), *heads)
     if "d_r" in named:

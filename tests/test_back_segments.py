@@ -19,7 +19,7 @@ from gdn_ir.program import Program
 from gdn_ir.programs.gated_delta import Switches, build
 from gdn_ir.schedules import defaults, steps
 from gdn_ir.schedules.adjoints import in_segments as cut, segment_of
-from gdn_ir.schedules.defaults import default
+from gdn_ir.schedules.defaults import default, whole_scans
 from gdn_ir.schedules.forget import FADED
 from gdn_ir.schedules.plans import Steps, backward_plan
 from gdn_ir.schedules.schedule import Schedule
@@ -31,6 +31,7 @@ from tests.test_backward import spilled
 
 CHUNK, SEGMENT = 16, 3                                     # segments of 48 tokens
 GRADS = ("q", "k", "v", "g", "beta")
+BF16 = Instance(Switches(), 128, 128, "bf16", "bf16", True, GRADS, True)
 # no chunk, a token, a whole segment, one and a token, and some that end within one
 RAGGED = Cell("ragged", FULL, "f64", Layout((0, 130, 1, 48, 49, 0, 97), True, 1, 3, 5, 6))
 
@@ -129,6 +130,30 @@ def test_it_looks_from_the_right_end() -> None:
     assert worst(inputs.error(soon[f"d_{n}"], w) for n, w in want.items()) > 1e-4
 
 
+def test_what_leads_to_the_adjoint_lies_between() -> None:
+    """Of the plan "cut": each kernel, and whether it runs beside the one before it."""
+    schedule = cut(whole_scans("sm_90", BF16, 1, 4, "triton", gathers=True)[0], BF16, 32, gathers=True)
+    kernels = {k.name: k.beside for k in variant(BF16, schedule, "triton", "sm_90").compiled.kernels}
+    assert [("beside " if x else "") + n for n, x in kernels.items()] == [
+        "solve", "again_reach", "beside back_reach", "again_transition", "beside again_offset", "beside back_transition",
+        "beside local", "again_compose", "beside back_offset", "back_compose", "beside again", "back", "inner", "heads",
+        "beside grads"]
+    local = next(k for k in steps.apply(BF16.program, schedule.steps) if k.name == "local")
+    assert set(local.read()) == {"G", "q", "k", "d_o"} and set(local.written()) == {"d_u_o"}
+
+
+@pytest.mark.parametrize(("taken", "why"), [
+    (("inner", "back"), r"inner and back, which comes before it, meet in (d_r|d_S)\n  in .*:\d+"),
+    (("back", "local"), r"back and local, which comes before it, meet in d_u_o"),
+    (("again", "back"), "back must come before again, got solve, local, again, back"),
+    (("again", "outer"), "outer must come before again"),
+])
+def test_what_cannot_be_moved(taken: tuple[str, str], why: str) -> None:
+    p = backward(build(Switches()))
+    with pytest.raises(steps.IllegalStep, match=f"move: {why}"):
+        steps.apply(p, (*backward_plan("gathered", p), ("move", *taken)))
+
+
 def test_what_is_given_needs_no_scan_again() -> None:
     p = backward(build(Switches()))
     names = {keep: [k.name for k in steps.apply(p, in_segments(p, keep=keep))] for keep in ("nothing", "inverse", "states")}
@@ -191,37 +216,49 @@ def test_by_triton() -> None:
     assert all(float(str(v.get("error", "nan"))) < (1e-4 if "strong_decay" in n else 1e-5) for n, v in found.items()), found
 
 
-BF16 = Instance(Switches(), 128, 128, "bf16", "bf16", True, GRADS, True)
-
-
-@pytest.mark.parametrize("switches", [Switches(), FULL])
-def test_compiles_without_a_gpu(switches: Switches) -> None:
+@pytest.mark.parametrize(("switches", "gathers"), [(Switches(), False), (FULL, False), (Switches(), True)])
+def test_compiles_without_a_gpu(switches: Switches, gathers: bool) -> None:
     """Every kernel around the two scans, with shared memory for two blocks to a multiprocessor, and without a spill, but for 8
     bytes of what composes."""
     instance = replace(BF16, switches=switches)
-    chosen = variant(instance, cut(default("sm_90", instance, 1, 4, 32768)[0], instance, 32), "triton", "sm_90")
+    schedule = cut(default("sm_90", instance, 1, 4, 32768)[0], instance, 32, gathers)
+    chosen = variant(instance, schedule, "triton", "sm_90")
     scans = [f"{s}{x}" for s in ("again", "back") for x in ("_reach", "_transition", "_offset", "_compose", "")]
-    assert [s.kernel for s in chosen.sources] == ["solve", *scans[:5], "local", "heads", *scans[5:], "inner", "grads"]
+    if not gathers:
+        assert [s.kernel for s in chosen.sources] == ["solve", *scans[:5], "local", "heads", *scans[5:], "inner", "grads"]
     for kernel, source in zip(chosen.compiled.kernels, chosen.sources, strict=True):
-        if kernel.name in scans:
+        if kernel.name in (*scans, "local"):
             made = cross_compile(kernel, source, "sm_90")
             assert 2 * (made.metadata.shared + 1024) <= 233472
             assert spilled(made.asm["ptx"]) <= (8 if kernel.name.endswith("compose") else 0)
+
+
+@pytest.mark.parametrize("heads", [8, 16, 32])
+def test_scans_beside_each_other_share_a_multiprocessor(heads: int) -> None:
+    """Of the plan "gathered", where their blocks do not each have one: without a spill, and with shared memory for both."""
+    schedule = whole_scans("sm_90", BF16, 1, heads, "triton", gathers=True)[0]
+    chosen, shared, blocks = variant(BF16, schedule, "triton", "sm_90"), 0, 0
+    for kernel, source in zip(chosen.compiled.kernels, chosen.sources, strict=True):
+        if kernel.name in ("again", "back"):
+            made = cross_compile(kernel, source, "sm_90")
+            assert spilled(made.asm["ptx"]) == 0
+            shared, blocks = shared + made.metadata.shared + 1024, blocks + heads * 128 // kernel.columns
+    assert blocks <= defaults.MULTIPROCESSORS["sm_90"] or shared <= 233472
 
 
 @pytest.mark.parametrize("kind", ["no_decay", "real"])
 def test_as_near_as_whole_scans(kind: str) -> None:
     """Rounded as bf16 kernels round: in the mean hardly farther from the truth than the plan that cuts nothing. (A single d_g,
     a sum of differences, errs by half to twice the mean under either.)"""
-    errors: dict[str, list[dict[str, float]]] = {"grouped": [], "segments": []}
+    errors: dict[str, list[dict[str, float]]] = {"grouped": [], "segments": [], "gathered": [], "cut": []}
     for length in (500, 440, 380, 320):
         cell = Cell("x", FULL, "bf16", Layout((length, 0, 12), True, 1, 2, 32, 32))
         program = backward_of(cell).program
         for name, found in errors.items():
             s = Schedule(name, CHUNK, backward_plan(name, program, "bf16", CHUNK, segment=4), dot="bf16")
             found.append(check(cell, "torch", "torch", kind=kind, schedule=s)["errors"])
-    whole, mine = ({n: sum(e[n] for e in found) / 4 for n in found[0]} for found in errors.values())
-    assert all(mine[n] <= 1.2 * whole[n] for n in mine), errors
+    whole, *others = ({n: sum(e[n] for e in found) / 4 for n in found[0]} for found in errors.values())
+    assert all(mine[n] <= 1.2 * whole[n] for mine in others for n in mine), errors
 
 
 def test_where_scans_should_be_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,5 +270,10 @@ def test_where_scans_should_be_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default("sm_90", replace(BF16, grads=("q",)), 1, 4, 32768)[0].name == "backward-16"
     assert default("sm_90", replace(BF16, io="f16", beta="f16"), 1, 4, 32768)[0].name == "backward-16"
     assert segment_of(1, 8, 32768, 132) and not segment_of(8, 8, 8192, 132) and not segment_of(1, 16, 32768, 132)
+    monkeypatch.setattr(defaults, "GATHERED", True)
+    assert default("sm_90", BF16, 1, 4, 32768)[0].name == "backward-cut-32"
+    assert default("sm_90", BF16, 8, 32, 32768)[0].name == "backward-gathered-32"
+    assert default("sm_90", replace(BF16, io="f32", beta="f32"), 8, 32, 32768)[0].name == "backward-32"
+    monkeypatch.setattr(defaults, "GATHERED", False)
     monkeypatch.setattr(defaults, "BACK_IN_SEGMENTS", False)
     assert default("sm_90", BF16, 1, 4, 32768)[0].name == "backward-16"

@@ -27,7 +27,7 @@ from gdn_ir.program import Program, ScanView, tile_axes
 from gdn_ir.programs.gated_delta import Switches, build
 from gdn_ir.prune import prune
 from gdn_ir.schedules import steps
-from gdn_ir.schedules.defaults import default
+from gdn_ir.schedules.defaults import default, whole_scans
 from gdn_ir.schedules.plans import backward_plan
 from gdn_ir.schedules.schedule import Schedule
 from gdn_ir.split import parts
@@ -393,11 +393,11 @@ def test_sparing_holds_less() -> None:
             assert then.index("d_v.to") < then.index("v = tl.load") < then.index("u = tl.load") < then.index("d_k_r_ptr + t0")
 
 
-@pytest.mark.parametrize(("kernel", "spills"), [("inner", 64), ("local", 0)])
-def test_four_warps_hold_what_is_sparing(kernel: str, spills: int) -> None:
+@pytest.mark.parametrize(("kernel", "gathers", "spills"), [("inner", False, 64), ("local", False, 0), ("inner", True, 272)])
+def test_four_warps_hold_what_is_sparing(kernel: str, gathers: bool, spills: int) -> None:
     """Bytes of the stack that ptxas takes, at two blocks a multiprocessor. (inner took 500 before share and sparing.)"""
     instance = Instance(Switches(), 128, 128, "bf16", "bf16", True, GRADS)
-    schedule = default("sm_90", instance, 1, 32, 8192)[0]
+    schedule = whole_scans("sm_90", instance, 1, 32, "triton", gathers)[0]
     s = schedule.with_options(**{kernel: replace(schedule.options(kernel), num_warps=4, sparing=True)})
     made = variant(instance, s, "triton", "sm_90")
     at = next(i for i, k in enumerate(made.sources) if k.kernel == kernel)

@@ -22,7 +22,7 @@ def signature(kernel: Kernel) -> list[str]:
 
 class TritonPrinter(Printer):
     def __init__(self, kernel: Kernel) -> None:
-        own = {"tl", "triton", "n", "slot", "t0", "first", "length", "pid", "start", "trips"}
+        own = {"tl", "triton", "n", "slot", "t0", "first", "length", "pid", "start", "trips", "middle", "away"}
         super().__init__(kernel, RULES, own | set(signature(kernel)) | {f"i_{h}" for h in heads(kernel)} | set(HELPERS))
         self.slots |= bool(kernel.counts or kernel.awaits or kernel.clears)
 
@@ -50,7 +50,11 @@ class TritonPrinter(Printer):
             self.put(1, "start_follower()")
         if k.beside and k.parallel:
             self.last_waits("pid")
-            if k.awaits and k.awaits[2]:
+            ways = {backwards for _, _, backwards in k.awaits}
+            if len(ways) == 2:
+                self.put(1, "middle, away = tl.num_programs(0) // 2, pid // 2  # outwards, for that is where the scans meet")
+                self.put(1, "pid = tl.where(pid % 2 == 0, middle + away, middle - 1 - away)")
+            elif True in ways:
                 self.put(1, "pid = tl.num_programs(0) - 1 - pid  # in the order of the scan, which goes backwards")
         for a in reversed([g for g in grid if g != "N"]):
             if a.endswith("#"):
@@ -95,8 +99,7 @@ class TritonPrinter(Printer):
             self.put(2, "return")
         if k.clears:
             self.put(1, f"tl.store({self.place(k.clears)}, 0)")
-        if k.awaits:
-            counts, enough, _ = k.awaits
+        for counts, enough, _ in k.awaits:
             self.put(1, f"await_count({self.place(counts, k.parallel)}, {enough})")
 
     def last_waits(self, block: str) -> None:
