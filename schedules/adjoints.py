@@ -12,18 +12,15 @@ if TYPE_CHECKING:
 
 LENGTHS = (16, 32)                                         # chunks that a segment may have (64 gains 1.4% at most)
 WORTH = 0.9                                                # of the time of whole scans
+GATHERED = False                                           # whether "gathered" and "cut" serve (no GPU has run them yet)
 
 
-def beside(schedule: Schedule, *kernels: str) -> Schedule:
-    """The schedule with these kernels beside those before them, of which they read nothing."""
-    return schedule.with_options(**{k: replace(schedule.options(k), follows=True) for k in kernels})
-
-
-def in_segments(base: Schedule, instance: Instance, segment: int, gathers: bool = False) -> Schedule:
+def in_segments(base: Schedule, instance: Instance, segment: int, gathers: bool | None = None) -> Schedule:
     """The plan "segments", with that many chunks to a segment, and for the kernels that "grouped" has too the options of
     `base`. Segments are stored beside each other, so that nothing follows their scans. Wide tiles, for there are blocks enough,
-    and two stages of the adjoint's loads, so that two blocks have a multiprocessor. gathers: the plan "cut"."""
-    plan = "cut" if gathers else "segments"
+    and two stages of the adjoint's loads, so that two blocks have a multiprocessor. gathers: the plan "cut", whose kernels run
+    beside those before them where they read nothing of these (None: as GATHERED says)."""
+    plan = "cut" if (GATHERED if gathers is None else gathers) else "segments"
     steps = backward_plan(plan, instance.program, instance.io, keep=instance.keep, beta=instance.beta, segment=segment)
     chosen = {k: replace(o, follows=False) for k, o in base.kernels}
     moves = instance.switches.erase or instance.switches.decay != "none"           # a state, but for what is added to it
@@ -33,10 +30,11 @@ def in_segments(base: Schedule, instance: Instance, segment: int, gathers: bool 
         chosen |= {name: scan, f"{prefix}offset": replace(scan, follows=moves), f"{prefix}compose": KernelOptions(32, 8, 1)}
         chosen |= {f"{prefix}transition": scan} if moves else {}                   # beside the offset: neither reads the other
         chosen |= {f"{prefix}reach": KernelOptions(None, 1, 1)} if any(s[0] == "forget" for s in steps) else {}
-    made = Schedule(f"backward-{plan}-{segment}", steps=steps).with_options(**chosen)
-    moved = [str(s[1]) for s in steps if s[0] == "move" and s[1] != "back_compose"]
-    late = ["grads"] if any(s[0] == "sum_after" for s in steps) else []
-    return beside(made, *moved, "again", *late) if moved else made
+    if any(s[0] == "move" for s in steps):
+        heads = any(s[0] == "sum_after" for s in steps)    # grads comes after these; else after inner, which it needs
+        beside = ("back_reach", "back_transition", "local", "back_offset", "again", *(("grads",) if heads else ()))
+        chosen |= {k: replace(o, follows=True) for k, o in chosen.items() if k in beside}
+    return Schedule(f"backward-{plan}-{segment}", steps=steps).with_options(**chosen)
 
 
 def can(instance: Instance) -> bool:

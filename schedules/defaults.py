@@ -22,7 +22,6 @@ SEGMENTS = False                                           # whether few long se
 SEGMENT = 64                                               # chunks of one
 ROLES_IN_SEGMENTS = True                                   # whether sequences are cut where roles can scan them
 BACK_IN_SEGMENTS = True                                    # and those of a backward (schedules/adjoints.py)
-GATHERED = False                                           # whether "gathered" and "cut" serve (no GPU has run them yet)
 ROLES_IN_ONE = True                                        # whether roles may make the inverses too
 NORMALISED = False                                         # whether roles serve what the op normalises (no GPU has run it yet)
 LENGTHS = (8, 16, 32, 64, 128)                             # chunks that a segment of roles may have
@@ -232,14 +231,15 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
     size = adjoints.segment_of(sequences, heads, tokens, MULTIPROCESSORS[arch])
     if size and not adjoints.can(instance):
         return schedule, f"{why}; segments of {size} chunks may be faster, but a GPU has run these of few kinds (adjoints.can)"
-    return (adjoints.in_segments(schedule, instance, size, GATHERED), (
+    return (adjoints.in_segments(schedule, instance, size), (
         f"{arch}: {sequences * heads} serial scans each way would not fill {MULTIPROCESSORS[arch]} multiprocessors for "
         f"long; each is cut into segments of {size} chunks")) if size else (schedule, why)
 
 
 def whole_scans(arch: str, instance: Instance, sequences: int, heads: int, backend: str, gathers: bool | None = None) \
         -> tuple[Schedule, str]:
-    """A backward whose scans are not cut. gathers: the plan "gathered", where "grouped" serves (None: as GATHERED says)."""
+    """A backward whose scans are not cut. gathers: the plan "gathered" where else "grouped" serves (None: as adjoints.GATHERED
+    says)."""
     if arch == "cpu":
         chunk = 16 if instance.keep == "nothing" else CHUNK
         states = "" if instance.keep == "states" else "states again, then "
@@ -250,7 +250,7 @@ def whole_scans(arch: str, instance: Instance, sequences: int, heads: int, backe
         raise ValueError(f"no schedule of a backward for {backend} on {arch} yet")
     whole = instance.io == "f32"
     grouped = lean(arch, instance, backend)
-    gathers = grouped and (GATHERED if gathers is None else gathers)
+    gathers = grouped and (adjoints.GATHERED if gathers is None else gathers)
     name = "gathered" if gathers else "grouped" if grouped else "states"
     steps = backward_plan(name, instance.program, instance.io, keep=instance.keep, beta=instance.beta)
     if arch == "torch":

@@ -171,7 +171,9 @@ def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64
     steps += [("move_scales",)]
     if heads and name != "states":
         owned = {"inside": ("d_q", "d_k"), "merged": ()}.get(name, ("d_k",))
-        steps += [("sum_inside", kernel) for kernel, n in (("local", "d_q"), ("grads", "d_k")) if n in owned and n in out]
+        anew = ("k",) if gathers and "d_g" in out else ()  # held for all value heads, it would strain grads' registers
+        steps += [("sum_inside", "local")] if "d_q" in {*owned} & out else []
+        steps += [("sum_inside", "grads", *anew)] if "d_k" in {*owned} & out else []
         heads = (("sum_after", "heads", "io"),) if {"d_q", "d_k"} & out - set(owned) else ()
     again = len(scans) == 2 and "S" not in known
     if name not in ("segments", "cut"):

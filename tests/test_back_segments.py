@@ -17,7 +17,7 @@ from gdn_ir.coverage import Cell, Layout
 from gdn_ir.interp import Sizes, run_pipeline
 from gdn_ir.program import Program
 from gdn_ir.programs.gated_delta import Switches, build
-from gdn_ir.schedules import defaults, steps
+from gdn_ir.schedules import adjoints, defaults, steps
 from gdn_ir.schedules.adjoints import in_segments as cut, segment_of
 from gdn_ir.schedules.defaults import default, whole_scans
 from gdn_ir.schedules.forget import FADED
@@ -270,10 +270,10 @@ def test_where_scans_should_be_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default("sm_90", replace(BF16, grads=("q",)), 1, 4, 32768)[0].name == "backward-16"
     assert default("sm_90", replace(BF16, io="f16", beta="f16"), 1, 4, 32768)[0].name == "backward-16"
     assert segment_of(1, 8, 32768, 132) and not segment_of(8, 8, 8192, 132) and not segment_of(1, 16, 32768, 132)
-    monkeypatch.setattr(defaults, "GATHERED", True)
+    monkeypatch.setattr(adjoints, "GATHERED", True)
     assert default("sm_90", BF16, 1, 4, 32768)[0].name == "backward-cut-32"
     assert default("sm_90", BF16, 8, 32, 32768)[0].name == "backward-gathered-32"
     assert default("sm_90", replace(BF16, io="f32", beta="f32"), 8, 32, 32768)[0].name == "backward-32"
-    monkeypatch.setattr(defaults, "GATHERED", False)
+    monkeypatch.setattr(adjoints, "GATHERED", False)
     monkeypatch.setattr(defaults, "BACK_IN_SEGMENTS", False)
     assert default("sm_90", BF16, 1, 4, 32768)[0].name == "backward-16"

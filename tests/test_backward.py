@@ -79,14 +79,15 @@ def test_plans_are_exact(name: str, decay: str, erase: bool, flags: dict[str, bo
         compare(p, plan, padded=True)
 
 
-@pytest.mark.parametrize("wrt", [("q",), ("v",), ("k", "beta"), ("g",), ("initial_state",), ("v", "initial_state")])
+@pytest.mark.parametrize("wrt", [("q",), ("v",), ("k", "beta"), ("g",), ("q", "k"), ("initial_state",), ("v", "initial_state")])
 @pytest.mark.parametrize("erase", [True, False])
 def test_only_what_is_asked_for(wrt: tuple[str, ...], erase: bool) -> None:
     """Dead gradients drop out, of the program and of the plan: what is left is exact and does less."""
     whole = build(Switches(erase=erase, **STATES))         # type: ignore[arg-type]
     p = backward(whole, wrt)
     assert {n for n, t in p.tensors().items() if n in p.written() and not t.temp} == {f"d_{n}" for n in wrt}
-    compare(p, backward_plan("states", p, chunk=16, block=4))
+    for name in ("states", "gathered"):
+        compare(p, backward_plan(name, p, chunk=16, block=4))
     sizes = {"C": 64, "K": 128, "V": 128}
     assert cost(p, sizes).flops < cost(backward(whole), sizes).flops
 
