@@ -56,16 +56,20 @@ def grouped(instance: Instance, shape: Shape, gathers: bool = False) -> Schedule
 
 def candidates(instance: Instance, lengths: list[int], changes: list[tuple[str, KernelOptions]], shape: Shape) \
         -> dict[str, Schedule]:
-    """"grouped" and "gathered"; "segments" and "cut" with each number of chunks, and each change of a kernel's options. Those
-    of the scans alone depend on the shape, and only where they are whole."""
+    """"grouped" and "gathered"; "segments" and "cut" with each number of chunks; and each change of a kernel's options, which
+    does what it did beside others. The scans' options of those in segments do not depend on the shape."""
     both = grouped(instance, shape, True)
     back, inner = both.options("back"), both.options("inner")
     found = {"grouped": grouped(instance, shape), "gathered": both,
              "gathered, inner waits": both.with_options(inner=replace(inner, follows=False)),
              "gathered, back in 2 stages": both.with_options(back=replace(back, num_stages=2))}
-    for n, gathers in product(lengths, (False, True)):
-        s = in_segments(grouped(instance, SHAPES[0]), instance, n, gathers)
-        found |= {s.name: s, **{f"{s.name}, {kernel} {o}": s.with_options(**{kernel: o}) for kernel, o in changes}}
+    cut = [in_segments(grouped(instance, SHAPES[0]), instance, n, gathers) for n, gathers in product(lengths, (False, True))]
+    for name, s in {"gathered": both, **{s.name: s for s in cut}}.items():
+        found[name] = s
+        for kernel, o in ((k, o) for k, o in changes if k in dict(s.kernels)):
+            was = s.options(kernel)
+            o = replace(o, follows=was.follows, sparing=was.sparing)
+            found[f"{name}, {kernel} {o}"] = s.with_options(**{kernel: o})
     return found
 
 

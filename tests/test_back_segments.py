@@ -10,6 +10,7 @@ import torch
 
 from gdn_ir.autodiff import backward
 from gdn_ir.backends.triton import cross_compile
+from gdn_ir.bench import adjoints as bench
 from gdn_ir.bench.errors import worst
 from gdn_ir.bench.gradients import FULL, backward_of, check, expected, make
 from gdn_ir.compiler import Instance, variant
@@ -22,7 +23,7 @@ from gdn_ir.schedules.adjoints import in_segments as cut, segment_of
 from gdn_ir.schedules.defaults import default, whole_scans
 from gdn_ir.schedules.forget import FADED
 from gdn_ir.schedules.plans import Steps, backward_plan
-from gdn_ir.schedules.schedule import Schedule
+from gdn_ir.schedules.schedule import KernelOptions, Schedule
 from gdn_ir.schedules.segments import segments
 from gdn_ir.split import split
 from tests import inputs
@@ -259,6 +260,17 @@ def test_as_near_as_whole_scans(kind: str) -> None:
             found.append(check(cell, "torch", "torch", kind=kind, schedule=s)["errors"])
     whole, *others = ({n: sum(e[n] for e in found) / 4 for n in found[0]} for found in errors.values())
     assert all(mine[n] <= 1.2 * whole[n] for mine in others for n in mine), errors
+
+
+def test_the_bench_has_candidates_of_each_plan() -> None:
+    """All of which compile to kernels; one that changes an option stays beside what it was beside."""
+    change = ("again", KernelOptions(16, 4, 2))
+    for shape in bench.SHAPES[0], bench.SHAPES[3]:
+        found = bench.candidates(bench.TIMED, [16], [change, ("back_compose", KernelOptions(32, 8, 2))], shape)
+        assert {n.split(",")[0] for n in found} == {"grouped", "gathered", "backward-segments-16", "backward-cut-16"}
+        made = {n: variant(bench.TIMED, s, "triton", "sm_90").compiled.kernels for n, s in found.items()}
+        changed = [k for n, ks in made.items() if n.startswith("backward-cut-16, again ") for k in ks if k.name == "again"]
+        assert [(k.beside, k.options.num_stages) for k in changed] == [(True, 2)]
 
 
 def test_where_scans_should_be_cut(monkeypatch: pytest.MonkeyPatch) -> None:
