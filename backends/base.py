@@ -37,9 +37,10 @@ class Kernel:
     extents: sizes of the axes fixed at compile time (C, K, V). tiles: extents of the tiles over them, larger where an axis is
     padded, smaller where it is split over the grid. varlen: sequences are found through cu_seqlens, else all have length T.
     counts: of a scan that is followed, where it counts a chunk's columns that are stored; awaits: of its follower, those counts
-    and how high they must be, and whether the scan goes backwards; clears: of a kernel before such a scan, the counts that it
-    sets to zero (`gdn_ir.follow`). beside: whether it may start while the kernel before it runs; leads: whether the one after
-    it may. sweeps: stores whose rows past the last sequence it clears: another kernel's, or its own, where it is serial.
+    of each scan that it follows, how high they must be, and whether the scan goes backwards; clears: of a kernel before such a
+    scan, the counts that it sets to zero (`gdn_ir.follow`). beside: whether it may start while the kernel before it runs;
+    leads: whether the one after it may. sweeps: stores whose rows past the last sequence it clears: another kernel's, or its
+    own, where it is serial.
     """
     name: str
     program: Program
@@ -49,7 +50,7 @@ class Kernel:
     varlen: bool
     origin: str = ""                           # schedule and instance, for the header of the emitted source
     counts: Tensor | None = None
-    awaits: tuple[Tensor, int, bool] | None = None
+    awaits: tuple[tuple[Tensor, int, bool], ...] = ()
     clears: Tensor | None = None
     beside: bool = False
     leads: bool = False
@@ -121,7 +122,7 @@ class Kernel:
 
     def tensors(self) -> tuple[Tensor, ...]:
         swept = {n["tensor"].name: n["tensor"] for n in self.sweeps if n["tensor"].name not in self.program.tensors()}
-        more = [*swept.values(), *(t for t in (self.clears, self.awaits[0] if self.awaits else None, self.counts) if t)]
+        more = [*swept.values(), *(t for t in (self.clears, *(counts for counts, _, _ in self.awaits), self.counts) if t)]
         return (*self.program.tensors().values(), *more)
 
     def header(self, *more: str) -> str:

@@ -1,4 +1,5 @@
-"""The backward with its scans in segments beside "grouped", on an H100 or its kin: checked, then timed, whole and each kernel.
+"""The backward with its scans in segments, and with a state's readers gathered, beside "grouped", on an H100 or its kin:
+checked, then timed, whole and each kernel.
 
     python -m gdn_ir.bench.adjoints --out FILE --commit HASH
     python -m gdn_ir.bench.adjoints --out FILE --commit HASH --segments 32 --set back=32,4,3
@@ -14,7 +15,9 @@ import argparse
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -46,20 +49,27 @@ CHECKS = [(Cell("states", FULL, "bf16", RAGGED), "model"), (Cell("no states", Sw
 SECONDS = 0.2                                              # of timing, for each candidate
 
 
-def grouped(instance: Instance, shape: Shape) -> Schedule:
+def grouped(instance: Instance, shape: Shape, gathers: bool = False) -> Schedule:
     lengths, _, HV = shape
-    return whole_scans(ARCH, instance, len(lengths), HV, "triton")[0]
+    return whole_scans(ARCH, instance, len(lengths), HV, "triton", gathers)[0]
 
 
 def candidates(instance: Instance, lengths: list[int], changes: list[tuple[str, KernelOptions]], shape: Shape) \
         -> dict[str, Schedule]:
-    """"grouped", the plan "segments" with each number of chunks, and each change of a kernel's options. Those of the scans
-    alone depend on the shape, and only of "grouped"."""
-    base = grouped(instance, shape)
-    found = {"grouped": base}
-    for n in lengths:
-        s = in_segments(grouped(instance, SHAPES[0]), instance, n)
-        found |= {s.name: s, **{f"{s.name}, {kernel} {o}": s.with_options(**{kernel: o}) for kernel, o in changes}}
+    """"grouped" and "gathered"; "segments" and "cut" with each number of chunks; and each change of a kernel's options, which
+    does what it did beside others. The scans' options of those in segments do not depend on the shape."""
+    both = grouped(instance, shape, True)
+    back, inner = both.options("back"), both.options("inner")
+    found = {"grouped": grouped(instance, shape), "gathered": both,
+             "gathered, inner waits": both.with_options(inner=replace(inner, follows=False)),
+             "gathered, back in 2 stages": both.with_options(back=replace(back, num_stages=2))}
+    cut = [in_segments(grouped(instance, SHAPES[0]), instance, n, gathers) for n, gathers in product(lengths, (False, True))]
+    for name, s in {"gathered": both, **{s.name: s for s in cut}}.items():
+        found[name] = s
+        for kernel, o in ((k, o) for k, o in changes if k in dict(s.kernels)):
+            was = s.options(kernel)
+            o = replace(o, follows=was.follows, sparing=was.sparing)
+            found[f"{name}, {kernel} {o}"] = s.with_options(**{kernel: o})
     return found
 
 

@@ -16,7 +16,7 @@ from gdn_ir.artifacts import NotCompiled
 from gdn_ir.autodiff import backward
 from gdn_ir.backends.base import TORCH, Backend, Call, Kernel, Launch, Source
 from gdn_ir.backends.temporaries import in_order
-from gdn_ir.follow import clears, followers
+from gdn_ir.follow import clears, followers, start
 from gdn_ir.inverse import doubled
 from gdn_ir.legalize import collapse, small_products, split_products, ungrouped
 from gdn_ir.nodes import RUNS_ALONG, At, IRError, Tensor, base
@@ -144,10 +144,11 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
         if any("V#" in p.tensors()[n].dims for n in p.written()):
             extents["V#"] = -(-extents["V"] // split[p.name])
     followed = followers(pipeline, {p.name for p in pipeline if schedule.options(p.name).follows})
+    counting = {j: counts for scans in followed.values() for j, counts in scans.items()}
     cleared: dict[int, Tensor] = {}                        # by the last kernel before the scan that can
-    for i, t in ((i, t) for i, t in followed.items() if t):
-        able = [j for j in range(i - 1) if j not in cleared and clears(pipeline[j], pipeline[i - 1])]
-        cleared |= {able[-1]: t} if able else {}
+    for j, counts in counting.items():
+        able = [m for m in range(start(j, followed)) if m not in cleared and clears(pipeline[m], pipeline[j])]
+        cleared |= {able[-1]: counts} if able else {}
     kernels: list[Kernel] = []
     for i, p in enumerate(pipeline):
         options = schedule.options(p.name)
@@ -162,12 +163,9 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
         tiles |= {str(columns(p, tokens)): turned[p.name]} if p.name in turned else {}
         padded = {a for a in tile_axes(p) if a in tokens or extents[a] % tiles[a]}
         p = pad(p, frozenset(padded))
-        awaits: tuple[Tensor, int, bool] | None = None
-        counts = followed.get(i)
-        if counts:
-            last = kernels[-1]
-            awaits = counts, -(-extents["V"] // last.columns) * last.columns, bool(pipeline[i - 1].roots[0]["reverse"])
-        kernels.append(Kernel(p.name, p, extents, tiles, options, varlen, origin, followed.get(i + 1), awaits,
+        whole_tiles = {j: -(-extents["V"] // kernels[j].columns) * kernels[j].columns for j in followed.get(i, ())}
+        awaits = tuple((t, whole_tiles[j], bool(pipeline[j].roots[0]["reverse"])) for j, t in followed.get(i, {}).items())
+        kernels.append(Kernel(p.name, p, extents, tiles, options, varlen, origin, counting.get(i), awaits,
                               cleared.get(i), i in followed, i + 1 in followed))
     return swept(tuple(kernels), backend)
 

@@ -3,7 +3,8 @@
 A serial scan of few blocks leaves most of a GPU idle, and the kernel after it, which takes all chunks at once, waits for the
 last of them though most are long done. Where all that it reads of the scan belongs to its own chunk it need not: the scan
 counts, for every few chunks (`TOGETHER`), the columns that it has stored, and the follower waits for that count alone. A kernel
-that reads nothing of the one before it waits for nothing: the two run beside each other.
+that reads nothing of the one before it waits for nothing: the two run beside each other. Two scans may, and one kernel follow
+both.
 """
 from __future__ import annotations
 
@@ -49,18 +50,29 @@ def ready(scan: Program, follower: Program) -> Tensor | None:
     return Tensor(f"{scan.name}_ready", ("X", *(a for a in grid if a != "N")), "int", temp=True)
 
 
-def followers(pipeline: Sequence[Program], names: Container[str]) -> dict[int, Tensor | None]:
-    """For each kernel of these names (but the first) its place in the pipeline, and the counts that it waits for. Raises
-    IRError where one cannot follow, as `ready` does; or where the one before it follows too, and it meets what is followed."""
-    found = {i: ready(pipeline[i - 1], p) for i, p in enumerate(pipeline) if i and p.name in names}
+def followers(pipeline: Sequence[Program], names: Container[str]) -> dict[int, dict[int, Tensor]]:
+    """For each kernel of these names (but the first) its place in the pipeline, and the places of the scans that it follows
+    with the counts that it waits for: of the one before it, and where that follows too, of those beside which that one starts.
+    Raises IRError where it cannot, as `ready` does."""
+    found = {i: dict[int, Tensor]() for i, p in enumerate(pipeline) if i and p.name in names}
     for i in found:
-        j = i - 1
-        while j in found:
-            j -= 1
-            if not apart(pipeline[j], pipeline[i]):
+        for j in range(i - 1, start(i, found) - 1, -1):
+            try:
+                counts = ready(pipeline[j], pipeline[i])
+            except IRError as e:
+                if j == i - 1:
+                    raise
                 late, soon = pipeline[j].name, pipeline[i].name
-                raise IRError(f"follow: {soon} could run before {late} has ended, and they meet in memory")
+                raise IRError(f"follow: {soon} could run before {late} has ended, and they meet in memory; {e}") from e
+            found[i] |= {j: counts} if counts else {}
     return found
+
+
+def start(i: int, followed: Container[int]) -> int:
+    """The place of the first kernel beside which the i-th of a pipeline may run: the last before it that does not follow."""
+    while i in followed:
+        i -= 1
+    return i
 
 
 def can_follow(scan: Program, follower: Program) -> bool:

@@ -12,13 +12,16 @@ if TYPE_CHECKING:
 
 LENGTHS = (16, 32)                                         # chunks that a segment may have (64 gains 1.4% at most)
 WORTH = 0.9                                                # of the time of whole scans
+GATHERED = False                                           # whether "gathered" and "cut" serve (no GPU has run them yet)
 
 
-def in_segments(base: Schedule, instance: Instance, segment: int) -> Schedule:
+def in_segments(base: Schedule, instance: Instance, segment: int, gathers: bool | None = None) -> Schedule:
     """The plan "segments", with that many chunks to a segment, and for the kernels that "grouped" has too the options of
     `base`. Segments are stored beside each other, so that nothing follows their scans. Wide tiles, for there are blocks enough,
-    and two stages of the adjoint's loads, so that two blocks have a multiprocessor."""
-    steps = backward_plan("segments", instance.program, instance.io, keep=instance.keep, beta=instance.beta, segment=segment)
+    and two stages of the adjoint's loads, so that two blocks have a multiprocessor. gathers: the plan "cut", whose kernels run
+    beside those before them where they read nothing of these (None: as GATHERED says)."""
+    plan = "cut" if (GATHERED if gathers is None else gathers) else "segments"
+    steps = backward_plan(plan, instance.program, instance.io, keep=instance.keep, beta=instance.beta, segment=segment)
     chosen = {k: replace(o, follows=False) for k, o in base.kernels}
     moves = instance.switches.erase or instance.switches.decay != "none"           # a state, but for what is added to it
     for prefix in (str(s[4]) for s in steps if s[0] == "segment"):
@@ -27,7 +30,11 @@ def in_segments(base: Schedule, instance: Instance, segment: int) -> Schedule:
         chosen |= {name: scan, f"{prefix}offset": replace(scan, follows=moves), f"{prefix}compose": KernelOptions(32, 8, 1)}
         chosen |= {f"{prefix}transition": scan} if moves else {}                   # beside the offset: neither reads the other
         chosen |= {f"{prefix}reach": KernelOptions(None, 1, 1)} if any(s[0] == "forget" for s in steps) else {}
-    return Schedule(f"backward-segments-{segment}", steps=steps).with_options(**chosen)
+    if any(s[0] == "move" for s in steps):
+        heads = any(s[0] == "sum_after" for s in steps)    # grads comes after these; else after inner, which it needs
+        beside = ("back_reach", "back_transition", "local", "back_offset", "again", *(("grads",) if heads else ()))
+        chosen |= {k: replace(o, follows=True) for k, o in chosen.items() if k in beside}
+    return Schedule(f"backward-{plan}-{segment}", steps=steps).with_options(**chosen)
 
 
 def can(instance: Instance) -> bool:

@@ -247,8 +247,10 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
         f"long; each is cut into segments of {size} chunks")) if size else (schedule, why)
 
 
-def whole_scans(arch: str, instance: Instance, sequences: int, heads: int, backend: str) -> tuple[Schedule, str]:
-    """A backward whose scans are not cut."""
+def whole_scans(arch: str, instance: Instance, sequences: int, heads: int, backend: str, gathers: bool | None = None) \
+        -> tuple[Schedule, str]:
+    """A backward whose scans are not cut. gathers: the plan "gathered" where else "grouped" serves (None: as adjoints.GATHERED
+    says)."""
     if arch == "cpu":
         chunk = 16 if instance.keep == "nothing" else CHUNK
         states = "" if instance.keep == "states" else "states again, then "
@@ -259,35 +261,38 @@ def whole_scans(arch: str, instance: Instance, sequences: int, heads: int, backe
         raise ValueError(f"no schedule of a backward for {backend} on {arch} yet")
     whole = instance.io == "f32"
     grouped = lean(arch, instance, backend)
-    steps = backward_plan("grouped" if grouped else "states", instance.program, instance.io, keep=instance.keep,
-                          beta=instance.beta)
+    gathers = grouped and (adjoints.GATHERED if gathers is None else gathers)
+    name = "gathered" if gathers else "grouped" if grouped else "states"
+    steps = backward_plan(name, instance.program, instance.io, keep=instance.keep, beta=instance.beta)
     if arch == "torch":
         return Schedule(f"backward{kept(instance)}", steps=steps), \
             "any device: one pass over the chunks each way, the rest of them at once"
     if backend == "tilelang" and max(instance.K, instance.V) > 128:
         raise ValueError(f"no schedule of a backward for K x V of {instance.K} x {instance.V} by tilelang yet; 128 at most")
-    width = 32 if backend == "tilelang" else scan_width(arch, instance, sequences * heads)
+    both = any(step[0] == "move" for step in steps)        # scans, beside each other
+    width = 32 if backend == "tilelang" else scan_width(arch, instance, (1 + both) * sequences * heads)
     carried = instance.program.scans()[-1]["carries"]      # none where nothing passes from chunk to chunk, in reverse
     runs_again = len(instance.program.scans()) == 2 and instance.keep != "states"
     again = back = KernelOptions(width, 4, 2)
     every = local = inner = KernelOptions(None, 8, 1)
     if grouped:                                            # a third stage of a scan, where it costs no block a multiprocessor
-        crowded = sequences * heads * -(-instance.V // width) > MULTIPROCESSORS[arch]
-        again, back = KernelOptions(width, 4, 3), KernelOptions(width, 4, 2 if crowded else 3)
+        crowded = (1 + both) * sequences * heads * -(-instance.V // width) > MULTIPROCESSORS[arch]
+        again, back = KernelOptions(width, 4, 3), KernelOptions(width, 4, 2 if crowded else 3, follows=both)
         every = KernelOptions(None, 4, 1, sparing=True)    # so that two blocks have a multiprocessor
-        local, inner = replace(every, follows=runs_again), replace(every, follows=bool(carried))
+        local, inner = replace(every, follows=runs_again and not both), replace(every, follows=bool(carried))
     if max(instance.K, instance.V) > 128:                  # a state is more than a block holds: sums over V in parts
         every = local = inner = KernelOptions(32 if whole else 64, 8, 1)
         again = back = KernelOptions(width, 8 if width == 64 else 4, 2 if arch == "sm_90" and not whole else 1)
     kernels = {"solve": KernelOptions(None, 1 if not whole and backend == "triton" else 4, 1),
                "widen": KernelOptions(None, 1, 1), "again": again, "local": local,
                "back": back if carried else every, "inner": inner,
-               "grads": every, "heads": KernelOptions(None, 4, 1)}
+               "grads": replace(every, follows=both and any(step[0] == "sum_after" for step in steps)),
+               "heads": KernelOptions(None, 4, 1)}
     made = {step[-1] for step in steps if step[0] in ("hoist", "lift", "sink")} | \
         {step[1] for step in steps if step[0] == "sum_after"} | \
         {name for step in steps if step[0] == "separate" for name in step[2:] if name != "again" or runs_again}
     chosen = {k: o for k, o in kernels.items() if k in made}
-    schedule = Schedule(f"backward-{width}{kept(instance)}", steps=steps).with_options(**chosen)
+    schedule = Schedule(f"backward-{'gathered-' if gathers else ''}{width}{kept(instance)}", steps=steps).with_options(**chosen)
     what = "states again, then their adjoints" if runs_again else "adjoints of states"
     return schedule, (f"{arch}: {what} in reverse, in tiles of {width} columns; the rest for all chunks at once"
                       f"{f', V in tiles of {every.v_tile}' if every.v_tile else ''}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gdn_ir.analysis import needs
+from gdn_ir.follow import apart
 from gdn_ir.nodes import At, Node, Op, Rows, Slot, Tensor, Term, Tile, make
 from gdn_ir.program import Note, Program, ScanView, only, substitute, toposort
 from gdn_ir.schedules.pipeline import IllegalStep, Pipeline, find, put, refuse, replace_node, step
@@ -164,6 +165,22 @@ def name_kernel(pipeline: Pipeline, value: str, kernel: str) -> Pipeline:
     """Call the kernel that computes a value by another name."""
     i, _ = find(pipeline, value, "name_kernel")
     return put(pipeline, i, replace(pipeline[i], name=kernel))
+
+
+@step
+def move(pipeline: Pipeline, kernel: str, before: str) -> Pipeline:
+    """Run a kernel just before an earlier one. Legal iff neither that one nor any in between meets it in memory."""
+    names = [p.name for p in pipeline]
+    if not {kernel, before} <= set(names) or names.index(before) >= names.index(kernel):
+        raise IllegalStep(f"move: {before} must come before {kernel}, got {', '.join(names)}")
+    i, j = names.index(before), names.index(kernel)
+    moved = pipeline[j]
+    for p in pipeline[i:j]:
+        if not apart(p, moved):
+            met = next(n for n in moved.nodes() if n.op in (Op.LOAD, Op.STORE) and
+                       n["tensor"].name in (*p.written(), *(p.read() if n.op is Op.STORE else ())))
+            raise refuse("move", moved, met, f"{kernel} and {p.name}, which comes before it, meet in {met['tensor'].name}")
+    return (*pipeline[:i], moved, *pipeline[i:j], *pipeline[j + 1:])
 
 
 # ---- several scans ----------------------------------------------------------------------------------------------------------

@@ -29,6 +29,9 @@ The derived backward has plans of its own (`backward_plan`), of the same steps:
     merged    as states, with inner and grads as one kernel, and what heads sums in the inputs' dtype
     segments  as grouped, with both scans cut into segments, as above: before each of them a transition, an offset and a compose
               of its own (again_transition, back_transition and so on)
+    gathered  as grouped, but inner makes d_q too, for it reads the states anyway; so local makes only what back reads, of the
+              inputs alone, and comes first: back needs nothing of again, and the two may run beside each other
+    cut       the same of segments: what leads to back between what leads to again, each beside one that it reads nothing of
 
 A forward may leave values that its kernels store anyway (LEFT), which its backward then reads instead of computing them again:
 
@@ -49,9 +52,9 @@ from gdn_ir.program import Program, ScanView, toposort
 
 Steps = tuple[tuple[str | int, ...], ...]
 PLANS = {"forward": ("naive", "fused", "solve", "states", "wy", "segments", "cut", "apart"),
-         "backward": ("naive", "fused", "states", "grouped", "inside", "merged", "segments")}
+         "backward": ("naive", "fused", "states", "grouped", "inside", "merged", "segments", "gathered", "cut")}
 KEEP = ("nothing", "inverse", "states")                    # each with what those before it leave
-WIDENS = ("grouped", "inside", "merged", "segments")       # plans of the backward whose scans read a float32 beta
+WIDENS = ("grouped", "inside", "merged", "segments", "gathered", "cut")        # of the backward: scans read a float32 beta
 CHUNK = 64                                                 # tokens of a chunk of which something is left
 LESS: Steps = (("factor",), ("regroup",), ("exchange",), ("symmetric",))       # fewer products than reverse mode derives
 
@@ -155,35 +158,44 @@ def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64
     if widens and "S" not in known:
         steps += [("hoist", "beta", "f32", "widen" if "A" in known else "solve")]
     out = {n["tensor"].name for n in stores}
+    gathers = name in ("gathered", "cut") and "d_k" in out and "d_r" in named
     if not back:                                           # nothing is carried: all chunks at once already
         return (*steps, ("move_scales",), *heads)
     if "d_r" in named:
         steps += [("peel", "d_u", "d_u_o"), ("turn", "d_u_o"), ("hoist", "d_u_o", "io", "local")]
     steps += [("hoist", "beta", "f32", "local")] if widens and "S" in known else []
-    steps += [("hoist", "d_qk", "io", "local")] if "d_qk" in named else []
-    steps += [("lift", "d_q", "local")] if "d_q" in out else []
-    if "d_G" in named:
-        steps += [("peel", "d_G", "d_G_o"), ("hoist", "d_G_o", "f32", "local")]
-    late = [n for n in ("d_k", "d_g", "d_beta", "d_v") if n in out]
+    if not gathers:
+        steps += [("hoist", "d_qk", "io", "local")] if "d_qk" in named else []
+        steps += [("lift", "d_q", "local")] if "d_q" in out else []
+        steps += [("peel", "d_G", "d_G_o"), ("hoist", "d_G_o", "f32", "local")] if "d_G" in named else []
+    late = [n for n in ("d_k", "d_g", "d_beta", "d_v", *(("d_q",) if gathers else ())) if n in out]
     steps += [("sink", ",".join(late), "d_r" if "d_r" in named else "", "grads")] if late else []
     if late and "d_r" in named and "d_k" in out and name != "merged":          # all at once strains a block's registers
         steps += [("peel", "d_k", "d_k_r", "d_S"), ("hoist", "d_k_r", "f32" if name == "states" else "io", "inner")]
         steps += [("peel", "d_G", "d_G_r", "d_S"), ("hoist", "d_G_r", "f32", "inner")] if "d_g" in out else []
-        steps += [("lift", n, "inner") for n in ("d_beta", "d_v") if n in out]
+        steps += [("lift", n, "inner") for n in late if n in ("d_beta", "d_v", "d_q")]
         steps += [("share", "inner")] if name in WIDENS else []
     steps += [("move_scales",)]
     if heads and name != "states":
-        owned = {"grouped": ("d_k",), "segments": ("d_k",), "inside": ("d_q", "d_k")}.get(name, ())
-        steps += [("sum_inside", kernel) for kernel, n in (("local", "d_q"), ("grads", "d_k")) if n in owned and n in out]
+        owned = {"inside": ("d_q", "d_k"), "merged": ()}.get(name, ("d_k",))
+        anew = ("k",) if gathers and "d_g" in out else ()  # held for all value heads, it would strain grads' registers
+        steps += [("sum_inside", "local")] if "d_q" in {*owned} & out else []
+        steps += [("sum_inside", "grads", *anew)] if "d_k" in {*owned} & out else []
         heads = (("sum_after", "heads", "io"),) if {"d_q", "d_k"} & out - set(owned) else ()
-    if name != "segments":
-        return (*steps, *heads)
+    again = len(scans) == 2 and "S" not in known
+    if name not in ("segments", "cut"):
+        early: Steps = (("move", "local", "again"),) if gathers and again else ()
+        return (*steps, *early, *heads)
     cut: list[tuple[str | int, ...]] = []
     fades = "G" in named and bool(solves) and "A" not in known        # the kernel solve is there to tell
     both = (("again", "S_again"), ("back", "d_S"))
-    for kernel, carried in both if len(scans) == 2 and "S" not in known else both[1:]:
+    for kernel, carried in both if again else both[1:]:
         cut.append(("segment", carried, segment, "f64" if io == "f64" else "tf32x3", f"{kernel}_"))
         cut += [("forget", carried)] if fades else []
+    if gathers and again:
+        places = [*([("back_reach", "again_transition")] if fades else []), ("local", "again_compose"),
+                  ("back_transition", "local"), ("back_offset", "again"), ("back_compose", "again")]
+        cut += [("move", *place) for place in places]
     return (*steps, *heads, *cut)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from gdn_ir.autodiff import backward
 from gdn_ir.backends.triton import cross_compile
+from gdn_ir.bench import adjoints as bench
 from gdn_ir.bench.errors import worst
 from gdn_ir.bench.gradients import FULL, backward_of, check, expected, make
 from gdn_ir.compiler import Instance, variant
@@ -17,12 +18,12 @@ from gdn_ir.coverage import Cell, Layout
 from gdn_ir.interp import Sizes, run_pipeline
 from gdn_ir.program import Program
 from gdn_ir.programs.gated_delta import Switches, build
-from gdn_ir.schedules import defaults, steps
+from gdn_ir.schedules import adjoints, defaults, steps
 from gdn_ir.schedules.adjoints import in_segments as cut, segment_of
-from gdn_ir.schedules.defaults import default
+from gdn_ir.schedules.defaults import default, whole_scans
 from gdn_ir.schedules.forget import FADED
 from gdn_ir.schedules.plans import Steps, backward_plan
-from gdn_ir.schedules.schedule import Schedule
+from gdn_ir.schedules.schedule import KernelOptions, Schedule
 from gdn_ir.schedules.segments import segments
 from gdn_ir.split import split
 from tests import inputs
@@ -31,6 +32,7 @@ from tests.test_backward import spilled
 
 CHUNK, SEGMENT = 16, 3                                     # segments of 48 tokens
 GRADS = ("q", "k", "v", "g", "beta")
+BF16 = Instance(Switches(), 128, 128, "bf16", "bf16", True, GRADS, True)
 # no chunk, a token, a whole segment, one and a token, and some that end within one
 RAGGED = Cell("ragged", FULL, "f64", Layout((0, 130, 1, 48, 49, 0, 97), True, 1, 3, 5, 6))
 
@@ -51,20 +53,21 @@ def by_interpreter(cell: Cell, x: dict[str, torch.Tensor], p: Program, plan: Ste
     return got
 
 
-def in_segments(p: Program, io: str = "f64", keep: str = "nothing") -> Steps:
-    return backward_plan("segments", p, io, CHUNK, 4, keep, segment=SEGMENT)
+def in_segments(p: Program, io: str = "f64", keep: str = "nothing", name: str = "segments") -> Steps:
+    return backward_plan(name, p, io, CHUNK, 4, keep, segment=SEGMENT)
 
 
 @pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("states", [True, False])
+@pytest.mark.parametrize("name", ["segments", "cut"])
 @pytest.mark.parametrize(("decay", "erase"), [("scalar", True), ("none", True), ("scalar", False), ("none", False)])
-def test_exact(decay: str, erase: bool, states: bool, tiles: bool) -> None:
+def test_exact(decay: str, erase: bool, name: str, states: bool, tiles: bool) -> None:
     """Without states the first segment's transition is not used, nor what the last does; in reverse, the other way round."""
     s = replace(FULL if states else Switches(), decay=decay, erase=erase)
     cell = replace(RAGGED, switches=s)
     x = make(cell, tail=0)
     p = backward(build(s))
-    plan = tuple(t for t in in_segments(p) if t[0] != "forget")
+    plan = tuple(t for t in in_segments(p, name=name) if t[0] != "forget" and "back_reach" not in t)
     got = by_interpreter(cell, x, p, plan, tiles)
     grads = tuple(n for n in (*GRADS, "initial_state") if f"d_{n}" in p.written())
     want = expected(cell, x, grads)
@@ -95,12 +98,13 @@ def fading(norm: float = 1.0) -> tuple[Cell, dict[str, torch.Tensor]]:
     return cell, x
 
 
+@pytest.mark.parametrize("name", ["segments", "cut"])
 @pytest.mark.parametrize("norm", [1.0, 2.0])
-def test_what_has_faded_is_left_out(norm: float) -> None:
+def test_what_has_faded_is_left_out(norm: float, name: str) -> None:
     """From the end that each scan reaches: of a segment's last chunks, and in reverse of its first; not where keys stretch."""
     cell, x = fading(norm)
     p = backward(build(FULL))
-    got = by_interpreter(cell, x, p, in_segments(p))
+    got = by_interpreter(cell, x, p, in_segments(p, name=name))
     want = expected(cell, x, (*GRADS, "initial_state"))
     assert all(inputs.error(got[f"d_{n}"], w) < 10 * math.exp(-FADED) for n, w in want.items())
     if norm == 1.0:
@@ -125,6 +129,30 @@ def test_it_looks_from_the_right_end() -> None:
     x["g"] = torch.full_like(x["g"], -0.05)
     want, soon = expected(cell, x, GRADS), by_interpreter(cell, x, p, early)
     assert worst(inputs.error(soon[f"d_{n}"], w) for n, w in want.items()) > 1e-4
+
+
+def test_what_leads_to_the_adjoint_lies_between() -> None:
+    """Of the plan "cut": each kernel, and whether it runs beside the one before it."""
+    schedule = cut(whole_scans("sm_90", BF16, 1, 4, "triton", gathers=True)[0], BF16, 32, gathers=True)
+    kernels = {k.name: k.beside for k in variant(BF16, schedule, "triton", "sm_90").compiled.kernels}
+    assert [("beside " if x else "") + n for n, x in kernels.items()] == [
+        "solve", "again_reach", "beside back_reach", "again_transition", "beside again_offset", "beside back_transition",
+        "beside local", "again_compose", "beside back_offset", "back_compose", "beside again", "back", "inner", "heads",
+        "beside grads"]
+    local = next(k for k in steps.apply(BF16.program, schedule.steps) if k.name == "local")
+    assert set(local.read()) == {"G", "q", "k", "d_o"} and set(local.written()) == {"d_u_o"}
+
+
+@pytest.mark.parametrize(("taken", "why"), [
+    (("inner", "back"), r"inner and back, which comes before it, meet in (d_r|d_S)\n  in .*:\d+"),
+    (("back", "local"), r"back and local, which comes before it, meet in d_u_o"),
+    (("again", "back"), "back must come before again, got solve, local, again, back"),
+    (("again", "outer"), "outer must come before again"),
+])
+def test_what_cannot_be_moved(taken: tuple[str, str], why: str) -> None:
+    p = backward(build(Switches()))
+    with pytest.raises(steps.IllegalStep, match=f"move: {why}"):
+        steps.apply(p, (*backward_plan("gathered", p), ("move", *taken)))
 
 
 def test_what_is_given_needs_no_scan_again() -> None:
@@ -155,22 +183,24 @@ def test_kernels_of_one_name_are_refused() -> None:
 SMALL = Layout((200, 0, 1, 129), True, 1, 3, 16, 16)
 
 
+@pytest.mark.parametrize("name", ["segments", "cut"])
 @pytest.mark.parametrize("given", ["model", "strong_decay"])
-def test_by_torch(given: str) -> None:
+def test_by_torch(given: str, name: str) -> None:
     for io in ("f64", "f32"):
         cell = Cell("small", FULL, io, SMALL)
         instance = backward_of(cell)
-        schedule = Schedule("x", CHUNK, in_segments(instance.program, io))
+        schedule = Schedule("x", CHUNK, in_segments(instance.program, io, name=name))
         found = check(cell, "torch", "torch", kind=given, schedule=schedule)["errors"]
         assert worst(found.values()) < {"f64": 1e-8, "f32": 1e-4}[io], found
 
 
+@pytest.mark.parametrize("name", ["segments", "cut"])
 @pytest.mark.parametrize("keep", ["inverse", "states"])
-def test_what_is_given(keep: str) -> None:
+def test_what_is_given(keep: str, name: str) -> None:
     """With the states given the adjoint's scan alone is cut."""
     cell = Cell("given", FULL, "f32", replace(SMALL, lengths=(400, 0, 1, 129)))
     program = backward_of(cell, keep=keep).program
-    schedule = Schedule("x", steps=backward_plan("segments", program, "f32", keep=keep, segment=2))
+    schedule = Schedule("x", steps=backward_plan(name, program, "f32", keep=keep, segment=2))
     found = check(cell, "torch", "torch", schedule=schedule, keep=keep)["errors"]
     assert worst(found.values()) < 1e-4, found
 
@@ -179,43 +209,68 @@ def test_by_triton() -> None:
     """Packed, one sequence empty, outputs poisoned, with states in and out and without; P's columns and V in tiles; and a
     sequence of more segments, in most of which only what is near the end counts. (There d_g, a sum of differences, is off by
     4e-5 under any plan.)"""
-    found = interpreted([*(["backward", cell, 32, "segments", [1, 2], False, 2]
-                           for cell in ("initial state, f32", "no final state, f32")),
-                         ["backward", "initial state, f32", 32, "segments", [1, 2], False, 3, 500, "strong_decay"]])
+    found = interpreted([*(["backward", cell, 32, name, [1, 2], False, 2]
+                           for cell, name in (("initial state, f32", "segments"), ("no final state, f32", "segments"),
+                                              ("no final state, f32", "cut"))),
+                         *(["backward", "initial state, f32", 32, name, [1, 2], False, 3, 500, "strong_decay"]
+                           for name in ("segments", "cut"))])
     assert all(float(str(v.get("error", "nan"))) < (1e-4 if "strong_decay" in n else 1e-5) for n, v in found.items()), found
 
 
-BF16 = Instance(Switches(), 128, 128, "bf16", "bf16", True, GRADS, True)
-
-
-@pytest.mark.parametrize("switches", [Switches(), FULL])
-def test_compiles_without_a_gpu(switches: Switches) -> None:
+@pytest.mark.parametrize(("switches", "gathers"), [(Switches(), False), (FULL, False), (Switches(), True)])
+def test_compiles_without_a_gpu(switches: Switches, gathers: bool) -> None:
     """Every kernel around the two scans, with shared memory for two blocks to a multiprocessor, and without a spill, but for 8
     bytes of what composes."""
     instance = replace(BF16, switches=switches)
-    chosen = variant(instance, cut(default("sm_90", instance, 1, 4, 32768)[0], instance, 32), "triton", "sm_90")
+    schedule = cut(default("sm_90", instance, 1, 4, 32768)[0], instance, 32, gathers)
+    chosen = variant(instance, schedule, "triton", "sm_90")
     scans = [f"{s}{x}" for s in ("again", "back") for x in ("_reach", "_transition", "_offset", "_compose", "")]
-    assert [s.kernel for s in chosen.sources] == ["solve", *scans[:5], "local", "heads", *scans[5:], "inner", "grads"]
+    if not gathers:
+        assert [s.kernel for s in chosen.sources] == ["solve", *scans[:5], "local", "heads", *scans[5:], "inner", "grads"]
     for kernel, source in zip(chosen.compiled.kernels, chosen.sources, strict=True):
-        if kernel.name in scans:
+        if kernel.name in (*scans, "local"):
             made = cross_compile(kernel, source, "sm_90")
             assert 2 * (made.metadata.shared + 1024) <= 233472
             assert spilled(made.asm["ptx"]) <= (8 if kernel.name.endswith("compose") else 0)
+
+
+@pytest.mark.parametrize("heads", [8, 16, 32])
+def test_scans_beside_each_other_share_a_multiprocessor(heads: int) -> None:
+    """Of the plan "gathered", where their blocks do not each have one: without a spill, and with shared memory for both."""
+    schedule = whole_scans("sm_90", BF16, 1, heads, "triton", gathers=True)[0]
+    chosen, shared, blocks = variant(BF16, schedule, "triton", "sm_90"), 0, 0
+    for kernel, source in zip(chosen.compiled.kernels, chosen.sources, strict=True):
+        if kernel.name in ("again", "back"):
+            made = cross_compile(kernel, source, "sm_90")
+            assert spilled(made.asm["ptx"]) == 0
+            shared, blocks = shared + made.metadata.shared + 1024, blocks + heads * 128 // kernel.columns
+    assert blocks <= defaults.MULTIPROCESSORS["sm_90"] or shared <= 233472
 
 
 @pytest.mark.parametrize("kind", ["no_decay", "real"])
 def test_as_near_as_whole_scans(kind: str) -> None:
     """Rounded as bf16 kernels round: in the mean hardly farther from the truth than the plan that cuts nothing. (A single d_g,
     a sum of differences, errs by half to twice the mean under either.)"""
-    errors: dict[str, list[dict[str, float]]] = {"grouped": [], "segments": []}
+    errors: dict[str, list[dict[str, float]]] = {"grouped": [], "segments": [], "gathered": [], "cut": []}
     for length in (500, 440, 380, 320):
         cell = Cell("x", FULL, "bf16", Layout((length, 0, 12), True, 1, 2, 32, 32))
         program = backward_of(cell).program
         for name, found in errors.items():
             s = Schedule(name, CHUNK, backward_plan(name, program, "bf16", CHUNK, segment=4), dot="bf16")
             found.append(check(cell, "torch", "torch", kind=kind, schedule=s)["errors"])
-    whole, mine = ({n: sum(e[n] for e in found) / 4 for n in found[0]} for found in errors.values())
-    assert all(mine[n] <= 1.2 * whole[n] for n in mine), errors
+    whole, *others = ({n: sum(e[n] for e in found) / 4 for n in found[0]} for found in errors.values())
+    assert all(mine[n] <= 1.2 * whole[n] for mine in others for n in mine), errors
+
+
+def test_the_bench_has_candidates_of_each_plan() -> None:
+    """All of which compile to kernels; one that changes an option stays beside what it was beside."""
+    change = ("again", KernelOptions(16, 4, 2))
+    for shape in bench.SHAPES[0], bench.SHAPES[3]:
+        found = bench.candidates(bench.TIMED, [16], [change, ("back_compose", KernelOptions(32, 8, 2))], shape)
+        assert {n.split(",")[0] for n in found} == {"grouped", "gathered", "backward-segments-16", "backward-cut-16"}
+        made = {n: variant(bench.TIMED, s, "triton", "sm_90").compiled.kernels for n, s in found.items()}
+        changed = [k for n, ks in made.items() if n.startswith("backward-cut-16, again ") for k in ks if k.name == "again"]
+        assert [(k.beside, k.options.num_stages) for k in changed] == [(True, 2)]
 
 
 def test_where_scans_should_be_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,5 +282,10 @@ def test_where_scans_should_be_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default("sm_90", replace(BF16, grads=("q",)), 1, 4, 32768)[0].name == "backward-16"
     assert default("sm_90", replace(BF16, io="f16", beta="f16"), 1, 4, 32768)[0].name == "backward-16"
     assert segment_of(1, 8, 32768, 132) and not segment_of(8, 8, 8192, 132) and not segment_of(1, 16, 32768, 132)
+    monkeypatch.setattr(adjoints, "GATHERED", True)
+    assert default("sm_90", BF16, 1, 4, 32768)[0].name == "backward-cut-32"
+    assert default("sm_90", BF16, 8, 32, 32768)[0].name == "backward-gathered-32"
+    assert default("sm_90", replace(BF16, io="f32", beta="f32"), 8, 32, 32768)[0].name == "backward-32"
+    monkeypatch.setattr(adjoints, "GATHERED", False)
     monkeypatch.setattr(defaults, "BACK_IN_SEGMENTS", False)
     assert default("sm_90", BF16, 1, 4, 32768)[0].name == "backward-16"

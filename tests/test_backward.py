@@ -27,7 +27,7 @@ from gdn_ir.program import Program, ScanView, tile_axes
 from gdn_ir.programs.gated_delta import Switches, build
 from gdn_ir.prune import prune
 from gdn_ir.schedules import steps
-from gdn_ir.schedules.defaults import default
+from gdn_ir.schedules.defaults import default, whole_scans
 from gdn_ir.schedules.plans import backward_plan
 from gdn_ir.schedules.schedule import Schedule
 from gdn_ir.split import parts
@@ -69,7 +69,7 @@ def compare(p: Program, plan: tuple[tuple[str | int, ...], ...], padded: bool = 
 
 
 @pytest.mark.parametrize("flags", [{}, STATES | {"l2norm": True}, STATES | {"beta_sigmoid": True, "neg_eigval": True}])
-@pytest.mark.parametrize("name", ["naive", "fused", "states", "grouped", "inside", "merged"])
+@pytest.mark.parametrize("name", ["naive", "fused", "states", "grouped", "inside", "merged", "gathered"])
 @pytest.mark.parametrize(("decay", "erase"), FAMILY)
 def test_plans_are_exact(name: str, decay: str, erase: bool, flags: dict[str, bool]) -> None:
     p = backward(build(Switches(decay=decay, erase=erase, **flags)))           # type: ignore[arg-type]
@@ -79,14 +79,15 @@ def test_plans_are_exact(name: str, decay: str, erase: bool, flags: dict[str, bo
         compare(p, plan, padded=True)
 
 
-@pytest.mark.parametrize("wrt", [("q",), ("v",), ("k", "beta"), ("g",), ("initial_state",), ("v", "initial_state")])
+@pytest.mark.parametrize("wrt", [("q",), ("v",), ("k", "beta"), ("g",), ("q", "k"), ("initial_state",), ("v", "initial_state")])
 @pytest.mark.parametrize("erase", [True, False])
 def test_only_what_is_asked_for(wrt: tuple[str, ...], erase: bool) -> None:
     """Dead gradients drop out, of the program and of the plan: what is left is exact and does less."""
     whole = build(Switches(erase=erase, **STATES))         # type: ignore[arg-type]
     p = backward(whole, wrt)
     assert {n for n, t in p.tensors().items() if n in p.written() and not t.temp} == {f"d_{n}" for n in wrt}
-    compare(p, backward_plan("states", p, chunk=16, block=4))
+    for name in ("states", "gathered"):
+        compare(p, backward_plan(name, p, chunk=16, block=4))
     sizes = {"C": 64, "K": 128, "V": 128}
     assert cost(p, sizes).flops < cost(backward(whole), sizes).flops
 
@@ -268,7 +269,7 @@ def test_prune_drops_carries_and_scans() -> None:
 SMALL = Layout((40, 0, 70, 1), varlen=True, H=1, HV=2, K=16, V=32)
 
 
-@pytest.mark.parametrize("name", ["naive", "states", "grouped", "merged"])
+@pytest.mark.parametrize("name", ["naive", "states", "grouped", "merged", "gathered"])
 @pytest.mark.parametrize("io", ["f64", "f32"])
 @pytest.mark.parametrize(("decay", "erase"), FAMILY)
 def test_torch(decay: str, erase: bool, io: str, name: str) -> None:
@@ -291,7 +292,8 @@ def test_triton_executed() -> None:
     found = interpreted([*(["backward", n] for n in names), ["backward", "gated delta rule, f32, GVA", 32],
                          *(["backward", f"gated delta rule, {layout}", None, plan, heads]
                            for layout, plan, heads in (("f32, varlen", "grouped", (1, 2)), ("f32, ragged", "inside", (1, 3)),
-                                                       ("f32, dense", "merged", (1, 2)), ("f16, varlen", "grouped", (1, 2)))),
+                                                       ("f32, dense", "merged", (1, 2)), ("f16, varlen", "grouped", (1, 2)),
+                                                       ("f32, varlen", "gathered", (1, 2)))),
                          *(["backward", f"gated delta rule, {layout}", None, "grouped", (1, 2), True]
                            for layout in ("f32, varlen", "f16, varlen"))])
     bad = {k: v for k, v in found.items()
@@ -392,11 +394,11 @@ def test_sparing_holds_less() -> None:
             assert then.index("d_v.to") < then.index("v = tl.load") < then.index("u = tl.load") < then.index("d_k_r_ptr + t0")
 
 
-@pytest.mark.parametrize(("kernel", "spills"), [("inner", 64), ("local", 0)])
-def test_four_warps_hold_what_is_sparing(kernel: str, spills: int) -> None:
+@pytest.mark.parametrize(("kernel", "gathers", "spills"), [("inner", False, 64), ("local", False, 0), ("inner", True, 272)])
+def test_four_warps_hold_what_is_sparing(kernel: str, gathers: bool, spills: int) -> None:
     """Bytes of the stack that ptxas takes, at two blocks a multiprocessor. (inner took 500 before share and sparing.)"""
     instance = Instance(Switches(), 128, 128, "bf16", "bf16", True, GRADS)
-    schedule = default("sm_90", instance, 1, 32, 8192)[0]
+    schedule = whole_scans("sm_90", instance, 1, 32, "triton", gathers)[0]
     s = schedule.with_options(**{kernel: replace(schedule.options(kernel), num_warps=4, sparing=True)})
     made = variant(instance, s, "triton", "sm_90")
     at = next(i for i, k in enumerate(made.sources) if k.kernel == kernel)

@@ -3,6 +3,7 @@ seen on a GPU (test_gpu_op.py): an interpreter runs one block after another."""
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +14,7 @@ from gdn_ir.compiler import Instance, Unsupported, planned, variant
 from gdn_ir.follow import followers
 from gdn_ir.nodes import IRError
 from gdn_ir.programs.gated_delta import Switches
-from gdn_ir.schedules.defaults import default, segmented
+from gdn_ir.schedules.defaults import default, segmented, whole_scans
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 FORWARD = Instance(Switches(final_state=True), 128, 128, "bf16", "bf16", True)
@@ -35,7 +36,7 @@ def test_a_follower_counts_what_the_scan_before_it_has_stored(instance: Instance
         scan, follower = name in pairs.values(), name in pairs
         assert ("count_stored(" in source.text, "await_count(" in source.text) == (scan, follower)
         if follower:
-            counts, enough, backwards = kernel.awaits
+            ((counts, enough, backwards),) = kernel.awaits
             assert counts == kernels[pairs[name]][0].counts and backwards == (name == "inner")
             assert enough == 128
     if instance is FORWARD:
@@ -81,9 +82,40 @@ def test_what_reads_nothing_of_the_kernel_before_it_waits_for_nothing() -> None:
     pipeline = planned(FORWARD.program, segmented("sm_90", FORWARD, 32).steps)
     offset = next(i for i, p in enumerate(pipeline) if p.name == "offset")
     both = (*pipeline[:offset + 1], pipeline[offset - 1], *pipeline[offset + 1:])
-    assert followers(both[offset - 1:offset + 1], {"offset"}) == {1: None}
+    assert followers(both[offset - 1:offset + 1], {"offset"}) == {1: {}}
     with pytest.raises(IRError, match="transition could run before transition has ended"):
         followers(both[offset - 1:offset + 2], {"offset", "transition"})
+
+
+def test_one_kernel_follows_two_scans() -> None:
+    """again forwards and back backwards, beside each other, and inner beside both. A block of back takes as long as all of it:
+    one waits for again at its end."""
+    schedule = whole_scans("sm_90", BACKWARD, 1, 32, "triton", gathers=True)[0]
+    made = variant(BACKWARD, schedule, "triton", "sm_90")
+    kernels = {k.name: k for k in made.compiled.kernels}
+    assert [n for n, k in kernels.items() if k.beside] == ["back", "inner", "grads"]
+    assert kernels["inner"].awaits == ((kernels["back"].counts, 128, True), (kernels["again"].counts, 128, False))
+    assert {n: k.clears.name for n, k in kernels.items() if k.clears} == {"solve": "again_ready", "local": "back_ready"}
+    lives = dict(zip(kernels, moments(made.compiled.kernels), strict=True))
+    assert lives["local"] < lives["again"] == lives["back"] == lives["inner"] < lives["heads"] == lives["grads"]
+    texts = {s.kernel: s.text for s in made.sources}
+    assert texts["back"].rstrip().endswith("wait_for_followed()") and texts["back"].count("wait_for_followed()") == 2
+    assert texts["inner"].count("    await_count(") == 2
+
+
+def test_who_follows_two_scans_begins_where_they_meet() -> None:
+    """Each block has a chunk, those in the middle first."""
+    schedule = whole_scans("sm_90", BACKWARD, 1, 32, "triton", gathers=True)[0]
+    text = next(s.text for s in variant(BACKWARD, schedule, "triton", "sm_90").sources if s.kernel == "inner")
+    lines = [x.strip() for x in text.splitlines() if x.strip().startswith(("middle, away =", "pid = tl.where("))]
+    for blocks in (1, 2, 7, 8):
+        tl = SimpleNamespace(num_programs=lambda _, blocks=blocks: blocks, where=lambda c, a, b: a if c else b)
+        order = []
+        for pid in range(blocks):
+            names = {"tl": tl, "pid": pid}
+            exec("\n".join(lines), names)
+            order.append(names["pid"])
+        assert sorted(order) == list(range(blocks)) and order[0] == blocks // 2 and {*order[-2:]} == {0, blocks - 1}
 
 
 def test_the_options_say_so() -> None:

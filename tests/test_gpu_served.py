@@ -14,7 +14,8 @@ from gdn_ir.compiler import Instance, variant
 from gdn_ir.ops import chunk_gated_delta_rule
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.reference import recurrence
-from gdn_ir.schedules.defaults import default
+from gdn_ir.schedules.adjoints import in_segments
+from gdn_ir.schedules.defaults import default, whole_scans
 from gdn_ir.schedules.schedule import Schedule
 from tests.inputs import error, make
 
@@ -36,8 +37,11 @@ def test_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
         assert error(a.cpu(), b) <= 1e-4, name
 
 
-@pytest.mark.parametrize("grads", [(), ("q", "k", "v", "g", "beta")])
-def test_followers_wait_for_their_chunks(grads: tuple[str, ...]) -> None:
+GRADS = ("q", "k", "v", "g", "beta")
+
+
+@pytest.mark.parametrize(("grads", "plan"), [((), ""), (GRADS, ""), (GRADS, "gathered"), (GRADS, "cut")])
+def test_followers_wait_for_their_chunks(grads: tuple[str, ...], plan: str) -> None:
     """Over more chunks than are counted as one, ragged: to the bit what the same kernels do in a row, from a graph too."""
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("one kernel starts beside another on Hopper alone")
@@ -46,6 +50,10 @@ def test_followers_wait_for_their_chunks(grads: tuple[str, ...]) -> None:
     x["d_o"] = torch.randn(x["v"].shape, device="cuda").to(x["v"].dtype)
     instance = Instance(Switches(final_state=not grads), 128, 128, "bf16", "bf16", True, grads)
     follows = default("sm_90", instance, len(lengths), 8, sum(lengths))[0]
+    if plan:
+        follows = whole_scans("sm_90", instance, len(lengths), 8, "triton", gathers=True)[0]
+    if plan == "cut":
+        follows = in_segments(follows, instance, 16, gathers=True)
     plain = follows.with_options(**{n: replace(o, follows=False) for n, o in follows.kernels if n != "*"})
     assert follows != plain
 

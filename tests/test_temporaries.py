@@ -62,7 +62,7 @@ def test_followers_are_of_one_moment() -> None:
     assert spans["A"] == (1, 4)                            # back alone reads it, but inner runs beside back
     assert spans["d_q_parts"] == (2, 3) and spans["d_r"] == (4, 4) and spans["d_S"] == (4, 5)
     assert spans["again_ready"] == (1, 2) and spans["back_ready"] == (2, 4)            # from where they are cleared
-    one_by_one = tuple(replace(k, awaits=None, beside=False) for k in pipeline)
+    one_by_one = tuple(replace(k, awaits=(), beside=False) for k in pipeline)
     assert moments(one_by_one) == [1, 2, 3, 4, 5, 6, 7] and temporaries(one_by_one)["A"].last == 5
     assert {n: life.first for n, life in outputs(pipeline).items()} == {"d_q": 3, "d_v": 4, "d_beta": 4, "d_k": 5, "d_g": 5}
 

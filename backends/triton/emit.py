@@ -22,7 +22,7 @@ def signature(kernel: Kernel) -> list[str]:
 
 class TritonPrinter(Printer):
     def __init__(self, kernel: Kernel) -> None:
-        own = {"tl", "triton", "n", "slot", "t0", "first", "length", "pid", "start", "trips"}
+        own = {"tl", "triton", "n", "slot", "t0", "first", "length", "pid", "start", "trips", "middle", "away"}
         super().__init__(kernel, RULES, own | set(signature(kernel)) | {f"i_{h}" for h in heads(kernel)} | set(HELPERS))
         self.slots |= bool(kernel.counts or kernel.awaits or kernel.clears)
 
@@ -32,6 +32,8 @@ class TritonPrinter(Printer):
         self.put(0, f"def {k.name}({', '.join(signature(k))}):")
         self.prologue()
         self.block(self.linear.body, 1)
+        if k.beside and not k.parallel:                    # a serial block takes as long as its kernel: it would wait too early
+            self.last_waits("tl.program_id(0)")
         body = self.text()
         used = [h for h in HELPERS if re.search(rf"\b{h}\(", body)]
         used = [h for h in HELPERS if h in used or any(h in NEEDS.get(u, ()) for u in used)]
@@ -46,10 +48,13 @@ class TritonPrinter(Printer):
         self.put(1, "pid = tl.program_id(0)")
         if k.leads:
             self.put(1, "start_follower()")
-        if k.beside:
-            self.put(1, "if pid == tl.num_programs(0) - 1:  # so that this kernel does not end before the one that it follows")
-            self.put(2, "wait_for_followed()")
-            if k.awaits and k.awaits[2]:
+        if k.beside and k.parallel:
+            self.last_waits("pid")
+            ways = {backwards for _, _, backwards in k.awaits}
+            if len(ways) == 2:
+                self.put(1, "middle, away = tl.num_programs(0) // 2, pid // 2  # outwards, for that is where the scans meet")
+                self.put(1, "pid = tl.where(pid % 2 == 0, middle + away, middle - 1 - away)")
+            elif True in ways:
                 self.put(1, "pid = tl.num_programs(0) - 1 - pid  # in the order of the scan, which goes backwards")
         for a in reversed([g for g in grid if g != "N"]):
             if a.endswith("#"):
@@ -98,9 +103,12 @@ class TritonPrinter(Printer):
         if asked:
             self.put(1, f"if {load(self.linear, asked)} == 0.0:")
             self.put(2, "return")
-        if k.awaits:
-            counts, enough, _ = k.awaits
+        for counts, enough, _ in k.awaits:
             self.put(1, f"await_count({self.place(counts, k.parallel)}, {enough})")
+
+    def last_waits(self, block: str) -> None:
+        self.put(1, f"if {block} == tl.num_programs(0) - 1:  # so that this kernel does not end before the one that it follows")
+        self.put(2, "wait_for_followed()")
 
     def place(self, counts: Tensor, scan: ScanView | None = None) -> str:
         """Where a chunk's count lies, as text; with the scan over chunks, that of the first of those counted as one."""
