@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 LENGTHS = (16, 32)                                         # chunks that a segment may have (64 gains 1.4% at most)
 WORTH = 0.9                                                # of the time of whole scans
-GATHERED = False                                           # whether "gathered" and "cut" serve (no GPU has run them yet)
+GATHERED = True                                            # whether "gathered" and "cut" serve, not "grouped" and "segments"
 
 
 def in_segments(base: Schedule, instance: Instance, segment: int, gathers: bool | None = None) -> Schedule:
@@ -50,16 +50,16 @@ def can(instance: Instance) -> bool:
 
 def segment_of(sequences: int, heads: int, tokens: int, units: int) -> int:
     """Chunks of a segment, one of LENGTHS; 0 where sequences should stay whole. By what an H100 takes, in microseconds: both
-    scans 5.6 a chunk where two blocks share a multiprocessor; what has not faded of transition and offset 1.8 a chunk and scan,
-    composing 4 a segment, and eight more launches; then local and inner. Whole scans take 2.8 a chunk where no two blocks share
-    one, and hide a third of local and inner, which run beside them. Fitted to 4, 8, 16 and 32 heads; between 17 and 29 whole
-    scans have narrower tiles than it counts, and take longer than it says."""
-    chunks, scans, others = -(-tokens // (64 * sequences)), sequences * heads, 1.8e-3 * tokens * heads
+    scans 5.6 a chunk where two blocks share a multiprocessor; what has not faded of transition and offset 1 a chunk and scan,
+    composing 4 a segment; then the rest, which takes all chunks at once. Whole scans, beside each other, take 1.6 a chunk where
+    no two blocks share one, 3.4 where they do, and hide a seventh of the rest. Fitted to 4, 8, 16 and 32 heads."""
+    chunks, scans, others = -(-tokens // (64 * sequences)), sequences * heads, 2.9e-3 * tokens * heads
 
     def takes(size: int) -> float:
         segments = -(-chunks // size)
         waves = -(-segments * scans * 4 // (2 * units))    # tiles of 32 columns
-        return waves * 5.6 * size + 2 * (1.8 * size + 4 * segments + 20) + others
-    whole = chunks * (2.8 if scans * 4 <= units else 5.6 * -(-scans * 4 // (2 * units))) + others * 2 / 3
+        return waves * 5.6 * size + 2 * (size + 4 * segments + 10) + others
+    blocks = 2 * scans * 4                                 # of both
+    whole = chunks * (1.6 if blocks <= units else 3.4 * -(-blocks // (2 * units))) + 0.85 * others
     best = min(LENGTHS, key=takes)
     return best if best < chunks and takes(best) < WORTH * whole else 0
