@@ -111,14 +111,14 @@ def _kinds(program: Program, axis: str, partial: Container[str]) -> dict[Node, s
         elif sums and n.op is Op.SCAN:
             raise _refuse(program, axis, n, f"it carries a partial sum over {axis}")
         elif sums and n.op not in (Op.STORE, Op.LOAD):
-            if kind[n] == PART or not _linear(n, sums, kind):
+            if kind[n] == PART or not linear(n, sums):
                 partial = program.describe(n.args[sums[0]])
                 raise _refuse(program, axis, n, f"it is not linear in a partial sum over {axis}, {partial}")
             kind[n] = SUM
     return kind
 
 
-def _linear(n: Node, sums: list[int], kind: dict[Node, str]) -> bool:
+def linear(n: Node, sums: list[int]) -> bool:
     """Whether a node is linear in the arguments `sums` together."""
     every = len(sums) == len(n.args)
     match n.op:

@@ -263,7 +263,8 @@ def whole_scans(arch: str, instance: Instance, sequences: int, heads: int, backe
     grouped = lean(arch, instance, backend)
     gathers = grouped and (adjoints.GATHERED if gathers is None else gathers)
     name = "gathered" if gathers else "grouped" if grouped else "states"
-    steps = backward_plan(name, instance.program, instance.io, keep=instance.keep, beta=instance.beta)
+    norm = gathers and instance.switches.l2norm
+    steps = backward_plan(name, instance.program, instance.io, keep=instance.keep, beta=instance.beta, norm=norm)
     if arch == "torch":
         return Schedule(f"backward{kept(instance)}", steps=steps), \
             "any device: one pass over the chunks each way, the rest of them at once"
@@ -287,8 +288,8 @@ def whole_scans(arch: str, instance: Instance, sequences: int, heads: int, backe
                "widen": KernelOptions(None, 1, 1), "again": again, "local": local,
                "back": back if carried else every, "inner": inner,
                "grads": replace(every, follows=both and any(step[0] == "sum_after" for step in steps)),
-               "heads": KernelOptions(None, 4, 1)}
-    made = {step[-1] for step in steps if step[0] in ("hoist", "lift", "sink")} | \
+               "heads": KernelOptions(None, 4, 1), "norm": KernelOptions(None, 4, 1), "unnorm": KernelOptions(None, 4, 1)}
+    made = {step[-1] for step in steps if step[0] in ("hoist", "lift", "sink")} | ({"norm", "unnorm"} if norm else set()) | \
         {step[1] for step in steps if step[0] == "sum_after"} | \
         {name for step in steps if step[0] == "separate" for name in step[2:] if name != "again" or runs_again}
     chosen = {k: o for k, o in kernels.items() if k in made}

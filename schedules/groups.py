@@ -34,7 +34,7 @@ def hoist_shared(pipeline: Pipeline, tensors: str, dtype: str, kernel: str) -> P
         row = next(n for n in p.nodes() if n.op is Op.LOAD and n["tensor"].name == name)
         scan = scan_of("hoist_shared", p, row)
         tokens = {t.tile for t in row["index"] if isinstance(t, Rows)}
-        value = _made_of(p, row, tokens)
+        value = made_of(p, row, tokens)
         at = next((t for t in row["index"] if isinstance(t, At)), None)
         if at is None or at.share is None or value is row:
             raise refuse("hoist_shared", p, row, f"{name} is no row that grid points share, of which something is made")
@@ -56,7 +56,7 @@ def hoist_shared(pipeline: Pipeline, tensors: str, dtype: str, kernel: str) -> P
     return (*pipeline[:i], verify(before), verify(p), *pipeline[i + 1:])
 
 
-def _made_of(p: Program, row: Node, tokens: set[str]) -> Node:
+def made_of(p: Program, row: Node, tokens: set[str]) -> Node:
     """The last value with a row's axes that is made of that row alone, element by element and by sums along it."""
     alone, last = {row}, row
     for n in p.nodes():

@@ -116,10 +116,11 @@ def narrow(beta: str) -> bool:
 
 
 def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64, block: int = 16, keep: str = "nothing",
-                  beta: str = "", segment: int = 32) -> Steps:
+                  beta: str = "", segment: int = 32, norm: bool = False) -> Steps:
     """The steps of a plan of a derived backward: those whose values `program` has (it computes only the gradients that were
-    asked for). keep: what it is given. beta: its dtype, where it is not io. segment: chunks of a segment. Raises ValueError for
-    a name it lacks."""
+    asked for). keep: what it is given. beta: its dtype, where it is not io. segment: chunks of a segment. norm: q and k, which
+    the program normalises, are so in a kernel norm before all others, and their gradients made of those of the normalised ones
+    in a kernel unnorm after them. Raises ValueError for a name it lacks."""
     named = {note.name for note in program.notes.values() if note.name}
     stores = [n for n in program.nodes() if n.op is Op.STORE and not n["tensor"].temp]
     scans = [r for r in program.roots if r.op is Op.SCAN]
@@ -144,6 +145,7 @@ def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64
         steps += [("invert", n, "A") for n in solves]
         steps += [("given", "A", "io", "u")] if solves else []
         steps += [("given", n, "f32") for n in ("G", "total") if n in named]
+    steps += [("wrap", "q,k", "io", "norm", "unnorm")] if norm else []
     if name == "naive":
         return (*steps, *heads)
     if name == "fused":
@@ -178,7 +180,7 @@ def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64
     steps += [("move_scales",)]
     if heads and name != "states":
         owned = {"inside": ("d_q", "d_k"), "merged": ()}.get(name, ("d_k",))
-        anew = ("k",) if gathers and "d_g" in out else ()  # held for all value heads, it would strain grads' registers
+        anew = ("k_kept" if norm else "k",) if gathers and "d_g" in out else ()  # held for all value heads, it would strain grads' registers
         steps += [("sum_inside", "local")] if "d_q" in {*owned} & out else []
         steps += [("sum_inside", "grads", *anew)] if "d_k" in {*owned} & out else []
         heads = (("sum_after", "heads", "io"),) if {"d_q", "d_k"} & out - set(owned) else ()
