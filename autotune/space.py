@@ -18,7 +18,7 @@ from gdn_ir.compiler import Instance, planned
 from gdn_ir.follow import can_follow
 from gdn_ir.program import Program
 from gdn_ir.schedules import adjoints
-from gdn_ir.schedules.defaults import (CROWDED, LENGTHS, default, lean, roles_can, roles_in_one, segmented, whole_scans,
+from gdn_ir.schedules.defaults import (CROWDED, FUSED_LENGTHS, LENGTHS, default, lean, roles_can, roles_in_one, segmented, whole_scans,
                                        with_triton)
 from gdn_ir.schedules.plans import Steps, backward_plan, plan
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
@@ -31,7 +31,7 @@ class Frame:
     """All of a schedule but its kernels' options. block: rows that the triangular solve substitutes before it merges blocks by
     products; sums: whether the log decay's running sums are hoisted beside the solve; dot: what products' operands are rounded
     to; segment: chunks of a segment, in a plan that cuts sequences into such. The plan "roles" is "solve" ("cut", where it has
-    segments) with a scan as roles, which are not varied; "roles-fused" has the inverse among them."""
+    segments) with a scan as roles, which are not varied; "roles-fused", "fused" or "cut-fused", has the inverse among them."""
     plan: str
     chunk: int = 64
     block: int = 16
@@ -43,14 +43,27 @@ class Frame:
         if self.plan == "recurrent":
             return ()
         if instance.grads:
+            norm = self.gathers and instance.switches.l2norm
             return backward_plan(self.plan, instance.program, instance.io, self.chunk, self.block, beta=instance.beta,
-                                 segment=self.segment)
+                                 segment=self.segment, norm=norm)
         if self.plan == "roles-fused":
-            return roles_in_one(norm=instance.switches.l2norm).steps
+            return self.roles(instance).steps
         sums = self.sums and instance.switches.decay != "none"
         name = self.plan if self.plan != "roles" else "cut" if self.segment else "solve"
         norm = self.plan == "roles" and instance.switches.l2norm
         return plan(name, instance.switches.erase, instance.io, self.chunk, self.block, sums, self.segment, norm=norm)
+
+    @property
+    def gathers(self) -> bool:
+        """Of a backward, whether it is one of the plans that gather in inner what reads the states."""
+        return self.plan.startswith("gathered")
+
+    def roles(self, instance: Instance) -> Schedule:
+        """The schedule of roles that a frame of these is."""
+        one = self.plan == "roles-fused"
+        if one and not self.segment:
+            return roles_in_one(norm=instance.switches.l2norm)
+        return with_triton(instance, self.segment, one)
 
     def __str__(self) -> str:
         sums = "" if self.sums else ", sums in the scan"
@@ -99,16 +112,17 @@ def space_of(backend: str, arch: str, instance: Instance) -> Space:
         chunked = [Frame(p, c) for p in (("states", "naive") if back else ("fused", "naive", "states")) for c in (16, 32, 64)]
         return Space(((Frame("recurrent", 1),) if not back else ()) + tuple(chunked), v_tile=(None, 16, 32, 64))
     if backend == "tilelang" and roles_can(arch, instance):            # without roles it takes half again what Triton does
-        roles = (*(Frame("roles", segment=n) for n in (0, *LENGTHS)), Frame("roles-fused"))
+        roles = (*(Frame("roles", segment=n) for n in (0, *LENGTHS)), *(Frame("roles-fused", segment=n) for n in (0, *FUSED_LENGTHS)))
         return Space((*roles, Frame("states")), (None, 32, 64), (1, 2, 4, 8), (1, 2, 3))
     plans = ("states",) if back else ("states", "wy", "solve", "fused")
     frames = [Frame(p, c, b) for p in plans for c, b in ((64, 16), (64, 32), (32, 16), (128, 16))]
     frames += [Frame(p, sums=False) for p in ("states", "wy") if not back and instance.switches.decay != "none"]
     frames += [Frame(p) for p in ("inside", "merged") if back and backend == "triton"]
     if back and backend == "triton":                       # first what serves whole scans: the first frame is searched whole
-        frames.insert(0 if lean(arch, instance, backend) else len(frames), Frame("grouped"))
+        whole = ("gathered", "grouped") if lean(arch, instance, backend) else ()
+        frames = [*map(Frame, whole), *frames, *([] if whole else [Frame("grouped")])]
     if back and lean(arch, instance, backend) and adjoints.can(instance):
-        frames += [Frame("segments", segment=n) for n in adjoints.LENGTHS]
+        frames += [Frame(p, segment=n) for p in ("gathered-segments", "segments") for n in adjoints.LENGTHS]
     frames += [Frame("states", dot="tf32")] if f32 else []
     frames += [Frame("segments", segment=n) for n in (16, 32, 64) if not back and backend == "triton" and instance.K <= 128]
     return Space(tuple(frames), (None, 16, 32, 64, 128), (1, 2, 4, 8), (1, 2, 3, 4))
@@ -158,16 +172,17 @@ def based(frame: Frame, backend: str, arch: str, instance: Instance, heads: int)
         try:
             few = min(heads, CROWDED - 1) if backend == "tilelang" else heads              # roles have frames of their own
             known = dict(default(arch, instance, 1, few, 4096, backend)[0].kernels)
+            if instance.grads:
+                known = dict(whole_scans(arch, instance, 1, heads, backend, frame.gathers)[0].kernels)
         except ValueError:
             known = {}
         if frame.plan in ("fused", "solve"):               # its scan does all the work
             known = {k: o for k, o in known.items() if k != "scan"}
-    if frame.plan == "roles-fused":
-        known = dict(roles_in_one(norm=instance.switches.l2norm).kernels)
-    elif frame.plan == "roles":
-        known = dict(with_triton(instance, frame.segment).kernels)
+    if frame.plan in ("roles", "roles-fused"):
+        known = dict(frame.roles(instance).kernels)
     elif frame.segment and instance.grads:
-        known = dict(adjoints.in_segments(whole_scans(arch, instance, 1, heads, backend)[0], instance, frame.segment).kernels)
+        whole = whole_scans(arch, instance, 1, heads, backend, frame.gathers)[0]
+        known = dict(adjoints.in_segments(whole, instance, frame.segment, frame.gathers).kernels)
     elif frame.segment and arch in ("sm_80", "sm_90"):
         known = dict(segmented(arch, instance).kernels)
     behind = {p.name: before for before, p in zip(pipeline, pipeline[1:])}

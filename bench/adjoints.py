@@ -56,11 +56,11 @@ def grouped(instance: Instance, shape: Shape, gathers: bool = False) -> Schedule
 
 def candidates(instance: Instance, lengths: list[int], changes: list[tuple[str, KernelOptions]], shape: Shape) \
         -> dict[str, Schedule]:
-    """"grouped" and "gathered"; "segments" and "cut" with each number of chunks; and each change of a kernel's options, which
+    """"grouped" and "gathered"; "segments" and "gathered-segments" with each number of chunks; and each change of a kernel's options, which
     does what it did beside others. The scans' options of those in segments do not depend on the shape."""
     both = grouped(instance, shape, True)
     back, inner = both.options("back"), both.options("inner")
-    found = {"grouped": grouped(instance, shape), "gathered": both,
+    found = {"grouped": grouped(instance, shape),
              "gathered, inner waits": both.with_options(inner=replace(inner, follows=False)),
              "gathered, back in 2 stages": both.with_options(back=replace(back, num_stages=2))}
     cut = [in_segments(grouped(instance, SHAPES[0]), instance, n, gathers) for n, gathers in product(lengths, (False, True))]

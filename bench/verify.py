@@ -21,7 +21,7 @@ from gdn_ir.backends.triton.ptx import TritonPtx
 from gdn_ir.compiler import Unsupported, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.reference import recurrence
-from gdn_ir.schedules.defaults import APART, LENGTHS, default, with_triton
+from gdn_ir.schedules.defaults import FUSED_LENGTHS, LENGTHS, default, with_triton
 from gdn_ir.schedules.schedule import Schedule
 
 FULL = Switches(initial_state=True, final_state=True)
@@ -79,7 +79,7 @@ def cut() -> Iterator[tuple[Cell, Schedule]]:
         layouts = replace(PACKED, lengths=packed), replace(DENSE, lengths=dense)
         for cell in crowded(f"segments of {n} by roles", *layouts):
             yield cell, with_triton(cell.instance, n)
-        for cell in crowded(f"segments of {n} by fused roles", *layouts) if n in APART else ():
+        for cell in crowded(f"segments of {n} by fused roles", *layouts) if n in FUSED_LENGTHS else ():
             yield cell, with_triton(cell.instance, n, one=True)
 
 

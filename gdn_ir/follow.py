@@ -40,6 +40,11 @@ def ready(scan: Program, follower: Program) -> Tensor | None:
         raise IRError(f"follow: {scan.name} and {follower.name} must step through chunks in one scan each, not in nested ones")
     if {a for a in scan.grid if a.endswith("#")} - {"V#"} or set(follower.written()) & set(scan.read()):
         raise IRError(f"follow: {scan.name} must be split along V alone, and read nothing that {follower.name} writes")
+    if both := set(follower.written()) & set(scan.written()):
+        raise IRError(f"follow: {scan.name} and {follower.name} both write {', '.join(sorted(both))}")
+    asked = ScanView.of(parallel).asked()
+    if asked and asked["tensor"].name in scan.written():
+        raise IRError(f"follow: {follower.name} asks which chunks run before it waits for {scan.name}, which says so")
     made = {e["tensor"].name: e for e in ScanView.of(serial).effects if e.op is Op.STORE}
     for n in follower.nodes():
         if n.op is Op.LOAD and n["tensor"].name in scan.written():

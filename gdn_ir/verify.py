@@ -98,9 +98,19 @@ def idle_scans_are_inner(program: Program) -> Iterator[Finding]:
             yield scan, "runs its last iterations alone, which only an inner scan can"
         if view.recent and view.effects:
             yield view.effects[0], "is not stored in the iterations that its scan leaves out"
+
+
+@rule
+def chunks_left_out_are_alone(program: Program) -> Iterator[Finding]:
+    """Backends leave out chunks where the grid runs them: in a program that is one scan over chunks and carries nothing. What says
+    so is a number in memory, for who reads it stores nothing yet."""
+    for scan in program.scans():
+        view = ScanView.of(scan)
         asked = view.asked()
-        if asked and (view.carries or len(view.chain) > 1 or asked.op is not Op.LOAD):
-            yield scan, "runs where a value says so, which only chunks at once can, by a number in memory"
+        if asked and (view.carries or len(view.chain) > 1 or view.group or program.roots != (scan,)):
+            yield scan, "leaves out iterations, which only a program of all chunks at once can"
+        elif asked and asked.op is not Op.LOAD:
+            yield scan, "runs where a value says so that is no number in memory"
 
 
 @rule

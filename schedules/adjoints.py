@@ -12,16 +12,16 @@ if TYPE_CHECKING:
 
 LENGTHS = (16, 32)                                         # chunks that a segment may have (64 gains 1.4% at most)
 WORTH = 0.9                                                # of the time of whole scans
-GATHERED = True                                            # whether "gathered" and "cut" serve, not "grouped" and "segments"
 
 
-def in_segments(base: Schedule, instance: Instance, segment: int, gathers: bool | None = None) -> Schedule:
+def in_segments(base: Schedule, instance: Instance, segment: int, gathers: bool = True) -> Schedule:
     """The plan "segments", with that many chunks to a segment, and for the kernels that "grouped" has too the options of
     `base`. Segments are stored beside each other, so that nothing follows their scans. Wide tiles, for there are blocks enough,
-    and two stages of the adjoint's loads, so that two blocks have a multiprocessor. gathers: the plan "cut", whose kernels run
-    beside those before them where they read nothing of these (None: as GATHERED says)."""
-    plan = "cut" if (GATHERED if gathers is None else gathers) else "segments"
-    steps = backward_plan(plan, instance.program, instance.io, keep=instance.keep, beta=instance.beta, segment=segment)
+    and two stages of the adjoint's loads, so that two blocks have a multiprocessor. gathers: the plan
+    "gathered-segments", whose kernels run beside those before them where they read nothing of these."""
+    plan = "gathered-segments" if gathers else "segments"
+    steps = backward_plan(plan, instance.program, instance.io, keep=instance.keep, beta=instance.beta, segment=segment,
+                          norm=gathers and instance.switches.l2norm)
     chosen = {k: replace(o, follows=False) for k, o in base.kernels}
     moves = instance.switches.erase or instance.switches.decay != "none"           # a state, but for what is added to it
     for prefix in (str(s[4]) for s in steps if s[0] == "segment"):

@@ -24,7 +24,7 @@ ROLES_IN_SEGMENTS = True                                   # whether sequences a
 BACK_IN_SEGMENTS = True                                    # and those of a backward (schedules/adjoints.py)
 ROLES_IN_ONE = True                                        # whether roles may make the inverses too
 LENGTHS = (8, 16, 32, 64, 128)                             # chunks that a segment of roles may have
-APART = (64, 128)                                          # and those of roles that make the inverses too
+FUSED_LENGTHS = (64, 128)                                      # and those of roles that make the inverses too
 LONG = 128                                                 # chunks of a sequence, on average, that is worth cutting
 FILLED = 0.9                                               # blocks of the scan for each multiprocessor that need no more
 
@@ -134,20 +134,20 @@ def way_of_roles(sequences: int, heads: int, tokens: int) -> tuple[int, bool]:
         segments = -(-chunks // n)
         both = 4 * segments + n + segments * sequences * heads / 4 + 20
         takes[n, False] = before + waves(segments) * (6 + 2.8 * n) + both
-        if n in APART:
+        if n in FUSED_LENGTHS:
             takes[n, True] = 0.6 * before + waves(segments) * (12 + 3.2 * n) + both
     return min(takes, key=lambda way: takes[way])
 
 
 def segmented_roles(instance: Instance, segment: int, roles: Roles = SOLVED, one: bool = False) -> Schedule:
     """The plan "cut", with that many chunks to a segment: all segments scanned as roles, the kernels before by Triton. one: the
-    plan "apart"; the roles make the inverses too."""
+    plan "cut-fused"; the roles make the inverses too."""
     before = {k: replace(o, backend="triton") for k, o in segmented("sm_90", instance, segment).kernels
               if k not in ("*", "scan", "output")}
     for kernel in ("transition", "compose"):               # more blocks of these beside each other: few have much to do
         before[kernel] = replace(before[kernel], num_stages=2)
     norm = instance.switches.l2norm
-    steps = plan("apart" if one else "cut", instance.switches.erase, instance.io, sums=True, segment=segment, norm=norm)
+    steps = plan("cut-fused" if one else "cut", instance.switches.erase, instance.io, sums=True, segment=segment, norm=norm)
     before |= {"fade": KernelOptions(None, 1, 1, backend="triton")} if one else {}
     made = Schedule(f"roles-fused-{segment}" if one else f"roles-{segment}", steps=steps)
     return made.with_options(**normalised(norm), **before, scan=KernelOptions(roles=roles))
@@ -247,10 +247,8 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
         f"long; each is cut into segments of {size} chunks")) if size else (schedule, why)
 
 
-def whole_scans(arch: str, instance: Instance, sequences: int, heads: int, backend: str, gathers: bool | None = None) \
-        -> tuple[Schedule, str]:
-    """A backward whose scans are not cut. gathers: the plan "gathered" where else "grouped" serves (None: as adjoints.GATHERED
-    says)."""
+def whole_scans(arch: str, instance: Instance, sequences: int, heads: int, backend: str, gathers: bool = True) -> tuple[Schedule, str]:
+    """A backward whose scans are not cut. gathers: the plan "gathered", where it may serve, and not "grouped"."""
     if arch == "cpu":
         chunk = 16 if instance.keep == "nothing" else CHUNK
         states = "" if instance.keep == "states" else "states again, then "
@@ -261,7 +259,7 @@ def whole_scans(arch: str, instance: Instance, sequences: int, heads: int, backe
         raise ValueError(f"no schedule of a backward for {backend} on {arch} yet")
     whole = instance.io == "f32"
     grouped = lean(arch, instance, backend)
-    gathers = grouped and (adjoints.GATHERED if gathers is None else gathers)
+    gathers = grouped and gathers
     name = "gathered" if gathers else "grouped" if grouped else "states"
     norm = gathers and instance.switches.l2norm
     steps = backward_plan(name, instance.program, instance.io, keep=instance.keep, beta=instance.beta, norm=norm)
@@ -293,7 +291,7 @@ def whole_scans(arch: str, instance: Instance, sequences: int, heads: int, backe
         {step[1] for step in steps if step[0] == "sum_after"} | \
         {name for step in steps if step[0] == "separate" for name in step[2:] if name != "again" or runs_again}
     chosen = {k: o for k, o in kernels.items() if k in made}
-    schedule = Schedule(f"backward-{'gathered-' if gathers else ''}{width}{kept(instance)}", steps=steps).with_options(**chosen)
+    schedule = Schedule(f"backward-{'gathered-' if ('lift', 'd_q', 'inner') in steps else ''}{width}{kept(instance)}", steps=steps).with_options(**chosen)
     what = "states again, then their adjoints" if runs_again else "adjoints of states"
     return schedule, (f"{arch}: {what} in reverse, in tiles of {width} columns; the rest for all chunks at once"
                       f"{f', V in tiles of {every.v_tile}' if every.v_tile else ''}")

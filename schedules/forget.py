@@ -36,7 +36,7 @@ def forget(pipeline: Pipeline, name: str, least: int = FADED) -> Pipeline:
     if len(places) < 2:
         raise IllegalStep(f"forget: {name} is not cut into segments with a transition; there are "
                           f"{', '.join(p.name for p in pipeline)}")
-    sums = [i for i, p in enumerate(pipeline) if parallel(p) and "total" in p.written()]
+    sums = [i for i, p in enumerate(pipeline) if parallel(p) and "total" in p.written() and not ScanView.of(p.roots[0]).where]
     tensor = Tensor("fade", ("X", "HV"), "f32", temp=True)
     if not sums:
         first, made = min(places.values()), _fade(pipeline[places[f"P_{name}"]], tensor)
@@ -85,9 +85,9 @@ def _named(p: Program, name: str) -> Node:
 def _fade(cut: Program, tensor: Tensor) -> Program:
     """The kernel that makes these bounds from what the transition of segments is made of, with one pass over the keys."""
     total, kk, beta = (_named(cut, n) for n in ("total", "kk", "beta"))
-    if kk.op is not Op.DOT:
-        raise refuse("forget", cut, kk, "kk is not the product of keys")
     k = kk.args[0]
+    if kk.op is not Op.DOT or kk.args[1] is not k.twin("C"):
+        raise refuse("forget", cut, kk, "kk is not the product of the keys and themselves")
     fade = total + _growth(beta, reduce_sum(k * k, kk["over"]))
     store = make(Op.STORE, (fade,), tensor=tensor, index=slot_of(cut), sum=())
     return of_chunks("fade", cut.with_note(fade, "fade", like=total), (store,))

@@ -50,6 +50,8 @@ def _join(name: str, pipeline: Pipeline, i: int, kernel: str, effects: tuple[Nod
             if not parallel(earlier):
                 raise IllegalStep(f"{name}: {kernel} is a scan, not a kernel that runs all chunks at once")
             view = ScanView.of(earlier.roots[0])
+            if view.where:
+                raise IllegalStep(f"{name}: {kernel} leaves chunks out, so that what it stores is not there for all")
             own = {make(Op.LOAD, (), tensor=e["tensor"], index=e["index"]): e.args[0] for e in view.effects}
             memo = substitute(effects, own)
             late = {t for p in pipeline[j:] for t in p.written()}

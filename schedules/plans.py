@@ -8,8 +8,8 @@
     segments  as states, with each sequence's scan cut into segments of chunks, which run at once: first for what they do to a
               state (transition and offset), then, composed, from the state that each starts with
     cut       the same of solve: the last scan makes the output too
-    apart     the same of fused: the last scan makes the inverses too, those of the chunks that transition and offset look at
-              are made before
+    cut-fused the same of fused: the last scan makes the inverses too; those of the chunks that transition and offset look at are
+              made before
 
 (What has faded at a segment's end is left out of the two where the log decay's sums are there to tell: `sums`. What the op
 normalises may be so in a kernel of its own, before all others: `norm`.)
@@ -31,7 +31,8 @@ The derived backward has plans of its own (`backward_plan`), of the same steps:
               of its own (again_transition, back_transition and so on)
     gathered  as grouped, but inner makes d_q too, for it reads the states anyway; so local makes only what back reads, of the
               inputs alone, and comes first: back needs nothing of again, and the two may run beside each other
-    cut       the same of segments: what leads to back between what leads to again, each beside one that it reads nothing of
+    gathered-segments  the same of segments: what leads to back between what leads to again, each beside one that it reads
+              nothing of
 
 A forward may leave values that its kernels store anyway (LEFT), which its backward then reads instead of computing them again:
 
@@ -51,10 +52,10 @@ from gdn_ir.nodes import Node, Op
 from gdn_ir.program import Program, ScanView, toposort
 
 Steps = tuple[tuple[str | int, ...], ...]
-PLANS = {"forward": ("naive", "fused", "solve", "states", "wy", "segments", "cut", "apart"),
-         "backward": ("naive", "fused", "states", "grouped", "inside", "merged", "segments", "gathered", "cut")}
+PLANS = {"forward": ("naive", "fused", "solve", "states", "wy", "segments", "cut", "cut-fused"),
+         "backward": ("naive", "fused", "states", "grouped", "inside", "merged", "segments", "gathered", "gathered-segments")}
 KEEP = ("nothing", "inverse", "states")                    # each with what those before it leave
-WIDENS = ("grouped", "inside", "merged", "segments", "gathered", "cut")        # of the backward: scans read a float32 beta
+WIDENS = ("grouped", "inside", "merged", "segments", "gathered", "gathered-segments")      # scans read a float32 beta
 CHUNK = 64                                                 # tokens of a chunk of which something is left
 LESS: Steps = (("factor",), ("regroup",), ("exchange",), ("symmetric",))       # fewer products than reverse mode derives
 
@@ -103,7 +104,7 @@ def plan(name: str, erase: bool = True, io: str = "bf16", chunk: int = 64, block
     # the inverses are hoisted out of transition and offset alone; then the scan is made what fused is, scaled
     near: Steps = (("hoist_within", "A_beta,G,total", "io,f32,f32", "solve"), ("base_two", "G"),
                    *((("merge", "A", chunk, block, "f16"),) if merges == "tf32" else ())) if fades else ()
-    table["apart"] = (*scan, *invert, *(absorbed[:1] if erase else ()), ("move_scales",), *in_parts, *near)
+    table["cut-fused"] = (*scan, *invert, *(absorbed[:1] if erase else ()), ("move_scales",), *in_parts, *near)
     if name not in table:
         raise ValueError(f"plan: got {name!r}; accepts {', '.join(table)}")
     first: Steps = (("hoist_shared", "q,k", "io", "norm"),) if norm else ()
@@ -126,7 +127,7 @@ def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64
     scans = [r for r in program.roots if r.op is Op.SCAN]
     kernels = ("again", "back") if len(scans) == 2 else ("back",)
     some = next(n for n in program.nodes() if program.name_of(n) and n in set(program_values(scans[-1])))
-    apart: Steps = (("separate", str(program.name_of(some)), *kernels),)
+    parted: Steps = (("separate", str(program.name_of(some)), *kernels),)
     heads: Steps = (("sum_after", "heads"),) if any(n["sum"] for n in stores) else ()
     if name not in PLANS["backward"]:
         raise ValueError(f"plan: got {name!r}; accepts {', '.join(PLANS['backward'])}")
@@ -134,7 +135,7 @@ def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64
     merges = {"f64": "f64", "f32": "tf32x3"}.get(io, "tf32")
     solves = [n for n in ("u_again", "d_r") if n in named]
     known = set(left(keep, "G" in named, bool(solves)))
-    steps: list[tuple[str | int, ...]] = [*apart]
+    steps: list[tuple[str | int, ...]] = [*parted]
     if "S" in known and len(scans) == 2:
         steps += [("given", "S", "io"), *([("given", "u", "io")] if "u" in named & known else [])]
         solves = [n for n in solves if n != "u_again"]
@@ -160,7 +161,7 @@ def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64
     if widens and "S" not in known:
         steps += [("hoist", "beta", "f32", "widen" if "A" in known else "solve")]
     out = {n["tensor"].name for n in stores}
-    gathers = name in ("gathered", "cut") and "d_k" in out and "d_r" in named
+    gathers = name.startswith("gathered") and "d_k" in out and "d_r" in named
     if not back:                                           # nothing is carried: all chunks at once already
         return (*steps, ("move_scales",), *heads)
     if "d_r" in named:
@@ -185,7 +186,7 @@ def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64
         steps += [("sum_inside", "grads", *anew)] if "d_k" in {*owned} & out else []
         heads = (("sum_after", "heads", "io"),) if {"d_q", "d_k"} & out - set(owned) else ()
     again = len(scans) == 2 and "S" not in known
-    if name not in ("segments", "cut"):
+    if not name.endswith("segments"):
         early: Steps = (("move", "local", "again"),) if gathers and again else ()
         return (*steps, *early, *heads)
     cut: list[tuple[str | int, ...]] = []

@@ -51,12 +51,18 @@ def hoist_within(pipeline: Pipeline, names: str, dtypes: str, kernel: str) -> Pi
     in a kernel of all chunks within reach at once. Legal iff `forget` found these, and no value needs a carry."""
     wanted = list(zip(names.split(","), dtypes.split(","), strict=False))
     readers = [i for i, p in enumerate(pipeline) if any(ScanView.of(s).recent for s in p.scans())]
-    reach = next((i for i, p in enumerate(pipeline) if any("within" in s["carries"] for s in p.scans())), None)
-    if reach is None or not readers or names.count(",") != dtypes.count(","):
+    reach = [i for i, p in enumerate(pipeline) if any("within" in s["carries"] for s in p.scans())]
+    if not readers or names.count(",") != dtypes.count(","):
         raise IllegalStep(f"hoist_within: got {names} as {dtypes}; accepts a dtype for each name, after the step forget")
-    cut, pipeline = pipeline[readers[0]], _marked(pipeline, reach)
+    if len(reach) != 1 or any(mark_of(pipeline[reach[0]]).name in p.written() for p in pipeline):
+        raise IllegalStep("hoist_within: accepts a plan that cuts one scan into segments, and is used once")
+    if any(p.name == kernel for p in pipeline):
+        raise IllegalStep(f"hoist_within: there is a kernel {kernel} already")
+    cut, taken = pipeline[readers[0]], {t for p in pipeline for t in p.tensors()}
+    if twice := taken & set(names.split(",")):
+        raise IllegalStep(f"hoist_within: there is a tensor {', '.join(sorted(twice))} already")
     found: dict[str, Node] = {}
-    stores: list[Node] = []
+    stores: dict[str, Node] = {}
     for i in readers:
         p = pipeline[i]
         table: dict[Node, Node] = {}
@@ -67,28 +73,32 @@ def hoist_within(pipeline: Pipeline, names: str, dtypes: str, kernel: str) -> Pi
             if found.setdefault(name, value) is not value:
                 raise refuse("hoist_within", p, value, f"{cut.name} computes another {name}")
             tensor, index = place_of(inner_scan(p), name, value.axes, dtype)
-            stores += [make(Op.STORE, (value,), tensor=tensor, index=index, sum=())] if p.name == cut.name else []
+            stores[name] = make(Op.STORE, (value,), tensor=tensor, index=index, sum=())
             table[value] = make(Op.LOAD, (), tensor=tensor, index=index)
-        names_of = {load: name for load, (name, _) in zip(table.values(), wanted, strict=True)}
         p = p.rebuild(lambda n, args, table=table: table.get(n))       # type: ignore[misc]
-        for load in set(p.nodes()) & set(names_of):
-            p = p.with_note(load, names_of[load])
+        for load, (name, _) in zip(table.values(), wanted, strict=True):
+            p = p.with_note(load, name) if load in set(p.nodes()) else p
         pipeline = put(pipeline, i, p)
-    mark = make(Op.LOAD, (), tensor=MARK, index=slot_of(cut))
-    return (*pipeline[:reach + 1], of_chunks(kernel, cut, tuple(stores), (mark,)), *pipeline[reach + 1:])
+    marked = _marked(pipeline[reach[0]])
+    mark = make(Op.LOAD, (), tensor=mark_of(marked), index=slot_of(cut))
+    first = readers[0]
+    before = of_chunks(kernel, cut, tuple(stores.values()), (mark,))
+    return (*put(pipeline, reach[0], marked)[:first], before, *pipeline[first:])
 
 
-MARK = Tensor("near", ("X", "HV"), "f32", temp=True)       # of each chunk, whether it is within reach
+def mark_of(reach: Program) -> Tensor:
+    """Where it says of each chunk whether it is within reach."""
+    grid = tuple(g for g in reach.grid if g != "N")
+    return Tensor(f"{reach.name.removesuffix('reach')}near", ("X", *grid), "f32", temp=True)
 
 
-def _marked(pipeline: Pipeline, i: int) -> Pipeline:
+def _marked(p: Program) -> Program:
     """The kernel reach, marking the chunks that it has counted: in a second scan, for a store among the loads of the first
     would keep each from being read ahead."""
-    p = pipeline[i]
     outer, inner = ScanView.of(p.roots[0]), inner_scan(p)
     counted = make(Op.FINAL, (inner.node,), i=inner.carries.index("within"))
     left = make(Op.CARRY, name="left", scan=inner.axis, axes=())
-    mark = make(Op.STORE, (select(elem("gt", left, 0.0), 1.0, 0.0),), tensor=MARK, index=slot_of(p), sum=())
+    mark = make(Op.STORE, (select(elem("gt", left, 0.0), 1.0, 0.0),), tensor=mark_of(p), index=slot_of(p), sum=())
     again = inner.with_parts(carries=("left",), inits=(counted,), nexts=(left - 1.0,), effects=(mark,))
     told = outer.with_parts(effects=(*outer.effects, again))
-    return put(pipeline, i, p.rebuild(lambda n, args: told if n is outer.node else None))
+    return p.rebuild(lambda n, args: told if n is outer.node else None)

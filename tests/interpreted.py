@@ -73,7 +73,7 @@ def of_cell(cell: Cell, schedule: Schedule | None = None, backend: str = BACKEND
 def of_plan(name: str, cell: Cell, chunk: int, segment: int = 32, tile: int | None = None, decay: float = 1.0) \
         -> dict[str, Any]:
     s = cell.instance.switches
-    sums = name in ("segments", "cut") and s.decay != "none"
+    sums = name in ("segments", "gathered-segments") and s.decay != "none"
     steps = plan(name, s.erase, cell.io, chunk, sums=sums, segment=segment) if chunk > 1 else ()
     return of_cell(cell, Schedule(name, chunk, steps).with_options(**{"*": KernelOptions(tile)}), decay=decay)
 
@@ -86,7 +86,7 @@ def of_backward(cell: Cell, tile: int | None = None, plan: str = "", heads: tupl
         cell = replace(cell, layout=replace(cell.layout, lengths=(tokens, 0, 1)))
     steps = backward_plan(plan or "states", backward_of(cell).program, cell.io, segment=segment)
     scans = [f"{s}{x}" for s in ("again", "back") for x in ("_transition", "_offset", "_compose", "")]
-    split = scans if plan in ("segments", "cut") else ["*"]
+    split = scans if plan in ("segments", "gathered-segments") else ["*"]
     schedule = Schedule("x", 64, steps).with_options(**{"*": KernelOptions(None, sparing=sparing)}) \
         .with_options(**dict.fromkeys(split, KernelOptions(tile, sparing=sparing)))
     found = check(cell, BACKEND, ARCH, kind=kind, schedule=schedule if tile or plan else None)

@@ -59,7 +59,7 @@ def in_segments(p: Program, io: str = "f64", keep: str = "nothing", name: str = 
 
 @pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("states", [True, False])
-@pytest.mark.parametrize("name", ["segments", "cut"])
+@pytest.mark.parametrize("name", ["segments", "gathered-segments"])
 @pytest.mark.parametrize(("decay", "erase"), [("scalar", True), ("none", True), ("scalar", False), ("none", False)])
 def test_exact(decay: str, erase: bool, name: str, states: bool, tiles: bool) -> None:
     """Without states the first segment's transition is not used, nor what the last does; in reverse, the other way round."""
@@ -98,7 +98,7 @@ def fading(norm: float = 1.0) -> tuple[Cell, dict[str, torch.Tensor]]:
     return cell, x
 
 
-@pytest.mark.parametrize("name", ["segments", "cut"])
+@pytest.mark.parametrize("name", ["segments", "gathered-segments"])
 @pytest.mark.parametrize("norm", [1.0, 2.0])
 def test_what_has_faded_is_left_out(norm: float, name: str) -> None:
     """From the end that each scan reaches: of a segment's last chunks, and in reverse of its first; not where keys stretch."""
@@ -132,7 +132,7 @@ def test_it_looks_from_the_right_end() -> None:
 
 
 def test_what_leads_to_the_adjoint_lies_between() -> None:
-    """Of the plan "cut": each kernel, and whether it runs beside the one before it."""
+    """Of the plan "gathered-segments": each kernel, and whether it runs beside the one before it."""
     schedule = cut(whole_scans("sm_90", BF16, 1, 4, "triton", gathers=True)[0], BF16, 32, gathers=True)
     kernels = {k.name: k.beside for k in variant(BF16, schedule, "triton", "sm_90").compiled.kernels}
     assert [("beside " if x else "") + n for n, x in kernels.items()] == [
@@ -183,7 +183,7 @@ def test_kernels_of_one_name_are_refused() -> None:
 SMALL = Layout((200, 0, 1, 129), True, 1, 3, 16, 16)
 
 
-@pytest.mark.parametrize("name", ["segments", "cut"])
+@pytest.mark.parametrize("name", ["segments", "gathered-segments"])
 @pytest.mark.parametrize("given", ["model", "strong_decay"])
 def test_by_torch(given: str, name: str) -> None:
     for io in ("f64", "f32"):
@@ -194,7 +194,7 @@ def test_by_torch(given: str, name: str) -> None:
         assert worst(found.values()) < {"f64": 1e-8, "f32": 1e-4}[io], found
 
 
-@pytest.mark.parametrize("name", ["segments", "cut"])
+@pytest.mark.parametrize("name", ["segments", "gathered-segments"])
 @pytest.mark.parametrize("keep", ["inverse", "states"])
 def test_what_is_given(keep: str, name: str) -> None:
     """With the states given the adjoint's scan alone is cut."""
@@ -211,9 +211,9 @@ def test_by_triton() -> None:
     4e-5 under any plan.)"""
     found = interpreted([*(["backward", cell, 32, name, [1, 2], False, 2]
                            for cell, name in (("initial state, f32", "segments"), ("no final state, f32", "segments"),
-                                              ("no final state, f32", "cut"))),
+                                              ("no final state, f32", "gathered-segments"))),
                          *(["backward", "initial state, f32", 32, name, [1, 2], False, 3, 500, "strong_decay"]
-                           for name in ("segments", "cut"))])
+                           for name in ("segments", "gathered-segments"))])
     assert all(float(str(v.get("error", "nan"))) < (1e-4 if "strong_decay" in n else 1e-5) for n, v in found.items()), found
 
 
@@ -251,7 +251,7 @@ def test_scans_beside_each_other_share_a_multiprocessor(heads: int) -> None:
 def test_as_near_as_whole_scans(kind: str) -> None:
     """Rounded as bf16 kernels round: in the mean hardly farther from the truth than the plan that cuts nothing. (A single d_g,
     a sum of differences, errs by half to twice the mean under either.)"""
-    errors: dict[str, list[dict[str, float]]] = {"grouped": [], "segments": [], "gathered": [], "cut": []}
+    errors: dict[str, list[dict[str, float]]] = {"grouped": [], "segments": [], "gathered": [], "gathered-segments": []}
     for length in (500, 440, 380, 320):
         cell = Cell("x", FULL, "bf16", Layout((length, 0, 12), True, 1, 2, 32, 32))
         program = backward_of(cell).program
@@ -267,16 +267,16 @@ def test_the_bench_has_candidates_of_each_plan() -> None:
     change = ("again", KernelOptions(16, 4, 2))
     for shape in bench.SHAPES[0], bench.SHAPES[3]:
         found = bench.candidates(bench.TIMED, [16], [change, ("back_compose", KernelOptions(32, 8, 2))], shape)
-        assert {n.split(",")[0] for n in found} == {"grouped", "gathered", "backward-segments-16", "backward-cut-16"}
+        assert {n.split(",")[0] for n in found} == {"grouped", "gathered", "backward-segments-16", "backward-gathered-segments-16"}
         made = {n: variant(bench.TIMED, s, "triton", "sm_90").compiled.kernels for n, s in found.items()}
-        changed = [k for n, ks in made.items() if n.startswith("backward-cut-16, again ") for k in ks if k.name == "again"]
+        changed = [k for n, ks in made.items() if n.startswith("backward-gathered-segments-16, again ") for k in ks if k.name == "again"]
         assert [(k.beside, k.options.num_stages) for k in changed] == [(True, 2)]
 
 
 def test_where_scans_should_be_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few heads over many tokens; not where blocks fill the GPU, nor what no GPU has run."""
     schedule, why = default("sm_90", BF16, 1, 4, 32768)
-    assert schedule.name == "backward-cut-32" and "segments of 32 chunks" in why
+    assert schedule.name == "backward-gathered-segments-32" and "segments of 32 chunks" in why
     assert default("sm_90", BF16, 8, 32, 32768)[0].name == "backward-gathered-32"
     assert default("sm_90", replace(BF16, keep="states"), 1, 4, 32768)[0].name == "backward-gathered-16, given states"
     assert default("sm_90", replace(BF16, grads=("q",)), 1, 4, 32768)[0].name == "backward-gathered-16"

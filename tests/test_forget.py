@@ -6,13 +6,16 @@ import math
 import pytest
 import torch
 
+from gdn_ir.build import dot
 from gdn_ir.compiler import Instance, variant
 from gdn_ir.interp import Sizes, run_pipeline
 from gdn_ir.nodes import IRError
+from gdn_ir.program import Program
 from gdn_ir.programs.gated_delta import Switches, build
 from gdn_ir.reference import recurrence
 from gdn_ir.schedules import steps
 from gdn_ir.schedules.forget import FADED
+from gdn_ir.schedules.pipeline import STEPS
 from gdn_ir.schedules.plans import plan
 from gdn_ir.schedules.schedule import Schedule
 from tests import inputs
@@ -47,7 +50,7 @@ def cut(plan_name: str = "cut", least: int | None = None) -> tuple[tuple[str | i
         if least is not None else taken
 
 
-@pytest.mark.parametrize("name", ["segments", "cut", "apart"])
+@pytest.mark.parametrize("name", ["segments", "cut", "cut-fused"])
 def test_what_is_left_out_is_below_rounding(name: str) -> None:
     x, S0 = fading()
     o, S = inputs.expected(x, S0, torch.tensor(ENDS))
@@ -95,13 +98,13 @@ def test_by_torch_and_triton() -> None:
     x, S0 = fading(K=16, V=16)
     o, S = inputs.expected(x, S0, torch.tensor(ENDS))
     instance = Instance(STATES, 16, 16, "f32", "f32", True)
-    for name in ("cut", "apart"):
+    for name in ("cut", "cut-fused"):
         taken = plan(name, True, "f32", CHUNK, 4, sums=True, segment=SEGMENT)
         made = variant(instance, Schedule("x", CHUNK, taken), "torch", "torch")
         got = made.apply({n: t[0].float() for n, t in x.items()} | {"initial_state": S0.float()}, 0.25, 4,
                          torch.tensor(ENDS, dtype=torch.int32))
         assert inputs.error(got["o"], o[0]) < 1e-6 and inputs.error(got["final_state"], S) < 1e-6
-    found = interpreted([["plan", name, "initial state, f32", 16, 4, 32, 8.0] for name in ("cut", "apart")])
+    found = interpreted([["plan", name, "initial state, f32", 16, 4, 32, 8.0] for name in ("cut", "cut-fused")])
     assert all(float(str(v.get("error", "nan"))) < 1e-6 for v in found.values()), found
 
 
@@ -118,7 +121,7 @@ def test_refusals() -> None:
 def test_inverses_within_reach_alone() -> None:
     """What transition and offset read is computed for the chunks that they look at, and for no other."""
     x, S0 = fading()
-    got = by_interpreter(x, S0, cut("apart"))
+    got = by_interpreter(x, S0, cut("cut-fused"))
     assert got["near"][:4].tolist() == [[0, 1, 1], [0, 1, 1], [1, 1, 1], [1, 1, 1]]       # within reach: 2, 4 and 4 of 4 chunks
     near, made = got["near"] == 1, got["total"] < 0
     assert near.any() and (got["near"] == 0).any() and torch.equal(near, made)
@@ -126,15 +129,47 @@ def test_inverses_within_reach_alone() -> None:
 
 def test_refusals_of_what_is_hoisted_within() -> None:
     p = build(STATES)
-    before = [s for s in plan("apart", sums=True, segment=4) if s[0] not in ("base_two", "merge")]
+    before = [s for s in plan("cut-fused", sums=True, segment=4) if s[0] not in ("base_two", "merge")]
     at = [s[0] for s in before].index("hoist_within")
     for step, why in ((("hoist_within", "A_beta,G", "io", "solve"), "a dtype for each name"),
+                      (("hoist_within", "A_beta", "io", "scan"), "there is a kernel scan already"),
+                      (("hoist_within", "beta", "f32", "solve"), "there is a tensor beta already"),
                       (("hoist_within", "P_S_u", "io", "solve"), "P_S_u needs P_S, which the scan carries"),
                       (("hoist_within", "kk,x", "io,io", "solve"), "no value named 'x'")):
         with pytest.raises(IRError, match=why):
             steps.apply(p, (*before[:at], step))
     with pytest.raises(steps.IllegalStep, match="after the step forget"):
         steps.apply(p, (*before[:at - 1], before[at]))
+    with pytest.raises(steps.IllegalStep, match="is used once"):
+        steps.apply(p, (*before[:at], ("hoist_within", "kk", "f32", "one"), before[at]))
+    with pytest.raises(steps.IllegalStep, match="solve leaves chunks out"):
+        steps.apply(p, (*before, ("hoist", "G", "f32", "solve")))
+
+
+def test_the_bound_is_of_the_keys_themselves() -> None:
+    """Where kk is something else, its first factor says nothing of its diagonal."""
+    def doubled(q: Program) -> Program:
+        return q.rebuild(lambda n, args: dot(args[0], 2.0 * args[1], "K") if q.name_of(n) == "kk" else None)
+    before = plan("cut-fused", sums=True, segment=4)
+    kernels = steps.apply(build(STATES), before[:before.index(("forget", "S"))])
+    with pytest.raises(steps.IllegalStep, match="kk is not the product of the keys and themselves"):
+        STEPS["forget"](tuple(map(doubled, kernels)), "S")
+
+
+def test_chunks_left_out_are_not_written() -> None:
+    """By the kernel itself: of chunks that are not near, nothing (torch's kernels return zeros where nothing is written)."""
+    i = Instance(Switches(), 16, 16, "f32", "f32", True)
+    schedule = Schedule("x", CHUNK, plan("cut-fused", True, "f32", CHUNK, 4, sums=True, segment=SEGMENT))
+    chosen = variant(i, schedule, "torch", "torch")
+    launch = chosen.compiled.launches[[k.name for k in chosen.compiled.kernels].index("solve")]
+    x = {n: t[0].float() for n, t in fading(K=16, V=16)[0].items()}
+    call = chosen.call_of(x, len(ENDS) - 1, torch.tensor(ENDS, dtype=torch.int32))
+    near = (torch.arange(call.slots(CHUNK) * 3).reshape(-1, 3) % 2).float()
+    some, every = (launch(x | {"near": mark}, {"scale": 1.0}, call) for mark in (near, torch.ones_like(near)))
+    assert some and every and every["total"].count_nonzero() > 20
+    assert torch.equal(some["total"], near * every["total"])
+    text = next(s.text for s in variant(i, schedule, "triton", "sm_90").sources if s.kernel == "solve")
+    assert "if tl.load(near_ptr + slot * HV + i_HV) == 0.0:\n        return" in text
 
 
 def test_reference_is_of_the_op() -> None:

@@ -204,6 +204,22 @@ def where_nothing_says_so() -> Program:
     return p.rebuild(lambda n, args: n.but((*args, as_node(1.0)), where=True) if n.op is Op.SCAN else None)
 
 
+def where_it_carries() -> Program:
+    t = Tracer("broken", grid=("N", "HV"))
+    with t.recording():
+        t.scan(lambda S: S + 1.0, S=zeros("K", "V"))
+        t.scan_chunks(lambda: t.store(Y, t.load(X)) and None)
+    return t.program().rebuild(lambda n, args: n.but((*args, as_node(1.0)), where=True) if n.op is Op.SCAN else None)
+
+
+def where_it_is_nested() -> Program:
+    t = Tracer("broken", grid=("N", "HV"), chain=("Y", "X"))
+    with t.recording():
+        t.scan_chunks(lambda: t.store(Y, t.load(X)) and None)
+    return t.program().rebuild(lambda n, args: n.but((*args, as_node(1.0)), where=True)
+                               if n.op is Op.SCAN and n["axis"] == "X" else None)
+
+
 def idle_and_stored() -> Program:
     t = Tracer("broken", grid=("N", "HV"), chain=("Y", "X"))
     with t.recording():
@@ -224,7 +240,9 @@ BREACHES = [
     (member_of_no_group, "members_are_of_groups", r"index Member\(grid=.N., scan=.X., own=False\) is of no scan"),
     (idle_without_a_scan_around, "idle_scans_are_inner", r"is idle in iterations \('last',\) of no scan around it"),
     (idle_and_stored, "idle_scans_are_inner", r"is not stored in the iterations \('last',\)"),
-    (where_nothing_says_so, "idle_scans_are_inner", "runs where a value says so, which only chunks at once can"),
+    (where_nothing_says_so, "chunks_left_out_are_alone", "runs where a value says so that is no number in memory"),
+    (where_it_carries, "chunks_left_out_are_alone", "leaves out iterations, which only a program of all chunks at once can"),
+    (where_it_is_nested, "chunks_left_out_are_alone", "leaves out iterations, which only a program of all chunks at once can"),
     (recent_and_outermost, "idle_scans_are_inner", "runs its last iterations alone, which only an inner scan"),
     (recent_and_stored, "idle_scans_are_inner", "is not stored in the iterations that its scan leaves out"),
     (unsummed, "sums_cover", "is written by every point of HV: say that they are summed"),

@@ -39,13 +39,13 @@ TOKENS = re.compile(r"(?P<barrier>\w+)\[(?P<slot>[^\]]*)\]\.(?P<what>wait|arrive
 
 
 # of segments: none, and the inverse among the roles; none, and each state loads its own values; g computed before the next
-FUSED, OWN, FIRST, APART = -1, -2, -3, -4
+FUSED, OWN, FIRST, CUT_FUSED = -1, -2, -3, -4
 
 
 def schedule(i: Instance, segment: int) -> Schedule:
     if segment == OWN:
         return of_roles(own_values())
-    if segment == APART:
+    if segment == CUT_FUSED:
         return with_triton(i, 2, one=True)
     if segment == FIRST:
         return roles_in_one(computed_first())
@@ -212,14 +212,14 @@ def computed_first() -> Roles:
     (True, False, True, True, [193, 193], 2), (False, False, False, False, [200], 3),
     (False, True, True, True, [193, 0, 65], FUSED), (True, False, False, True, [130], FUSED),
     (True, True, True, True, [130, 0, 64], OWN), (True, True, True, True, [193, 65], FIRST),
-    (False, True, True, True, [0, 300, 64, 0, 129, 1], APART), (True, False, False, True, [193, 193], APART)])
+    (False, True, True, True, [0, 300, 64, 0, 129, 1], CUT_FUSED), (True, False, False, True, [193, 193], CUT_FUSED)])
 def test_emitted_text_computes_the_rule(late: bool, varlen: bool, starts: bool, kept: bool, lengths: list[int],
                                         segment: int) -> None:
     """The emitted text itself, executed role by role, against float64: ragged tails, an empty sequence, with and without
     initial and final states, value heads that share a key head; whole or in segments, a sequence's last one shorter; all behind
     the last sequence is NaN, and stays as it was, or is cleared by roles that have no kernel beside them."""
     i = Instance(Switches(initial_state=starts, final_state=kept), 128, 128, "bf16", "bf16", varlen)
-    name = "apart" if segment == APART else "cut" if segment > 0 else "solve"
+    name = "cut-fused" if segment == CUT_FUSED else "cut" if segment > 0 else "solve"
     steps = Schedule("x", steps=plan(name, sums=True, segment=max(segment, 2)))
     before, chosen = variant(i, steps, "torch", "torch"), variant(i, schedule(i, segment), "tilelang", "sm_90")
     kernel, source = chosen.compiled.kernels[-1], chosen.sources[-1]
@@ -240,7 +240,7 @@ def test_emitted_text_computes_the_rule(late: bool, varlen: bool, starts: bool, 
     assert any("final_state" in k.program.written() for k in chosen.compiled.kernels) == kept
     assert not kept or relative(memory["final_state"], want[1]) < 4.5e-3
     assert bool((memory["o"][total:] == (0 if kernel.owns_tail else 7)).all())
-    assert kernel.owns_tail == (varlen and segment <= 0 and segment != APART)
+    assert kernel.owns_tail == (varlen and segment <= 0 and segment != CUT_FUSED)
 
 
 @pytest.mark.parametrize("segment", [0, 2, FUSED])

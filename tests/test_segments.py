@@ -194,9 +194,9 @@ def test_roles_in_segments() -> None:
         *((n, "triton") for n in ("solve", "reach", "transition", "offset", "compose")), ("scan", "tilelang")]
     assert made.kernels[0].sweeps and made.tails == ()
     assert made.kernels[-1].program.written() == ("o",)    # the end of the last segment is compose's
-    apart = variant(BF16, with_triton(BF16, 64, one=True), "tilelang", "sm_90").compiled
-    assert [k.name for k in apart.kernels] == ["fade", "reach", "solve", "transition", "offset", "compose", "scan"]
-    assert apart.kernels[0].sweeps and apart.tails == () and "A_beta" not in apart.kernels[-1].program.tensors()
+    fused = variant(BF16, with_triton(BF16, 64, one=True), "tilelang", "sm_90").compiled
+    assert [k.name for k in fused.kernels] == ["fade", "reach", "solve", "transition", "offset", "compose", "scan"]
+    assert fused.kernels[0].sweeps and fused.tails == () and "A_beta" not in fused.kernels[-1].program.tensors()
     first = variant(replace(BF16, switches=Switches()), segmented_roles(BF16, 32), "tilelang", "sm_90").compiled
     idle = {k.name: s["idle"] for k in first.kernels for s in k.program.scans() if "idle" in dict(s.attr)}
     assert idle == {"transition": ("first", "last"), "offset": ("last",)}
