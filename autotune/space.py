@@ -18,8 +18,8 @@ from gdn_ir.compiler import Instance, planned
 from gdn_ir.follow import can_follow
 from gdn_ir.program import Program
 from gdn_ir.schedules import adjoints
-from gdn_ir.schedules.defaults import (CROWDED, FUSED_LENGTHS, LENGTHS, default, lean, roles_can, roles_in_one, segmented, whole_scans,
-                                       with_triton)
+from gdn_ir.schedules.defaults import (CROWDED, FUSED_LENGTHS, LENGTHS, default, lean, roles_can, roles_in_one, segmented,
+                                       whole_scans, with_triton)
 from gdn_ir.schedules.plans import Steps, backward_plan, plan
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
@@ -112,7 +112,8 @@ def space_of(backend: str, arch: str, instance: Instance) -> Space:
         chunked = [Frame(p, c) for p in (("states", "naive") if back else ("fused", "naive", "states")) for c in (16, 32, 64)]
         return Space(((Frame("recurrent", 1),) if not back else ()) + tuple(chunked), v_tile=(None, 16, 32, 64))
     if backend == "tilelang" and roles_can(arch, instance):            # without roles it takes half again what Triton does
-        roles = (*(Frame("roles", segment=n) for n in (0, *LENGTHS)), *(Frame("roles-fused", segment=n) for n in (0, *FUSED_LENGTHS)))
+        ways = (("roles", (0, *LENGTHS)), ("roles-fused", (0, *FUSED_LENGTHS)))
+        roles = tuple(Frame(name, segment=n) for name, lengths in ways for n in lengths)
         return Space((*roles, Frame("states")), (None, 32, 64), (1, 2, 4, 8), (1, 2, 3))
     plans = ("states",) if back else ("states", "wy", "solve", "fused")
     frames = [Frame(p, c, b) for p in plans for c, b in ((64, 16), (64, 32), (32, 16), (128, 16))]

@@ -56,8 +56,8 @@ def grouped(instance: Instance, shape: Shape, gathers: bool = False) -> Schedule
 
 def candidates(instance: Instance, lengths: list[int], changes: list[tuple[str, KernelOptions]], shape: Shape) \
         -> dict[str, Schedule]:
-    """"grouped" and "gathered"; "segments" and "gathered-segments" with each number of chunks; and each change of a kernel's options, which
-    does what it did beside others. The scans' options of those in segments do not depend on the shape."""
+    """"grouped" and "gathered"; "segments" and "gathered-segments" with each number of chunks; and each change of a kernel's
+    options, which does what it did beside others. The scans' options of those in segments do not depend on the shape."""
     both = grouped(instance, shape, True)
     back, inner = both.options("back"), both.options("inner")
     found = {"grouped": grouped(instance, shape),
@@ -108,18 +108,18 @@ def checked(check: tuple[Cell, str], want: Tensors, made: dict[str, Schedule]) -
     return found
 
 
-def timed(shape: Shape, made: dict[str, Schedule]) -> dict[str, Any]:
-    """Milliseconds of all candidates on one shape, in turns, and of each of their kernels."""
+def timed(shape: Shape, made: dict[str, Schedule], instance: Instance, wide: Instance) -> dict[str, Any]:
+    """Milliseconds of all candidates on one shape, in turns, and of each of their kernels. wide: the same in float32."""
     lengths, H, HV = shape
     x = inputs.make(lengths, H, HV, kind="real")
     x["d_o"] = torch.randn_like(x["v"])
     found: dict[str, Any] = {"shape": name_of(lengths), "heads": [H, HV], "plans": {}}
     runs, first = {}, dict[str, float]()
     whole = {n: t.float() if t.is_floating_point() else t for n, t in x.items()}
-    exact = call(variant(WIDE, grouped(WIDE, shape), "triton", ARCH), whole)
+    exact = call(variant(wide, grouped(wide, shape), "triton", ARCH), whole)
     for name, schedule in made.items():
         try:
-            chosen = variant(TIMED, schedule, "triton", ARCH)
+            chosen = variant(instance, schedule, "triton", ARCH)
             run = partial(call, chosen, x)
             spoil()
             got, again = run(), run()
@@ -145,15 +145,17 @@ def main() -> None:
     p.add_argument("--segments", type=lambda t: [int(n) for n in t.split(",")], default=[16, 32, 64, 128])
     p.add_argument("--set", type=change, action="append", default=[], metavar="KERNEL=TILE,WARPS,STAGES")
     p.add_argument("--only", choices=("checks", "times"), help="one half of the run")
+    p.add_argument("--l2norm", action="store_true", help="of what is timed: the op normalises q and k")
     p.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes are timed")
     a = p.parse_args()
     checks = CHECKS if a.only != "times" else []
     shapes = SHAPES[:a.shapes] if a.only != "checks" else []
     small = [candidates(backward_of(c), a.segments, [], (list(c.layout.lengths), c.layout.H, c.layout.HV)) for c, _ in checks]
-    large = [candidates(TIMED, a.segments, a.set, shape) for shape in shapes]
+    this, wide = (replace(i, switches=replace(i.switches, l2norm=a.l2norm)) for i in (TIMED, WIDE))
+    large = [candidates(this, a.segments, a.set, shape) for shape in shapes]
     jobs = dict.fromkeys([(backward_of(c), s) for (c, _), made in zip(checks, small, strict=True) for s in made.values()]
-                         + [(TIMED, s) for made in large for s in made.values()]
-                         + [(WIDE, grouped(WIDE, shape)) for shape in shapes])
+                         + [(this, s) for made in large for s in made.values()]
+                         + [(wide, grouped(wide, shape)) for shape in shapes])
     a.out.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         slow = pool.map(wanted, checks)                    # as long as a schedule's kernels
@@ -171,7 +173,7 @@ def main() -> None:
         keep("checks", checked(check, want, made))
     wrong = {n for row in result["checks"] for n, right in row["right"].items() if not right}
     for shape, made in zip(shapes, large, strict=True):
-        keep("rows", timed(shape, {n: s for n, s in made.items() if n.split(",")[0] not in wrong}))
+        keep("rows", timed(shape, {n: s for n, s in made.items() if n.split(",")[0] not in wrong}, this, wide))
 
 
 if __name__ == "__main__":

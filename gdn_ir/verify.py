@@ -102,8 +102,8 @@ def idle_scans_are_inner(program: Program) -> Iterator[Finding]:
 
 @rule
 def chunks_left_out_are_alone(program: Program) -> Iterator[Finding]:
-    """Backends leave out chunks where the grid runs them: in a program that is one scan over chunks and carries nothing. What says
-    so is a number in memory, for who reads it stores nothing yet."""
+    """Backends leave out chunks where the grid runs them: in a program that is one scan over chunks and carries nothing. What
+    says so is a number in memory, read before all else."""
     for scan in program.scans():
         view = ScanView.of(scan)
         asked = view.asked()

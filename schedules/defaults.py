@@ -247,7 +247,8 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
         f"long; each is cut into segments of {size} chunks")) if size else (schedule, why)
 
 
-def whole_scans(arch: str, instance: Instance, sequences: int, heads: int, backend: str, gathers: bool = True) -> tuple[Schedule, str]:
+def whole_scans(arch: str, instance: Instance, sequences: int, heads: int, backend: str, gathers: bool = True) \
+        -> tuple[Schedule, str]:
     """A backward whose scans are not cut. gathers: the plan "gathered", where it may serve, and not "grouped"."""
     if arch == "cpu":
         chunk = 16 if instance.keep == "nothing" else CHUNK
@@ -291,7 +292,8 @@ def whole_scans(arch: str, instance: Instance, sequences: int, heads: int, backe
         {step[1] for step in steps if step[0] == "sum_after"} | \
         {name for step in steps if step[0] == "separate" for name in step[2:] if name != "again" or runs_again}
     chosen = {k: o for k, o in kernels.items() if k in made}
-    schedule = Schedule(f"backward-{'gathered-' if ('lift', 'd_q', 'inner') in steps else ''}{width}{kept(instance)}", steps=steps).with_options(**chosen)
+    gathered = "gathered-" if ("lift", "d_q", "inner") in steps else ""
+    schedule = Schedule(f"backward-{gathered}{width}{kept(instance)}", steps=steps).with_options(**chosen)
     what = "states again, then their adjoints" if runs_again else "adjoints of states"
     return schedule, (f"{arch}: {what} in reverse, in tiles of {width} columns; the rest for all chunks at once"
                       f"{f', V in tiles of {every.v_tile}' if every.v_tile else ''}")

@@ -8,8 +8,8 @@
     segments  as states, with each sequence's scan cut into segments of chunks, which run at once: first for what they do to a
               state (transition and offset), then, composed, from the state that each starts with
     cut       the same of solve: the last scan makes the output too
-    cut-fused the same of fused: the last scan makes the inverses too; those of the chunks that transition and offset look at are
-              made before
+    cut-fused  the same of fused: the last scan makes the inverses too; those of the chunks that transition and offset look at
+              are made before
 
 (What has faded at a segment's end is left out of the two where the log decay's sums are there to tell: `sums`. What the op
 normalises may be so in a kernel of its own, before all others: `norm`.)
@@ -181,7 +181,8 @@ def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64
     steps += [("move_scales",)]
     if heads and name != "states":
         owned = {"inside": ("d_q", "d_k"), "merged": ()}.get(name, ("d_k",))
-        anew = ("k_kept" if norm else "k",) if gathers and "d_g" in out else ()  # held for all value heads, it would strain grads' registers
+        k = "k_kept" if norm else "k"                      # held for all value heads, it would strain grads' registers
+        anew = (k,) if gathers and "d_g" in out else ()
         steps += [("sum_inside", "local")] if "d_q" in {*owned} & out else []
         steps += [("sum_inside", "grads", *anew)] if "d_k" in {*owned} & out else []
         heads = (("sum_after", "heads", "io"),) if {"d_q", "d_k"} & out - set(owned) else ()

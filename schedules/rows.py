@@ -28,7 +28,8 @@ def wrap(pipeline: Pipeline, tensors: str, dtype: str, before: str, after: str) 
     for name in names:
         p = next((q for q in pipeline if name in q.read()), None)
         if p is None:
-            raise IllegalStep(f"wrap: no kernel reads {name}; they read {', '.join(sorted({t for q in pipeline for t in q.read()}))}")
+            read = sorted({t for q in pipeline for t in q.read()})
+            raise IllegalStep(f"wrap: no kernel reads {name}; they read {', '.join(read)}")
         row = next(n for n in p.nodes() if n.op is Op.LOAD and n["tensor"].name == name)
         value = made_of(p, row, {t.tile for t in row["index"] if isinstance(t, Rows)})
         if value is row:
@@ -72,7 +73,8 @@ def _differentiated(p: Program, name: str, row: Node, value: Node, dtype: str) -
     given = make(Op.LOAD, (), tensor=made, index=store["index"])
     stored = store.but((inner, *store.args[1:]), tensor=made)
     q = p.rebuild(lambda n, args: stored if n is store else None).with_note(inner, name, like=grad)
-    return q, [make(Op.STORE, (substitute([grad], {inner: given})[grad],), tensor=store["tensor"], index=store["index"], sum=())]
+    last = substitute([grad], {inner: given})[grad]
+    return q, [make(Op.STORE, (last,), tensor=store["tensor"], index=store["index"], sum=())]
 
 
 def _of_rows(kernel: str, effects: list[tuple[Program, Node]]) -> Program:

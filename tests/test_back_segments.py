@@ -18,7 +18,7 @@ from gdn_ir.coverage import Cell, Layout
 from gdn_ir.interp import Sizes, run_pipeline
 from gdn_ir.program import Program
 from gdn_ir.programs.gated_delta import Switches, build
-from gdn_ir.schedules import adjoints, defaults, steps
+from gdn_ir.schedules import defaults, steps
 from gdn_ir.schedules.adjoints import in_segments as cut, segment_of
 from gdn_ir.schedules.defaults import default, whole_scans
 from gdn_ir.schedules.forget import FADED
@@ -267,9 +267,11 @@ def test_the_bench_has_candidates_of_each_plan() -> None:
     change = ("again", KernelOptions(16, 4, 2))
     for shape in bench.SHAPES[0], bench.SHAPES[3]:
         found = bench.candidates(bench.TIMED, [16], [change, ("back_compose", KernelOptions(32, 8, 2))], shape)
-        assert {n.split(",")[0] for n in found} == {"grouped", "gathered", "backward-segments-16", "backward-gathered-segments-16"}
+        assert {n.split(",")[0] for n in found} == \
+            {"grouped", "gathered", "backward-segments-16", "backward-gathered-segments-16"}
         made = {n: variant(bench.TIMED, s, "triton", "sm_90").compiled.kernels for n, s in found.items()}
-        changed = [k for n, ks in made.items() if n.startswith("backward-gathered-segments-16, again ") for k in ks if k.name == "again"]
+        changed = [k for n, ks in made.items() if n.startswith("backward-gathered-segments-16, again ")
+                   for k in ks if k.name == "again"]
         assert [(k.beside, k.options.num_stages) for k in changed] == [(True, 2)]
 
 
@@ -279,12 +281,9 @@ def test_where_scans_should_be_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     assert schedule.name == "backward-gathered-segments-32" and "segments of 32 chunks" in why
     assert default("sm_90", BF16, 8, 32, 32768)[0].name == "backward-gathered-32"
     assert default("sm_90", replace(BF16, keep="states"), 1, 4, 32768)[0].name == "backward-gathered-16, given states"
-    assert default("sm_90", replace(BF16, grads=("q",)), 1, 4, 32768)[0].name == "backward-gathered-16"
+    assert default("sm_90", replace(BF16, grads=("q",)), 1, 4, 32768)[0].name == "backward-16"
     assert default("sm_90", replace(BF16, io="f16", beta="f16"), 1, 4, 32768)[0].name == "backward-gathered-16"
     assert default("sm_90", replace(BF16, io="f32", beta="f32"), 8, 32, 32768)[0].name == "backward-32"
     assert segment_of(1, 4, 32768, 132) and not segment_of(8, 8, 8192, 132) and not segment_of(1, 8, 32768, 132)
-    with monkeypatch.context() as m:
-        m.setattr(adjoints, "GATHERED", False)
-        assert default("sm_90", BF16, 1, 4, 32768)[0].name == "backward-segments-32"
     monkeypatch.setattr(defaults, "BACK_IN_SEGMENTS", False)
     assert default("sm_90", BF16, 1, 4, 32768)[0].name == "backward-gathered-16"

@@ -22,7 +22,8 @@ BACKWARD = Instance(Switches(), 128, 128, "bf16", "bf16", True, ("q", "k", "v", 
 
 
 def following(instance: Instance, *names: str) -> Schedule:
-    plain = default("sm_90", instance, 1, 32, 32768)[0]
+    plain = whole_scans("sm_90", instance, 1, 32, "triton", gathers=False)[0] if instance.grads else \
+        default("sm_90", instance, 1, 32, 32768)[0]
     plain = plain.with_options(**{n: replace(o, follows=False) for n, o in plain.kernels if n != "*"})
     return plain.with_options(**{n: replace(plain.options(n), follows=True) for n in names})
 

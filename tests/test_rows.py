@@ -1,4 +1,4 @@
-"""What a program makes of rows alone, a normalised q and k, taken out of the backward: exact, and the rest as if there were none."""
+"""What a program makes of rows alone, a normalised q and k, taken out of the backward: exact, and the rest as without it."""
 from __future__ import annotations
 
 import re
