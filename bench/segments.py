@@ -206,7 +206,7 @@ def main() -> None:
     p.add_argument("--segments", type=lambda t: [int(n) for n in t.split(",") if n], default=[16, 32, 64])
     p.add_argument("--roles", type=lambda t: [int(n) for n in t.split(",") if n], default=[0, 16, 32, 64, 128],
                    help="chunks of segments that roles scan; 0: whole sequences; -1: these, the inverse among the "
-                        "roles; -n: segments of n, so too")
+                        "roles; -n: segments of n, so too (write --roles=-1,-64)")
     p.add_argument("--set", type=change, action="append", default=[], metavar="KERNEL=TILE,WARPS,STAGES")
     p.add_argument("--only", choices=("checks", "times"), help="one half of the run")
     p.add_argument("--l2norm", action="store_true", help="the op normalises q and k")

@@ -117,11 +117,12 @@ def normalised(norm: bool) -> dict[str, KernelOptions]:
 
 def way_of_roles(sequences: int, heads: int, tokens: int) -> tuple[int, bool]:
     """How roles should take a call: the chunks of a segment, one of LENGTHS, so that few kernels serve all lengths of sequences
-    (0 where these should stay whole), and whether they make the inverses too. By what an H100 takes, in microseconds: a block
-    of roles has a multiprocessor to itself, so that blocks come in waves of 2.8 a chunk, 3.2 where they make the inverses (3.5
-    of whole sequences: if these are unequal the longest counts, and is sooner done where the inverses are made before), which
-    else take 15 ns each, and 9 with the bounds where only those of what has not faded are made; its transition and offset take
-    1 a chunk and a quarter a segment and head, composing 4 a segment."""
+    (0 where these should stay whole), and whether they make the inverses too. By what an H100 takes, in microseconds:
+
+    a block of roles has a multiprocessor to itself, so that blocks come in waves: of 2.8 a chunk, 3.2 where they make the
+    inverses too. (3.5 of whole sequences, which may be unequal: then the longest counts.) Inverses made before take 0.015 each;
+    0.6 of that where only those of what has not faded are, and the bounds that tell. Transition and offset of what has not
+    faded take 1 a chunk and a quarter a segment and head, composing 4 a segment, launches 20."""
     chunks = -(-tokens // (64 * sequences))
     before = 0.015 * chunks * sequences * heads
 

@@ -353,9 +353,9 @@ def test_default_compiles_without_a_gpu(arch: str, size: int) -> None:
     cell = Cell("x", FULL, "bf16", replace(LAYOUTS["varlen"], H=1, HV=2, K=size, V=size))
     instance = backward_of(cell)
     chosen = variant(instance, default(arch, instance, 1, 32, 8192)[0], "triton", arch)
-    early = (arch, size) == ("sm_90", 128)                 # grouped: all that heads sums is there after local
-    assert [s.kernel for s in chosen.sources] == ["solve", "again", "local", *(["heads"] if early else []), "back", "inner",
-                                                  "grads", *([] if early else ["heads"]), *(["tiles"] if size > 128 else [])]
+    gathered = ["solve", "local", "again", "back", "inner", "heads", "grads"]
+    states = ["solve", "again", "local", "back", "inner", "grads", "heads", *(["tiles"] if size > 128 else [])]
+    assert [s.kernel for s in chosen.sources] == (gathered if (arch, size) == ("sm_90", 128) else states)
     for kernel, source in zip(chosen.compiled.kernels, chosen.sources, strict=True):
         built = cross_compile(kernel, source, arch)
         assert built.metadata.shared <= {"sm_80": 166912, "sm_90": 232448}[arch]

@@ -15,6 +15,7 @@ from gdn_ir.programs.gated_delta import Switches, build
 from gdn_ir.reference import recurrence
 from gdn_ir.schedules import steps
 from gdn_ir.schedules.forget import FADED
+from gdn_ir.schedules.partition import _join
 from gdn_ir.schedules.pipeline import STEPS
 from gdn_ir.schedules.plans import plan
 from gdn_ir.schedules.schedule import Schedule
@@ -143,7 +144,7 @@ def test_refusals_of_what_is_hoisted_within() -> None:
     with pytest.raises(steps.IllegalStep, match="is used once"):
         steps.apply(p, (*before[:at], ("hoist_within", "kk", "f32", "one"), before[at]))
     with pytest.raises(steps.IllegalStep, match="solve leaves chunks out"):
-        steps.apply(p, (*before, ("hoist", "G", "f32", "solve")))
+        _join("hoist", steps.apply(p, tuple(before)), 4, "solve", ())
 
 
 def test_the_bound_is_of_the_keys_themselves() -> None:

@@ -172,13 +172,15 @@ def test_kernels_of_a_gpu(arch: str, keep: str) -> None:
     gone = {"solve"} | ({"again"} if keep == "states" else set())
     own = ["widen"] if (arch, keep) == ("sm_90", "inverse") else []            # no kernel before again could store what it does
     assert after == [*own, *(n for n in before if n not in gone)]
-    assert [bool(k.awaits) for k in given.compiled.kernels if k.name == "local"] == [arch == "sm_90" and keep != "states"]
+    follows = {k.name: len(k.awaits) for k in given.compiled.kernels if k.awaits}
+    assert follows == ({"inner": 1 if keep == "states" else 2} if arch == "sm_90" else {})
     same = {s.kernel: s.hash for s in plain.sources}
-    assert {s.kernel for s in given.sources if s.hash == same.get(s.kernel)} >= {"back", "heads"}
+    alike = {s.kernel for s in given.sources if s.hash == same.get(s.kernel)}
+    assert alike >= {"heads"} if keep == "inverse" else arch == "sm_90" or alike >= {"back", "heads"}
 
 
-@pytest.mark.parametrize(("keep", "kept", "block"), [("nothing", 0, 2190.1), ("inverse", 132.1, 2058.1),
-                                                     ("states", 901.1, 1289.1)])
+@pytest.mark.parametrize(("keep", "kept", "block"), [("nothing", 0, 2314.1), ("inverse", 132.1, 2310.0),
+                                                     ("states", 901.1, 1541.0)])
 def test_how_much_is_kept(keep: str, kept: float, block: float) -> None:
     """MiB at 1x32768, 16/32: between forward and backward, and of the backward's block."""
     i = Instance(Switches(), 128, 128, "bf16", "bf16", True, GRADS, keep=keep)

@@ -58,7 +58,8 @@ def test_roles_serve_where_there_are_blocks_enough(monkeypatch: pytest.MonkeyPat
     assert served(8) == served(1) == served(1, 64) == "tilelang"                            # many, or long ones cut
     assert served(4, 8) == "triton"                        # neither
     assert served(8, final_state=False) == "tilelang"      # of a forward whose gradient is wanted, or o alone
-    for other in ({"l2norm": True}, {"K": 64}, {"dtype": "f16"}, {"recurrent": True}, {"decay": "none"},
+    assert served(8, l2norm=True) == "tilelang"            # after a kernel of Triton's
+    for other in ({"K": 64}, {"dtype": "f16"}, {"recurrent": True}, {"decay": "none"},
                   {"state_v_first": True}):
         assert served(8, **other) == "triton", other
     with gdn_ir.use("triton"):

@@ -30,7 +30,7 @@ from gdn_ir.compiler import Instance, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.registry import options
 from gdn_ir.schedules import adjoints
-from gdn_ir.schedules.defaults import LENGTHS, roles_fit, roles_in_one, way_of_roles, whole_scans, with_triton
+from gdn_ir.schedules.defaults import FUSED_LENGTHS, LENGTHS, roles_fit, roles_in_one, way_of_roles, whole_scans, with_triton
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 SMALL = Instance(Switches(final_state=True), 16, 16, "f32", "f32", True)
@@ -93,10 +93,13 @@ def test_roles_are_in_the_space(heads: int) -> None:
     space = space_of("tilelang", "sm_90", BF16)
     frames = [f for f in space.frames if f.plan == "roles"]
     assert [f.segment for f in frames] == [0, *LENGTHS]
-    (alone,) = (f for f in space.frames if f.plan == "roles-fused")
-    found = ready(Candidate(based(alone, "tilelang", "sm_90", BF16, heads), alone), BF16, "tilelang", "sm_90")
-    assert isinstance(found, Ready) and found.sources == {
-        s.kernel: s.hash for s in variant(BF16, roles_in_one(), "tilelang", "sm_90").sources}
+    fused = [f for f in space.frames if f.plan == "roles-fused"]
+    assert [f.segment for f in fused] == [0, *FUSED_LENGTHS]
+    for f in fused:
+        found = ready(Candidate(based(f, "tilelang", "sm_90", BF16, heads), f), BF16, "tilelang", "sm_90")
+        served = with_triton(BF16, f.segment, one=True) if f.segment else roles_in_one()
+        assert isinstance(found, Ready) and found.sources == {
+            s.kernel: s.hash for s in variant(BF16, served, "tilelang", "sm_90").sources}
     for f in frames:
         base = based(f, "tilelang", "sm_90", BF16, heads)
         found = ready(Candidate(base, f), BF16, "tilelang", "sm_90")
@@ -110,7 +113,9 @@ def test_roles_are_in_the_space(heads: int) -> None:
     assert varied.schedule.options("compose").backend == "triton"
     plain = next(f for f in space.frames if f.plan == "states")
     assert not based(plain, "tilelang", "sm_90", BF16, heads).options("scan").roles
-    for other in (replace(BF16, io="f16"), replace(BF16, V=64), replace(BF16, switches=Switches(l2norm=True))):
+    normalised = replace(BF16, switches=Switches(l2norm=True))
+    assert any(f.plan == "roles-fused" for f in space_of("tilelang", "sm_90", normalised).frames)
+    for other in (replace(BF16, io="f16"), replace(BF16, V=64), replace(BF16, switches=Switches(state_v_first=True))):
         assert all(f.plan != "roles" for f in space_of("tilelang", "sm_90", other).frames)
     assert all(f.plan != "roles" for f in space_of("triton", "sm_90", BF16).frames)
 
@@ -118,15 +123,19 @@ def test_roles_are_in_the_space(heads: int) -> None:
 def test_the_backward_s_segments_are_in_the_space() -> None:
     """Where they may serve, each length, as it would."""
     train = Instance(Switches(), 128, 128, "bf16", "bf16", True, ("q", "k", "v", "g", "beta"), True)
-    found = [f for f in space_of("triton", "sm_90", train).frames if f.plan == "segments"]
-    assert [f.segment for f in found] == [*adjoints.LENGTHS]
-    whole, _ = whole_scans("sm_90", train, 1, 4, "triton")
-    for f in found:
-        mine, served = (variant(train, s, "triton", "sm_90") for s in
-                        (based(f, "triton", "sm_90", train, 4), adjoints.in_segments(whole, train, f.segment)))
-        assert {s.kernel: s.hash for s in mine.sources} == {s.kernel: s.hash for s in served.sources}
+    frames = space_of("triton", "sm_90", train).frames
+    assert [f.plan for f in frames[:2]] == ["gathered", "grouped"]
+    for gathers, plan in ((True, "gathered-segments"), (False, "segments")):
+        found = [f for f in frames if f.plan == plan]
+        assert [f.segment for f in found] == [*adjoints.LENGTHS]
+        whole, _ = whole_scans("sm_90", train, 1, 4, "triton", gathers)
+        served = {frames[not gathers]: whole} | {f: adjoints.in_segments(whole, train, f.segment, gathers) for f in found}
+        for f, schedule in served.items():
+            mine, theirs = (variant(train, s, "triton", "sm_90") for s in (based(f, "triton", "sm_90", train, 4), schedule))
+            assert [(s.kernel, s.hash, k.options) for k, s in zip(mine.compiled.kernels, mine.sources, strict=True)] == \
+                [(s.kernel, s.hash, k.options) for k, s in zip(theirs.compiled.kernels, theirs.sources, strict=True)]
     wide = replace(train, io="f16", beta="f16")
-    assert all(f.plan != "segments" for f in space_of("triton", "sm_90", wide).frames)
+    assert all("segments" not in f.plan for f in space_of("triton", "sm_90", wide).frames)
 
 
 def test_the_best_options_are_put_together() -> None:
@@ -155,10 +164,10 @@ def test_one_binary_serves_many_shapes() -> None:
     kinds = Counter(name for name, _ in codes)
     # two widths of Triton's scan; roles of whole sequences, which make the inverses or do not, and of segments of 16, 32 and 64
     # chunks; what comes before each
-    cut = dict.fromkeys(("reach", "transition", "offset", "compose"), 3)
-    assert kinds == {"solve": 3, "scan": 7, "output": 1, **cut}, kinds
-    crowded = sum(way_of_roles(len(lengths), HV, sum(lengths))[1] and roles_fit("sm_90", BF16, len(lengths), HV, sum(lengths))
-                  for lengths, _, HV in [*cases.FORWARD, *cases.TRAIN])
+    cut = dict.fromkeys(("reach", "transition", "offset", "compose"), 4)
+    assert kinds == {"solve": 4, "scan": 8, "output": 1, "fade": 1, **cut}, kinds
+    crowded = sum(way_of_roles(len(n), HV, sum(n)) == (0, True) and roles_fit("sm_90", BF16, len(n), HV, sum(n))
+                  for n, _, HV in [*cases.FORWARD, *cases.TRAIN])
     assert crowded > 40 and sum(n for (name, _), n in codes.items() if name == "solve") == 203 - crowded
 
 
