@@ -127,6 +127,8 @@ def explain(shapes: Annotated[Optional[list[str]], typer.Argument(help="packed c
 
     from gdn_ir.bench.cases import parse
     from gdn_ir.registry import explain as say
+    if shapes and (H, HV, T, B, sequences) != (16, 32, 8192, 1, None):
+        raise ValueError(f"--H, --HV, --T, --B, --sequences: got some beside {', '.join(shapes)}; accepts these or shapes")
     asked = parse(",".join(shapes), "forward", "shapes") if shapes else []
     calls: list[tuple[int, int, int | None, int, int]] = \
         [(sum(lengths), 1, len(lengths), h, hv) for lengths, h, hv in asked] or [(T, B, sequences, H, HV)]

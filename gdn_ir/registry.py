@@ -231,7 +231,7 @@ def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, 
     wanted, out = policy.forced(asked), policy.forbidden(asked)
     chosen = first(every, asked)
     count = f"{sequences} sequence{'s' * (sequences != 1)}"
-    kind = f"packed {io}, {count} of {T} tokens together" if instance.varlen else f"dense {io}, {B} x {T} tokens"
+    kind = f"packed {io}, {count}, {T} tokens together" if instance.varlen else f"dense {io}, {B} x {T} tokens"
     kind += ", one token at a time" if recurrent else ""
     kind += f", gradients of {' '.join(grads)}" if grads else ""
     kind += f", {'given' if grads else 'leaves'} {keep}" if keep != "nothing" else ""
@@ -244,11 +244,13 @@ def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, 
         elif o.variant is None:
             choices.append(Choice(o.backend, "cannot", o.reason))
         else:
-            why = f"gdn_ir.use({wanted!r}) asks for it" if o is chosen and wanted else \
-                f"first that can serve on {arch}" if o is chosen else f"ranks {rank + 1} of {len(every)} on {arch}"
+            why = "gdn_ir.use or GDN_IR_BACKEND asks for it" if o is chosen and wanted else \
+                f"first that can serve on {arch}" if o is chosen else \
+                f"{wanted} is asked for" if wanted else f"ranks {rank + 1} of {len(every)} on {arch}"
             choices.append(Choice(o.backend, "chosen" if o is chosen else "not chosen", why,
                                   o.variant.schedule.name, o.reason, tuple((s.kernel, s.hash) for s in o.variant.sources)))
-    return Explanation(f"{kind}, H/HV {H}/{HV}, K x V {K} x {V}", arch, tuple(choices))
+    on = "".join(f", {name}" for name, value in vars(instance.switches).items() if value is True and name != "erase")
+    return Explanation(f"{kind}, H/HV {H}/{HV}, K x V {K} x {V}{on}", arch, tuple(choices))
 
 
 __all__ = ["Option", "architecture", "choose", "explain", "first", "forbid", "forced", "forget", "options", "prepared",

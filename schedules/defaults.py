@@ -65,7 +65,10 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
             f"{arch}: roles in one block for each of {sequences * heads} sequences and heads, beside each other on " \
             f"{MULTIPROCESSORS[arch]} multiprocessors; the inverses before, by triton"
     if backend == "tilelang":
-        return of_tilelang(arch, instance, steps)
+        schedule, why = of_tilelang(arch, instance, steps)
+        few = f"roles want {CROWDED} sequences x heads or {LONG * 64} tokens a sequence in the mean, not {sequences * heads} " \
+            f"and {tokens // sequences if sequences else 0}"
+        return schedule, f"{why}; {roles_lack(arch, instance) or few}"
     if SEGMENTS and instance.keep == "nothing" and cuts(arch, instance, sequences, heads, tokens):
         return segmented(arch, instance), (f"{arch}: {sequences * heads} serial scans would not fill {MULTIPROCESSORS[arch]} "
                                            f"multiprocessors; each is cut into segments of {SEGMENT} chunks")
@@ -162,17 +165,27 @@ def with_triton(instance: Instance, segment: int = 0, one: bool = False) -> Sche
     return of_roles(SOLVED, replace(options("sm_90", instance, 32)["solve"], backend="triton"), instance.switches.l2norm)
 
 
+def roles_lack(arch: str, instance: Instance) -> str:
+    """What keeps the forward as roles from serving an instance; "" where nothing does."""
+    s = instance.switches
+    needs = {f"roles are of Hopper, not of {arch}": arch == "sm_90",
+             f"roles take bf16, not {instance.io}": instance.io == "bf16",
+             f"roles take K x V of 128 x 128, not {instance.K} x {instance.V}": (instance.K, instance.V) == (128, 128),
+             "roles are of the forward": not instance.grads, "roles do not take one token at a time": not instance.recurrent,
+             f"roles leave nothing to a backward ({instance.keep} is kept)": instance.keep == "nothing",
+             "roles need a decay": s.decay == "scalar", "roles need what erases": s.erase,
+             "roles have states as [K, V], not [V, K]": not s.state_v_first}
+    return next((why for why, met in needs.items() if not met), "")
+
+
 def roles_can(arch: str, instance: Instance) -> bool:
     """Whether the forward as roles can serve an instance."""
-    s = instance.switches
-    fits = arch == "sm_90" and instance.io == "bf16" and (instance.K, instance.V) == (128, 128) and not instance.grads \
-        and not instance.recurrent and instance.keep == "nothing"
-    return fits and s.decay == "scalar" and s.erase and not s.state_v_first
+    return not roles_lack(arch, instance)
 
 
 def roles_fit(arch: str, instance: Instance, sequences: int, heads: int, tokens: int) -> bool:
     """Whether they should also be the fastest for a call: one block takes a whole sequence and head, so there must be enough of
-    these to be busy beside each other; or sequences so long that they are worth cutting."""
+    these to be busy beside each other; or sequences so long, in the mean, that they are worth cutting."""
     crowded, long = sequences * heads >= CROWDED, ROLES_IN_SEGMENTS and tokens >= LONG * 64 * sequences
     return roles_can(arch, instance) and (crowded or long)
 
@@ -242,7 +255,8 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
         return schedule, why
     size = adjoints.segment_of(sequences, heads, tokens, MULTIPROCESSORS[arch])
     if size and not adjoints.can(instance):
-        return schedule, f"{why}; segments of {size} chunks may be faster, but a GPU has run these of few kinds (adjoints.can)"
+        return schedule, f"{why}; segments of {size} chunks may be faster, but serve only what a GPU has run so: all five " \
+            "gradients and no state's, value heads that share a key head, bf16, K x V of 128 x 128, nothing normalised or kept"
     return (adjoints.in_segments(schedule, instance, size), (
         f"{arch}: {sequences * heads} serial scans each way would not fill {MULTIPROCESSORS[arch]} multiprocessors for "
         f"long; each is cut into segments of {size} chunks")) if size else (schedule, why)
