@@ -16,7 +16,7 @@ from gdn_ir.artifacts import NotCompiled
 from gdn_ir.autodiff import backward
 from gdn_ir.backends.base import TORCH, Backend, Call, Kernel, Launch, Source
 from gdn_ir.backends.temporaries import in_order
-from gdn_ir.follow import clears, followers, start
+from gdn_ir.follow import clears, first_beside, followers
 from gdn_ir.inverse import doubled
 from gdn_ir.legalize import collapse, small_products, split_products, ungrouped
 from gdn_ir.nodes import RUNS_ALONG, At, IRError, Tensor, base
@@ -147,7 +147,7 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
     counting = {j: counts for scans in followed.values() for j, counts in scans.items()}
     cleared: dict[int, Tensor] = {}                        # by the last kernel before the scan that can
     for j, counts in counting.items():
-        able = [m for m in range(start(j, followed)) if m not in cleared and clears(pipeline[m], pipeline[j])]
+        able = [m for m in range(first_beside(j, followed)) if m not in cleared and clears(pipeline[m], pipeline[j])]
         cleared |= {able[-1]: counts} if able else {}
     kernels: list[Kernel] = []
     for i, p in enumerate(pipeline):

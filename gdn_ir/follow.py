@@ -61,7 +61,7 @@ def followers(pipeline: Sequence[Program], names: Container[str]) -> dict[int, d
     Raises IRError where it cannot, as `ready` does."""
     found = {i: dict[int, Tensor]() for i, p in enumerate(pipeline) if i and p.name in names}
     for i in found:
-        for j in range(i - 1, start(i, found) - 1, -1):
+        for j in range(i - 1, first_beside(i, found) - 1, -1):
             try:
                 counts = ready(pipeline[j], pipeline[i])
             except IRError as e:
@@ -73,7 +73,7 @@ def followers(pipeline: Sequence[Program], names: Container[str]) -> dict[int, d
     return found
 
 
-def start(i: int, followed: Container[int]) -> int:
+def first_beside(i: int, followed: Container[int]) -> int:
     """The place of the first kernel beside which the i-th of a pipeline may run: the last before it that does not follow."""
     while i in followed:
         i -= 1

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gdn_ir.backends import BACKENDS
 from gdn_ir.backends.triton import cross_compile
 from gdn_ir.bench import inputs as model
 from gdn_ir.build import Node, Tensor, Tracer, broadcast, dot, elem, reduce_sum, select, zeros
@@ -197,6 +198,8 @@ def test_roles_in_segments() -> None:
     fused = variant(BF16, with_triton(BF16, 64, one=True), "tilelang", "sm_90").compiled
     assert [k.name for k in fused.kernels] == ["fade", "reach", "solve", "transition", "offset", "compose", "scan"]
     assert fused.kernels[0].sweeps and fused.tails == () and "A_beta" not in fused.kernels[-1].program.tensors()
+    solve = next(k for k in fused.kernels if k.name == "solve")
+    assert "does not leave out chunks" in str(BACKENDS["tilelang"].supports(solve, "sm_90"))
     first = variant(replace(BF16, switches=Switches()), segmented_roles(BF16, 32), "tilelang", "sm_90").compiled
     idle = {k.name: s["idle"] for k in first.kernels for s in k.program.scans() if "idle" in dict(s.attr)}
     assert idle == {"transition": ("first", "last"), "offset": ("last",)}
