@@ -45,9 +45,9 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch (`
          grads: Annotated[str, typer.Option(help="the backward: gradients of these, such as q,k,v,g,beta,initial_state")] = "",
          keep: Annotated[str, typer.Option(help="what a forward leaves to its backward, or a backward is given: nothing, "
                                                 "inverse or states")] = "nothing",
-         schedule: Annotated[str, typer.Option(help="default; a plan with modest options: naive, fused, solve, states or wy "
-                                                    "(of a backward: naive, fused or states); roles or roles-fused "
-                                                    "(tilelang, sm_90); or a JSON file")] = "default",
+         schedule: Annotated[str, typer.Option(help="default (what this backend serves such a call with); a plan with modest "
+                                                    "options, such as naive or states (any other word lists them); roles "
+                                                    "or roles-fused (tilelang, sm_90); or a JSON file")] = "default",
          kernel: Annotated[str, typer.Option(help="only this kernel")] = "",
          generated: Annotated[bool, typer.Option("--generated", help="print what the toolchain makes of it: PTX (triton), or "
                                                  "TIR and C (tilelang)")] = False,
@@ -94,7 +94,10 @@ def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch (`
         return
     if backend != "tilelang" and any(o.roles for _, o in wanted.kernels):
         raise ValueError(f"--backend: got {backend}; accepts tilelang, for a schedule of roles")
-    chosen = variant(instance, wanted, backend, arch)
+    try:
+        chosen = variant(instance, wanted, backend, arch)
+    except ValueError as e:                                # which was made for another kind of call, perhaps
+        raise ValueError(f"{e}\n  in --schedule {schedule}, for {instance}") from None
     sources = {s.kernel: s.text for s in chosen.sources}
     if kernel and kernel not in sources:
         raise ValueError(f"--kernel: got {kernel!r}; this schedule has {', '.join(sources)}")
