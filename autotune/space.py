@@ -18,8 +18,8 @@ from gdn_ir.compiler import Instance, planned
 from gdn_ir.follow import can_follow
 from gdn_ir.program import Program
 from gdn_ir.schedules import adjoints
-from gdn_ir.schedules.defaults import (CROWDED, FUSED_LENGTHS, LENGTHS, default, lean, roles_can, roles_in_one, segmented,
-                                       whole_scans, with_triton)
+from gdn_ir.schedules.defaults import (CROWDED, FUSED_LENGTHS, LENGTHS, default, lean, roles_can, segmented, whole_scans,
+                                       with_triton)
 from gdn_ir.schedules.plans import Steps, backward_plan, plan
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
@@ -46,12 +46,10 @@ class Frame:
             norm = self.gathers and instance.switches.l2norm
             return backward_plan(self.plan, instance.program, instance.io, self.chunk, self.block, beta=instance.beta,
                                  segment=self.segment, norm=norm)
-        if self.plan == "roles-fused":
+        if self.plan.startswith("roles"):
             return self.roles(instance).steps
         sums = self.sums and instance.switches.decay != "none"
-        name = self.plan if self.plan != "roles" else "cut" if self.segment else "solve"
-        norm = self.plan == "roles" and instance.switches.l2norm
-        return plan(name, instance.switches.erase, instance.io, self.chunk, self.block, sums, self.segment, norm=norm)
+        return plan(self.plan, instance.switches.erase, instance.io, self.chunk, self.block, sums, self.segment)
 
     @property
     def gathers(self) -> bool:
@@ -60,10 +58,7 @@ class Frame:
 
     def roles(self, instance: Instance) -> Schedule:
         """The schedule of roles that a frame of these is."""
-        one = self.plan == "roles-fused"
-        if one and not self.segment:
-            return roles_in_one(norm=instance.switches.l2norm)
-        return with_triton(instance, self.segment, one)
+        return with_triton(instance, self.segment, self.plan == "roles-fused")
 
     def __str__(self) -> str:
         sums = "" if self.sums else ", sums in the scan"
@@ -172,19 +167,18 @@ def based(frame: Frame, backend: str, arch: str, instance: Instance, heads: int)
     if arch not in ("cpu", "torch"):
         try:
             few = min(heads, CROWDED - 1) if backend == "tilelang" else heads              # roles have frames of their own
-            known = dict(default(arch, instance, 1, few, 4096, backend)[0].kernels)
-            if instance.grads:
-                known = dict(whole_scans(arch, instance, 1, heads, backend, frame.gathers)[0].kernels)
+            best = whole_scans(arch, instance, 1, heads, backend, frame.gathers)[0] if instance.grads else \
+                default(arch, instance, 1, few, 4096, backend)[0]
+            if instance.grads and frame.segment:
+                best = adjoints.in_segments(best, instance, frame.segment, frame.gathers)
+            known = dict(best.kernels)
         except ValueError:
             known = {}
         if frame.plan in ("fused", "solve"):               # its scan does all the work
             known = {k: o for k, o in known.items() if k != "scan"}
-    if frame.plan in ("roles", "roles-fused"):
+    if frame.plan.startswith("roles"):
         known = dict(frame.roles(instance).kernels)
-    elif frame.segment and instance.grads:
-        whole = whole_scans(arch, instance, 1, heads, backend, frame.gathers)[0]
-        known = dict(adjoints.in_segments(whole, instance, frame.segment, frame.gathers).kernels)
-    elif frame.segment and arch in ("sm_80", "sm_90"):
+    elif frame.segment and not instance.grads and arch in ("sm_80", "sm_90"):
         known = dict(segmented(arch, instance).kernels)
     behind = {p.name: before for before, p in zip(pipeline, pipeline[1:])}
     known = {n: o if not o.follows or (n in behind and can_follow(behind[n], next(p for p in pipeline if p.name == n)))

@@ -17,7 +17,7 @@ from gdn_ir.bench import inputs
 from gdn_ir.compiler import Instance, variant
 from gdn_ir.ops import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from gdn_ir.programs.gated_delta import Switches
-from gdn_ir.schedules.defaults import roles_in_one, with_triton
+from gdn_ir.schedules.defaults import with_triton
 
 LENGTHS = [130, 64, 0, 71, 37]                             # whole chunks, ragged ends, no token; the last is nobody's
 
@@ -52,7 +52,7 @@ def by_roles(x: dict[str, torch.Tensor], ends: torch.Tensor) -> dict[str, torch.
     found: dict[str, torch.Tensor] = {}
     for segment in (0, 2):
         for one in (False, True):
-            schedule = with_triton(instance, segment, one) if segment or not one else roles_in_one()
+            schedule = with_triton(instance, segment, one)
             out = {n: torch.full_like(x[like], math.nan) for n, like in (("o", "v"), ("final_state", "initial_state"))}
             variant(instance, schedule, "tilelang", "sm_90")(x | out, 128 ** -0.5, len(ends) - 1, ends)
             found |= {f"{n}, {schedule.name}": t for n, t in out.items()}

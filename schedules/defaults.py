@@ -24,7 +24,7 @@ ROLES_IN_SEGMENTS = True                                   # whether sequences a
 BACK_IN_SEGMENTS = True                                    # and those of a backward (schedules/adjoints.py)
 ROLES_IN_ONE = True                                        # whether roles may make the inverses too
 LENGTHS = (8, 16, 32, 64, 128)                             # chunks that a segment of roles may have
-FUSED_LENGTHS = (64, 128)                                      # and those of roles that make the inverses too
+FUSED_LENGTHS = (64, 128)                                  # and those of roles that make the inverses too
 LONG = 128                                                 # chunks of a sequence, on average, that is worth cutting
 FILLED = 0.9                                               # blocks of the scan for each multiprocessor that need no more
 
@@ -52,16 +52,17 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
     steps = plan("states", erase, io, sums=decay, leave=instance.left, widen=widen)
     if backend == "tilelang" and roles_fit(arch, instance, sequences, heads, tokens):
         size, one = way_of_roles(sequences, heads, tokens)
+        schedule = with_triton(instance, size, one)
         if size:
             inverses = "; the roles make all inverses, triton those of what has not faded" if one else ""
-            return with_triton(instance, size, one), (
+            return schedule, (
                 f"{arch}: {sequences * heads} blocks of roles would not fill {MULTIPROCESSORS[arch]} multiprocessors for long; "
                 f"each sequence is cut into segments of {size} chunks; what comes before their scan by triton{inverses}")
         if one:
-            return roles_in_one(norm=instance.switches.l2norm), \
+            return schedule, \
                 f"{arch}: roles in one block for each of {sequences * heads} sequences and heads, beside each other on " \
                 f"{MULTIPROCESSORS[arch]} multiprocessors; they make the inverses too"
-        return with_triton(instance), \
+        return schedule, \
             f"{arch}: roles in one block for each of {sequences * heads} sequences and heads, beside each other on " \
             f"{MULTIPROCESSORS[arch]} multiprocessors; the inverses before, by triton"
     if backend == "tilelang":
@@ -143,7 +144,7 @@ def way_of_roles(sequences: int, heads: int, tokens: int) -> tuple[int, bool]:
     return min(takes, key=lambda way: takes[way])
 
 
-def segmented_roles(instance: Instance, segment: int, roles: Roles = SOLVED, one: bool = False) -> Schedule:
+def segmented_roles(instance: Instance, segment: int, one: bool = False) -> Schedule:
     """The plan "cut", with that many chunks to a segment: all segments scanned as roles, the kernels before by Triton. one: the
     plan "cut-fused"; the roles make the inverses too."""
     before = {k: replace(o, backend="triton") for k, o in segmented("sm_90", instance, segment).kernels
@@ -154,14 +155,16 @@ def segmented_roles(instance: Instance, segment: int, roles: Roles = SOLVED, one
     steps = plan("cut-fused" if one else "cut", instance.switches.erase, instance.io, sums=True, segment=segment, norm=norm)
     before |= {"fade": KernelOptions(None, 1, 1, backend="triton")} if one else {}
     made = Schedule(f"roles-fused-{segment}" if one else f"roles-{segment}", steps=steps)
-    return made.with_options(**normalised(norm), **before, scan=KernelOptions(roles=roles))
+    return made.with_options(**normalised(norm), **before, scan=KernelOptions(roles=FUSED if one else SOLVED))
 
 
 def with_triton(instance: Instance, segment: int = 0, one: bool = False) -> Schedule:
-    """Roles as they serve, all before their scan by Triton. segment: chunks of one; with 0, sequences are whole. one: the
-    inverses are made by roles, of segments."""
+    """Roles as they serve, all before their scan by Triton. segment: chunks of one; with 0, sequences are whole. one: roles
+    make the inverses too."""
     if segment:
-        return segmented_roles(instance, segment, FUSED if one else SOLVED, one)
+        return segmented_roles(instance, segment, one)
+    if one:
+        return roles_in_one(norm=instance.switches.l2norm)
     return of_roles(SOLVED, replace(options("sm_90", instance, 32)["solve"], backend="triton"), instance.switches.l2norm)
 
 

@@ -6,6 +6,7 @@
 """
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from gdn_ir.build import zeros
@@ -29,7 +30,6 @@ def hoist_shared(pipeline: Pipeline, tensors: str, dtype: str, kernel: str) -> P
         raise IllegalStep(f"hoist_shared: got tensors {tensors}; accepts some that one serial kernel reads, each once: "
                           f"{serial}")
     p, stores, loads = pipeline[i], [], dict[Node, Node]()
-    groups: dict[str, str] = {}
     for name in names:
         row = next(n for n in p.nodes() if n.op is Op.LOAD and n["tensor"].name == name)
         scan = scan_of("hoist_shared", p, row)
@@ -38,22 +38,28 @@ def hoist_shared(pipeline: Pipeline, tensors: str, dtype: str, kernel: str) -> P
         at = next((t for t in row["index"] if isinstance(t, At)), None)
         if at is None or at.share is None or value is row:
             raise refuse("hoist_shared", p, row, f"{name} is no row that grid points share, of which something is made")
-        groups[at.grid] = at.share
         t = row["tensor"]
         kept = Tensor(f"{name}_kept", t.dims, dtype, temp=True)              # roles know it by the name without (events.py)
         stores.append(make(Op.STORE, (value,), tensor=kept, index=row["index"], sum=()))
         loads[value] = make(Op.LOAD, (), tensor=kept, index=row["index"])
+    before = of_shared(kernel, p, scan, tuple(stores), p.notes)
+    for (value, load), name in zip(loads.items(), names, strict=True):
+        p = replace_node(p, value, load).with_note(load, name, like=value)
+    return (*pipeline[:i], before, verify(p), *pipeline[i + 1:])
+
+
+def of_shared(kernel: str, p: Program, scan: ScanView, stores: tuple[Node, ...], notes: Mapping[Node, Note]) -> Program:
+    """A kernel over what grid points of a program share (key heads; where nothing is, over its grid), all chunks of its scan at
+    once, with these stores."""
+    groups = {t.grid: t.share for s in stores for t in s["index"] if isinstance(t, At) and t.share}
 
     def over_groups(old: Node, args: tuple[Node, ...]) -> Node | None:
         if old.op in (Op.LOAD, Op.STORE):
             return old.but(args, index=tuple(At(t.share) if isinstance(t, At) and t.share else t for t in old["index"]))
         return None
-    body = chunks_at_once(scan, tuple(stores))
-    before = replace(Program(kernel, p.grid, (body,), only(p.notes, (body,))).rebuild(over_groups),
-                     grid=tuple(groups.get(g, g) for g in p.grid))
-    for (value, load), name in zip(loads.items(), names, strict=True):
-        p = replace_node(p, value, load).with_note(load, name, like=value)
-    return (*pipeline[:i], verify(before), verify(p), *pipeline[i + 1:])
+    body = chunks_at_once(scan, stores)
+    made = Program(kernel, p.grid, (body,), only(notes, (body,))).rebuild(over_groups)
+    return verify(replace(made, grid=tuple(groups.get(g, g) for g in p.grid)))
 
 
 def made_of(p: Program, row: Node, tokens: set[str]) -> Node:

@@ -3,12 +3,10 @@ after all others, and none of these knows that there was such a thing.
 """
 from __future__ import annotations
 
-from dataclasses import replace
-
-from gdn_ir.nodes import At, Node, Op, Rows, Tensor, Term, make
-from gdn_ir.program import Note, Program, only, substitute, toposort
-from gdn_ir.schedules.groups import made_of
-from gdn_ir.schedules.partition import chunks_at_once, scan_of
+from gdn_ir.nodes import Node, Op, Rows, Tensor, make
+from gdn_ir.program import Note, Program, substitute, toposort
+from gdn_ir.schedules.groups import made_of, of_shared
+from gdn_ir.schedules.partition import scan_of
 from gdn_ir.schedules.pipeline import IllegalStep, Pipeline, refuse, step
 from gdn_ir.split import linear
 from gdn_ir.verify import verify
@@ -83,13 +81,4 @@ def _of_rows(kernel: str, effects: list[tuple[Program, Node]]) -> Program:
     notes = {n: Note(None, note.lines) for q, _ in effects for n, note in q.notes.items()}
     row = next(n for n in toposort(stores) if n.op is Op.LOAD)
     scan = scan_of("wrap", p, next(n for n in p.nodes() if n.op is Op.LOAD and n["index"] == row["index"]))
-    groups = {t.grid: t.share for s in stores for t in s["index"] if isinstance(t, At) and t.share}
-
-    def of_group(t: Term) -> Term:
-        return At(t.share) if isinstance(t, At) and t.share else t
-
-    def over_groups(old: Node, args: tuple[Node, ...]) -> Node | None:
-        return old.but(args, index=tuple(map(of_group, old["index"]))) if old.op in (Op.LOAD, Op.STORE) else None
-    body = chunks_at_once(scan, stores)
-    made = Program(kernel, p.grid, (body,), only(notes, (body,))).rebuild(over_groups)
-    return verify(replace(made, grid=tuple(groups.get(g, g) for g in p.grid)))
+    return of_shared(kernel, p, scan, stores, notes)

@@ -191,12 +191,16 @@ def recent_and_outermost() -> Program:
     return p.rebuild(lambda n, args: n.but((*args, as_node(2.0)), recent=True) if n.op is Op.SCAN else None)
 
 
-def recent_and_stored() -> Program:
+def nested() -> Program:
     t = Tracer("broken", grid=("N", "HV"), chain=("Y", "X"))
     with t.recording():
         t.scan_chunks(lambda: t.store(Y, t.load(X)) and None)
-    return t.program().rebuild(lambda n, args: n.but((*args, as_node(2.0)), recent=True)
-                               if n.op is Op.SCAN and n["axis"] == "X" else None)
+    return t.program()
+
+
+def recent_and_stored() -> Program:
+    return nested().rebuild(lambda n, args: n.but((*args, as_node(2.0)), recent=True)
+                            if n.op is Op.SCAN and n["axis"] == "X" else None)
 
 
 def where_nothing_says_so() -> Program:
@@ -213,18 +217,12 @@ def where_it_carries() -> Program:
 
 
 def where_it_is_nested() -> Program:
-    t = Tracer("broken", grid=("N", "HV"), chain=("Y", "X"))
-    with t.recording():
-        t.scan_chunks(lambda: t.store(Y, t.load(X)) and None)
-    return t.program().rebuild(lambda n, args: n.but((*args, as_node(1.0)), where=True)
-                               if n.op is Op.SCAN and n["axis"] == "X" else None)
+    return nested().rebuild(lambda n, args: n.but((*args, as_node(1.0)), where=True)
+                            if n.op is Op.SCAN and n["axis"] == "X" else None)
 
 
 def idle_and_stored() -> Program:
-    t = Tracer("broken", grid=("N", "HV"), chain=("Y", "X"))
-    with t.recording():
-        t.scan_chunks(lambda: t.store(Y, t.load(X)) and None)
-    return t.program().rebuild(lambda n, args: n.but(args, idle=("last",)) if n.op is Op.SCAN and n["axis"] == "X" else None)
+    return nested().rebuild(lambda n, args: n.but(args, idle=("last",)) if n.op is Op.SCAN and n["axis"] == "X" else None)
 
 
 BREACHES = [

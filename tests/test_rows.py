@@ -64,7 +64,7 @@ def test_with_what_is_kept_and_asked_for(keep: str, grads: tuple[str, ...], made
     assert found[0].name == "norm" and sorted(found[-1].program.written()) == made
 
 
-def test_hardly_farther_from_the_truth() -> None:
+def test_within_the_bound_of_gradients() -> None:
     """Rounded as bf16 kernels round, in the mean of several samples: within the bound of gradients, as without (the normalised
     rows are rounded once more, and so d_g is off by a quarter more)."""
     cell = replace(CELL, layout=replace(CELL.layout, lengths=(150, 0, 40), H=1, HV=2, K=32, V=32))

@@ -162,8 +162,8 @@ def test_one_binary_serves_many_shapes() -> None:
         for b, k, s in zip(made.makers, made.kernels, made.sources, strict=True):
             codes[k.name, str(b.recipe(k, s, "sm_90"))] += 1
     kinds = Counter(name for name, _ in codes)
-    # two widths of Triton's scan; roles of whole sequences, which make the inverses or do not, and of segments of 16, 32 and 64
-    # chunks; what comes before each
+    # two widths of Triton's scan; roles of whole sequences, which make the inverses or do not, of segments of 16 and 32 chunks,
+    # and of 64 and 128, whose inverses they make; what comes before each
     cut = dict.fromkeys(("reach", "transition", "offset", "compose"), 4)
     assert kinds == {"solve": 4, "scan": 8, "output": 1, "fade": 1, **cut}, kinds
     crowded = sum(way_of_roles(len(n), HV, sum(n)) == (0, True) and roles_fit("sm_90", BF16, len(n), HV, sum(n))
