@@ -21,10 +21,16 @@ def bound(instance: Instance) -> float:
     return bound_of(instance.io, bool(instance.grads))
 
 
-def cell(instance: Instance, lengths: tuple[int, ...] | None = None, H: int = 2, HV: int = 4) -> Cell:
-    """A problem of an instance. Without lengths, one that is hard to get right: ragged, with an empty sequence, and
-    (packed) rows that no sequence owns."""
-    lengths = lengths or ((300, 0, 64, 129) if instance.varlen else (200, 200))
+def hard(instance: Instance, segment: int = 0) -> tuple[int, ...]:
+    """Lengths that are hard to get right: ragged and, where packed, one of them nothing. segment: tokens after which kernels
+    that cut sequences do so; one is cut then, and ends in a segment of its own."""
+    if instance.varlen:
+        return (300, 0, 64, 129, *((segment + 30,) if segment else ()))
+    return (max(200, segment + 30 if segment else 0),) * 2
+
+
+def cell(instance: Instance, lengths: tuple[int, ...], H: int = 2, HV: int = 4) -> Cell:
+    """A problem of an instance."""
     H = H if instance.grouped else HV
     return Cell(str(instance), instance.switches, instance.io, Layout(lengths, instance.varlen, H, HV, instance.K, instance.V))
 
@@ -59,11 +65,13 @@ def oracle(instance: Instance, problem: Cell, x: Tensors) -> Tensors:
     return {"o": o[0]} | ({"final_state": S.mT if s.state_v_first else S} if s.final_state else {})
 
 
-def save(path: Path, instance: Instance) -> None:
-    """Inputs and what they must give, made once for all candidates."""
-    problem = cell(instance)
-    x = memory(instance, problem, "cpu")
-    torch.save({"x": x, "want": oracle(instance, problem, x)}, path)
+def save(path: Path, instance: Instance, segment: int = 0) -> None:
+    """Inputs, with (packed) rows that no sequence owns, and what they must give, made once for all candidates. Where sequences
+    are cut one head hardly decays: of the others nothing would be left to go wrong from one segment to the next."""
+    lengths = hard(instance, segment)
+    problem = cell(instance, lengths)
+    x = memory(instance, problem, "cpu", kind="real" if segment else "model")
+    torch.save({"x": x, "want": oracle(instance, problem, x), "lengths": lengths}, path)
 
 
 def errors(chosen: Variant, path: Path, device: str) -> dict[str, float]:
@@ -71,7 +79,7 @@ def errors(chosen: Variant, path: Path, device: str) -> dict[str, float]:
     element was not written."""
     data = torch.load(path, weights_only=True)
     x = {n: t.to(device) for n, t in data["x"].items()}
-    lengths = cell(chosen.instance).layout.lengths
+    lengths = data["lengths"]
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)       # torch.empty gives NaN: temporaries are poisoned too
     try:

@@ -13,7 +13,7 @@ SOURCE = "records (.jsonl), a table (.json), or shipped; by default your records
 
 def tune(op: Annotated[str, typer.Option(help="forward, backward or recurrent (one token at a time)")] = "forward",
          shapes: Annotated[str, typer.Option(help=f"{SHAPES} (20 representative ones)")] = "",
-         backends: Annotated[str, typer.Option(help="separated by commas (triton on a GPU, else tilelang)")] = "",
+         backends: Annotated[str, typer.Option(help="separated by commas (those that may be the fastest here)")] = "",
          budget: Annotated[float, typer.Option(help="minutes in all")] = 4.0,
          resume: Annotated[bool, typer.Option("--resume", help="go on from what was measured before")] = False,
          dtype: Annotated[str, typer.Option(help="bf16, f16 or f32 (bf16; f32 on a CPU)")] = "",

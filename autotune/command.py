@@ -75,12 +75,18 @@ def arch_of(backend: str) -> str:
     return architecture(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def backends_here(op: str) -> tuple[str, ...]:
+    """Those that may be the fastest here: on Hopper a forward may be one of roles, by TileLang."""
+    if not torch.cuda.is_available():
+        return ("tilelang",)
+    return ("tilelang", "triton") if op == "forward" and arch_of("triton") == "sm_90" else ("triton",)
+
+
 def tune(op: str, shapes: str, backends: str, budget: float, resume: bool, dtype: str, K: int, V: int, flags: str, dense: bool,
          records: Path | None, workers: int, console: Console | None = None) -> bool:
     """Tune. False where Ctrl-C ended it: all that was measured is kept."""
     console = console or Console()
-    here = "triton" if torch.cuda.is_available() else "tilelang"
-    names = [b.strip() for b in (backends or here).split(",")]
+    names = [b.strip() for b in (backends or ",".join(backends_here(op))).split(",")]
     for name in names:
         if name not in BACKENDS:
             raise ValueError(f"--backends: got {name!r}; accepts {', '.join(BACKENDS)}")

@@ -32,22 +32,16 @@ LEVELS = ("exact", "near", "same architecture", "other toolchain", "heuristic")
 
 @dataclass(frozen=True)
 class Found:
-    """A schedule and where it comes from: one of LEVELS, or "pack"; why: the same for people."""
+    """A schedule and where it comes from: one of LEVELS, or "pack"; why: the same for people; winner: what was measured."""
     schedule: Schedule
     level: str
     why: str
-
-
-def schedule_for(target: str, instance: Instance, sequences: int, heads: int, tokens: int, backend: str) \
-        -> tuple[Schedule, str]:
-    """The schedule that serves, and why; as `defaults.default`, which it falls back to. Raises ValueError where that has none
-    and nothing was tuned."""
-    found = find(target, instance, sequences, heads, tokens, backend)
-    return found.schedule, found.why
+    winner: Winner | None = None
 
 
 def find(target: str, instance: Instance, sequences: int, heads: int, tokens: int, backend: str) -> Found:
-    """The same with its level. target: "sm_80", "sm_90", "cpu" or "torch"; sequences, heads (HV), tokens: of the call."""
+    """The schedule that serves. target: "sm_80", "sm_90", "cpu" or "torch"; sequences, heads (HV), tokens: of the call. Raises
+    ValueError where `defaults.default` has none and nothing was tuned."""
     shape = (sequences, heads, tokens)
     for pack in PACKS:
         entry = pack.nearest(target, instance, shape, backend)
@@ -64,7 +58,7 @@ def find(target: str, instance: Instance, sequences: int, heads: int, tokens: in
             stale = stale or (f"; what was tuned for {w.shape} on {w.date} compiles to other code now: gdn-ir tune measures "
                               "it again")
             continue
-        return Found(w.schedule, level, provenance(level, w))
+        return Found(w.schedule, level, provenance(level, w), w if w.how == "measured" else None)
     schedule, why = default(target, instance, sequences, heads, tokens, backend)
     return Found(schedule, "heuristic", f"{why}{stale}")
 

@@ -134,6 +134,12 @@ class Pool:
         for t in self.threads:
             t.join(10)
 
+    def begin(self, job: Json, limit: float) -> Callable[[], Json]:
+        """Give the first worker a job; returns what waits for its answer, as `Worker.run` has it."""
+        answer: queue.SimpleQueue[Json] = queue.SimpleQueue()
+        self.inboxes[0].put(lambda worker: answer.put(worker.run(job, limit)))
+        return answer.get
+
     def map(self, jobs: Sequence[Json], limit: float, go_on: Callable[[], bool] = lambda: True) \
             -> Iterator[tuple[int, Json]]:
         """(index, answer) of jobs as they end; those not begun when `go_on` turns false are left out."""

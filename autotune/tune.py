@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +91,7 @@ class Tuner:
         self.finished: dict[Shape, Winner] = {}
         # what was tuned for the nearest shape, if anything was, before this run found anything
         self.served: dict[Shape, Schedule | None] = {}
+        self.asked: Callable[[], Json] | None = None       # waits for the oracle, until somebody has
         self.start = time.monotonic()
         if self.resume:
             self.recall()
@@ -131,9 +132,13 @@ class Tuner:
             self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gdn_ir_tune_")))
             # what Triton keeps of its own, beside our cache, goes with the run
             kept = {"TRITON_CACHE_DIR": str(self.folder / "triton")}
-            counts = (self.limits.workers, self.limits.checkers, 1)
-            self.compilers, self.checkers, timers = (stack.enter_context(Pool(n, self.modules, kept)) for n in counts)
+            counts = (self.limits.workers, self.limits.checkers, 1, 1)
+            self.compilers, self.checkers, timers, oracles = (
+                stack.enter_context(Pool(n, self.modules, kept)) for n in counts)
             if todo:
+                self.oracle = self.folder / "oracle.pt"    # made while candidates are compiled
+                longest = max(f.segment * f.chunk for f in self.searched.frames)
+                self.asked = oracles.begin(self.job("oracle", oracle=str(self.oracle), segment=longest), self.limits.budget)
                 begun = self.begin([s for s in todo if s not in self.served])
                 heads = todo[0].HV * len(todo[0].lengths)
                 found = [*(Candidate(s) for s in (*self.heuristics(todo), *filter(None, self.served.values()))),
@@ -238,10 +243,11 @@ class Tuner:
     def check(self, fresh: list[Ready]) -> None:
         """Every candidate against the oracle."""
         todo = [r for r in fresh if r.code not in self.errors and r.code not in self.failed]
-        oracle = self.folder / "oracle.pt"
-        if todo and not oracle.exists():
-            check.save(oracle, self.task.instance)
-        jobs = [self.job("check", r, oracle=str(oracle)) for r in todo]
+        if todo and self.asked is not None:
+            answer, self.asked = self.asked(), None
+            if "done" not in answer:
+                raise RuntimeError(f"the oracle of {self.task.instance}: {answer.get('lost') or answer['failed']}")
+        jobs = [self.job("check", r, oracle=str(self.oracle)) for r in todo]
         self.display.phase("checking", len(jobs))
         wrong = []
         for i, answer in self.checkers.map(jobs, self.limits.checking, lambda: self.before(CHECKING)):

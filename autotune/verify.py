@@ -13,7 +13,7 @@ from gdn_ir.autotune.records import Winner
 from gdn_ir.autotune.tune import Task
 from gdn_ir.bench.errors import worst
 from gdn_ir.bench.timing import quantile
-from gdn_ir.compiler import variant
+from gdn_ir.compiler import Instance, variant
 
 
 def verify_all(found: list[Winner], within: float, console: Console, limit: float = 120.0) -> bool:
@@ -24,14 +24,24 @@ def verify_all(found: list[Winner], within: float, console: Console, limit: floa
     worker, fine = Worker(), True
     try:
         with tempfile.TemporaryDirectory(prefix="gdn_ir_verify_") as folder:
-            for i, w in enumerate(mine):
-                why = one(w, worker, Path(folder) / f"{i}.pt", within, limit)
+            oracles: dict[Instance, Path] = {}
+            for w in mine:
+                i = w.subject.instance
+                if i not in oracles:
+                    oracles[i] = Path(folder) / f"{len(oracles)}.pt"
+                    check.save(oracles[i], i, max(longest(x) for x in mine if x.subject.instance == i))
+                why = one(w, worker, oracles[i], within, limit)
                 fine &= not why.startswith(("wrong", "slow"))
                 console.print(f"{w.shape}, {w.subject.backend}, {w.subject.instance}: {why}", markup=False, highlight=False,
                               soft_wrap=True)
     finally:
         worker.stop()
     return fine
+
+
+def longest(w: Winner) -> int:
+    """Tokens of the segments that a winner cuts sequences into; 0 where it does not."""
+    return max((int(s[2]) * w.schedule.chunk for s in w.schedule.steps if s[0] == "segment"), default=0)
 
 
 def one(w: Winner, worker: Worker, oracle: Path, within: float, limit: float) -> str:
@@ -43,7 +53,6 @@ def one(w: Winner, worker: Worker, oracle: Path, within: float, limit: float) ->
         return f"wrong: not legal any more: {e}"
     if {x.kernel: x.hash for x in made.sources} != dict(w.sources):
         return "wrong: it compiles to other code than was measured"
-    check.save(oracle, s.instance)
     job = {"instance": of_instance(s.instance), "backend": s.backend, "arch": s.device.arch,
            "device": Task(s.instance, s.backend, s.device.arch, ()).device}
     answer = worker.run(job | {"job": "check", "schedule": of_schedule(w.schedule), "oracle": str(oracle)}, limit)

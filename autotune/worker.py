@@ -2,6 +2,7 @@
 takes its place. Jobs come as lines of JSON on standard input; answers go, as lines of JSON, to where standard output was.
 
     compile   one kernel of a candidate, into the cache
+    oracle    what an instance must give, into a file
     check     a candidate's outputs against the oracle
     time      several candidates on one shape, in turns
 
@@ -38,6 +39,14 @@ def compile_(job: Json, say: Callable[[Json], None]) -> Json:
     c, i = chosen.compiled, job["kernel"]
     launch = artifacts.obtain(c.makers[i], c.kernels[i], c.sources[i], job["arch"]).launch
     return {"seconds": round(time.perf_counter() - start, 3)} | ({"shared": launch["shared"]} if "shared" in launch else {})
+
+
+def oracle(job: Json, say: Callable[[Json], None]) -> Json:
+    """job: an instance, a path, and tokens of a segment."""
+    from gdn_ir.autotune.check import save
+    from gdn_ir.autotune.keys import to_instance
+    save(Path(job["oracle"]), to_instance(job["instance"]), job["segment"])
+    return {}
 
 
 def check(job: Json, say: Callable[[Json], None]) -> Json:
@@ -81,7 +90,7 @@ def timed(job: Json, say: Callable[[Json], None]) -> Json:
     return found
 
 
-JOBS = {"compile": compile_, "check": check, "time": timed}
+JOBS = {"compile": compile_, "oracle": oracle, "check": check, "time": timed}
 
 
 def main() -> None:

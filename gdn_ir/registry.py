@@ -13,10 +13,12 @@ import torch
 
 from gdn_ir import policy, providers
 from gdn_ir.artifacts import at_hand
-from gdn_ir.autotune.lookup import schedule_for
+from gdn_ir.autotune.lookup import find
+from gdn_ir.autotune.records import Winner
 from gdn_ir.compiler import NAMES, Instance, Unsupported, Variant, variant
 from gdn_ir.explanation import Choice, Explanation
 from gdn_ir.policy import forbid, use
+from gdn_ir.schedules.defaults import roles_fit
 from gdn_ir.schedules.plans import CHUNK
 from gdn_ir.providers import Offered
 from gdn_ir.programs.gated_delta import Switches
@@ -51,10 +53,12 @@ def named(arch: str) -> str:
 
 @dataclass(frozen=True)
 class Option:
-    """One backend's answer to a call: a variant and why it has this schedule, or why there is none."""
+    """One backend's answer to a call: a variant and why it has this schedule, or why there is none. winner: where that was
+    tuned, what was measured."""
     backend: str
     variant: Variant | Offered | None
     reason: str
+    winner: Winner | None = None
 
     @property
     def by(self) -> frozenset[str]:
@@ -77,13 +81,29 @@ def unseen(instance: Instance, backend: str, arch: str) -> str | None:
     return part and f"{backend}'s {part} has not run on all it ships for on {arch}"
 
 
-def has_roles(option: Option) -> bool:
-    """Whether an option is a pipeline with roles whose kernels can be had: the fastest where a default has it."""
+def can_be_had(option: Option) -> bool:
+    """Whether an option's kernels are compiled already, or their compilers are here."""
     if not isinstance(option.variant, Variant):
         return False
     c, arch = option.variant.compiled, option.variant.arch
-    return any(k.options.roles for k in c.kernels) and \
-        all(at_hand(b, k, s, arch) for b, k, s in zip(c.makers, c.kernels, c.sources, strict=True))
+    return all(at_hand(b, k, s, arch) for b, k, s in zip(c.makers, c.kernels, c.sources, strict=True))
+
+
+def has_roles(option: Option) -> bool:
+    """Whether an option is a pipeline with roles: the fastest where a default has it."""
+    return isinstance(option.variant, Variant) and any(k.options.roles for k in option.variant.compiled.kernels)
+
+
+def fastest_first(found: list[Option]) -> list[Option]:
+    """Options in order, but those that were tuned for the same shape on the same device change places, the fastest first."""
+    def subject(o: Option) -> object:
+        return o.winner and (o.winner.shape, o.winner.subject.device)
+    timed = [o for o in found if o.winner is not None and o.winner.ms is not None and can_be_had(o)]
+    for one in dict.fromkeys(map(subject, timed)):
+        same = [o for o in timed if subject(o) == one]
+        ranked = iter(sorted(same, key=lambda o: o.winner.ms))                 # type: ignore[union-attr, arg-type, return-value]
+        found = [next(ranked) if o in same else o for o in found]
+    return found
 
 
 @lru_cache(maxsize=4096)
@@ -97,11 +117,13 @@ def options(instance: Instance, arch: str, sequences: int, heads: int, tokens: i
             found.append(Option(name, None, f"{why} (GDN_IR_UNVERIFIED=1 lets it)"))
             continue
         try:
-            schedule, why = schedule_for(target, instance, sequences, heads, tokens, name)
-            found.append(Option(name, variant(instance, schedule, name, target), why))
+            tuned = find(target, instance, sequences, heads, tokens, name)
+            found.append(Option(name, variant(instance, tuned.schedule, name, target), tuned.why, tuned.winner))
         except ValueError as e:                            # Unsupported, an illegal step, an architecture without a default
             found.append(Option(name, None, str(e)))
-    found.sort(key=lambda o: not has_roles(o))             # stable: the rest stays in order
+    roles = roles_fit(arch, instance, sequences, heads, tokens)
+    found.sort(key=lambda o: not (roles and has_roles(o) and can_be_had(o)))   # stable: the rest stays in order
+    found = fastest_first(found)
     first: list[Option] = []
     # another package's variants leave nothing to a backward
     for provider in () if instance.left else providers.providers().values():

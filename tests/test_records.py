@@ -167,6 +167,26 @@ def test_explain_says_where_a_schedule_comes_from(records: Records) -> None:
         registry.options.cache_clear()
 
 
+@pytest.mark.parametrize(("ms", "first"), [(0.3, "tilelang"), (0.5, "triton")])
+def test_of_what_was_tuned_for_a_shape_the_fastest_serves(records: Records, monkeypatch: pytest.MonkeyPatch, ms: float,
+                                                          first: str) -> None:
+    """Roles, where the heuristic has them first; not against a time measured for another shape."""
+    monkeypatch.setattr(lookup, "device_here", lambda target: H100)
+    monkeypatch.setattr(registry, "at_hand", lambda *a: True)
+    shape = Shape((16384,), 16, 32)
+    roles = default("sm_90", BF16, *shape.key, "tilelang")[0]
+    sources = tuple((s.kernel, s.hash) for s in variant(BF16, roles, "tilelang", "sm_90").sources)
+    versions = tuple((BACKENDS["tilelang"].toolchain("sm_90") or {}).items())
+    mine = Winner(Subject(BF16, "tilelang", H100, versions, "space"), shape, roles, sources, ms, ms, (), "2026-11-25 12:00")
+    registry.forget()
+    keep(records, mine, winner())
+    assert [o.winner and o.winner.ms for o in registry.options(BF16, "sm_90", *shape.key)][:2] == [ms, 0.4]
+    registry.forget()
+    keep(records, winner(shape=shape))                     # takes 0.4
+    assert registry.options(BF16, "sm_90", *shape.key)[0].backend == first
+    registry.forget()
+
+
 def test_distances_are_in_octaves() -> None:
     assert keys.distance((1, 32, 8192), (2, 16, 16384)) == 0 and keys.distance((1, 32, 8192), (2, 32, 16384)) == 1.0
     assert keys.distance((1, 32, 8192), (1, 32, 16384)) == 0.5 and keys.distance((1, 1, 0), (1, 1, 64)) == 0

@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+import torch
+
 import tests.faulty as faulty
 from gdn_ir.artifacts import store
-from gdn_ir.autotune import command, halving, prune
+from gdn_ir.autotune import check, command, halving, prune
 from gdn_ir.autotune.display import Display
 from gdn_ir.autotune.keys import Shape
 from gdn_ir.autotune.prune import Pruned, Ready, ready
@@ -136,6 +138,17 @@ def test_the_backward_s_segments_are_in_the_space() -> None:
                 [(s.kernel, s.hash, k.options) for k, s in zip(theirs.compiled.kernels, theirs.sources, strict=True)]
     wide = replace(train, io="f16", beta="f16")
     assert all("segments" not in f.plan for f in space_of("triton", "sm_90", wide).frames)
+
+
+@pytest.mark.parametrize("varlen", [True, False])
+def test_what_is_cut_is_checked_where_it_is_cut(varlen: bool, tmp_path: Path) -> None:
+    """With a head of which something is left at a segment's end."""
+    small = Instance(Switches(final_state=True), 16, 16, "f32", "f32", varlen)
+    check.save(tmp_path / "o.pt", small, 128)
+    data = torch.load(tmp_path / "o.pt", weights_only=True)
+    assert max(data["lengths"]) > 128 and sum(data["lengths"]) <= len(data["x"]["q"])
+    assert data["x"]["g"][:, 0].sum() > -1
+    assert max(f.segment * f.chunk for f in space_of("tilelang", "sm_90", BF16).frames) == 64 * max(LENGTHS)
 
 
 def test_the_best_options_are_put_together() -> None:

@@ -10,6 +10,7 @@ is theirs they know by their row. A block then has less code, for whose instruct
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from itertools import groupby
 
 from gdn_ir.backends.base import SHARED, Kernel, Reason
@@ -21,11 +22,11 @@ from gdn_ir.backends.tilelang.role_steps import RoleSteps
 from gdn_ir.backends.tilelang.rules import DTYPES, where
 from gdn_ir.backends.tilelang.statements import coordinate
 from gdn_ir.nodes import IRError, Node, Op
-from gdn_ir.program import ScanView
+from gdn_ir.program import Program, ScanView
 from gdn_ir.schedules.execute import Fault, execute
-from gdn_ir.schedules.events import Step
-from gdn_ir.schedules.protocol import Sync
-from gdn_ir.schedules.roles import REGISTERS, Role
+from gdn_ir.schedules.events import Laid, Step
+from gdn_ir.schedules.protocol import Sync, derive
+from gdn_ir.schedules.roles import REGISTERS, Role, Roles
 
 ROWS = 64                                                  # of a product of one warpgroup
 # where an element of 16 x 8 blocks, transposed, lies: its thread, and its place among the registers of that
@@ -42,12 +43,19 @@ def supports(kernel: Kernel, arch: str) -> Reason | None:
     try:
         printer = RolePrinter(kernel)
         printer.check()
-        execute(printer.plan, 4, seeds=1)                  # whoever wrote the order of events: what it computes is seen first
+        seen(kernel.program, printer.roles)
     except IRError as e:
         return Reason(str(e))
     except Fault as e:
         return Reason(f"roles: {e}")
     return None
+
+
+@lru_cache(maxsize=64)
+def seen(program: Program, roles: Roles) -> None:
+    """Whoever wrote the order of events: what it computes is seen before it runs. (Once, for a tuner varies what is around a
+    scan by the hundred.) Raises Fault."""
+    execute(derive(Laid(program, roles)), 4, seeds=1)
 
 
 class RolePrinter(RoleSteps):
