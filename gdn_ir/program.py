@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from gdn_ir.nodes import IRError, Node, Op, Rows, Slot, Tensor, base, make, term_scans
@@ -43,9 +44,13 @@ class Program:
     notes: Mapping[Node, Note] = field(default_factory=dict, compare=False, repr=False)
     forward: Program | None = field(default=None, compare=False, repr=False)
 
+    @cached_property
+    def _order(self) -> tuple[Node, ...]:
+        return tuple(toposort(self.roots))
+
     def nodes(self) -> list[Node]:
         """Every node, arguments first."""
-        return toposort(self.roots)
+        return list(self._order)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor read or written, by name, in order of first use."""

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 from gdn_ir.nodes import At, IRError, Member, Members, Node, Op, Rows, Slot, Tile, infer, term_scans
 from gdn_ir.program import Program, ScanView, Scopes, toposort
@@ -21,10 +22,16 @@ def rule(check: Callable[[Program], Iterator[Finding]]) -> Callable[[Program], I
 
 def verify(program: Program) -> Program:
     """The program itself, if it keeps every rule. Raises VerifyError at the first that it breaks."""
+    _verify(program)
+    return program
+
+
+@lru_cache(maxsize=1024)
+def _verify(program: Program) -> None:
+    """Once for equal programs: a tuner lowers the same ones by the hundred."""
     for check in RULES:
         for node, problem in check(program):
             raise VerifyError(f"{program.name}: {problem}\n  in {program.describe(node)}")
-    return program
 
 
 @rule
