@@ -18,7 +18,8 @@ from gdn_ir.schedules.schedule import Schedule
 
 Json = dict[str, Any]
 CHUNK = 64                                                 # tokens; what serial length is counted in
-NEAR = 1.0                                                 # octaves: the farthest that a winner serves
+NEAR = 1.0                                                 # octaves: the farthest that a winner serves ...
+CLOSE = 0.25                                               # ... and that it does with a plan that is not the heuristic's
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gdn_ir.autotune.keys import NEAR, Device, device_here, distance, program_hash
+from gdn_ir.autotune.keys import CLOSE, NEAR, Device, device_here, distance, program_hash
 from gdn_ir.autotune.records import Records, Winner, default_path, winners
 from gdn_ir.autotune.tables import shipped
 from gdn_ir.backends import BACKENDS
@@ -80,7 +80,7 @@ def ranked(target: str, instance: Instance, shape: tuple[int, int, int], backend
             continue
         if far:                                            # cut otherwise, what is best for one may take a third too long
             mine = mine or steps_for(target, instance, shape, backend)         # for the other (docs/performance-log.md)
-            if steps_for(target, instance, w.shape.key, backend) != mine:
+            if steps_for(target, instance, w.shape.key, backend) != mine or (far > CLOSE and w.schedule.steps != mine):
                 continue
         versions = (BACKENDS[backend].toolchain(target) or {}) if versions is None else versions
         level = ("other toolchain" if dict(s.versions) != versions else "same architecture" if not same(s.device, here)

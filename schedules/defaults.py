@@ -25,7 +25,7 @@ BACK_IN_SEGMENTS = True                                    # and those of a back
 ROLES_IN_ONE = True                                        # whether roles may make the inverses too
 LENGTHS = (8, 16, 32, 64, 128)                             # chunks that a segment of roles may have
 FUSED_LENGTHS = (64, 128)                                  # and those of roles that make the inverses too
-LONG = 128                                                 # chunks of a sequence, on average, that is worth cutting
+LONG = 64                                                  # chunks of a sequence, on average, that is worth cutting
 FILLED = 0.9                                               # blocks of the scan for each multiprocessor that need no more
 
 
@@ -124,9 +124,9 @@ def way_of_roles(sequences: int, heads: int, tokens: int) -> tuple[int, bool]:
     (0 where these should stay whole), and whether they make the inverses too. By what an H100 takes, in microseconds:
 
     a block of roles has a multiprocessor to itself, so that blocks come in waves: of 2.8 a chunk, 3.2 where they make the
-    inverses too. (3.5 of whole sequences, which may be unequal: then the longest counts.) Inverses made before take 0.015 each;
-    0.6 of that where only those of what has not faded are, and the bounds that tell. Transition and offset of what has not
-    faded take 1 a chunk and a quarter a segment and head, composing 4 a segment, launches 20."""
+    inverses too. (3.1 of one whole sequence, 3.5 of several: they may be unequal, and the longest counts.) Inverses made before
+    take 0.015 each; 0.6 of that where only those of what has not faded are, and the bounds that tell. Transition and offset of
+    what has not faded take 1 a chunk and a quarter a segment and head, composing 4 a segment, launches 20."""
     chunks = -(-tokens // (64 * sequences))
     before = 0.015 * chunks * sequences * heads
 
@@ -134,7 +134,7 @@ def way_of_roles(sequences: int, heads: int, tokens: int) -> tuple[int, bool]:
         return -(-segments * sequences * heads // MULTIPROCESSORS["sm_90"])
     takes = {(0, False): before + waves(1) * (6 + 2.8 * chunks)}
     if ROLES_IN_ONE:
-        takes[0, True] = waves(1) * (12 + 3.5 * chunks)
+        takes[0, True] = waves(1) * (12 + (3.5 if sequences > 1 else 3.1) * chunks)
     for n in (n for n in LENGTHS if n < chunks and ROLES_IN_SEGMENTS):
         segments = -(-chunks // n)
         both = 4 * segments + n + segments * sequences * heads / 4 + 20

@@ -16,6 +16,7 @@ import gdn_ir
 from gdn_ir import registry
 from gdn_ir.autotune import keys, lookup, tables
 from gdn_ir.autotune.keys import Device, Shape
+from gdn_ir.autotune.space import Frame
 from gdn_ir.autotune.records import Records, Subject, Winner, default_path, winners
 from gdn_ir.backends import BACKENDS
 from gdn_ir.compiler import Instance, variant
@@ -123,6 +124,16 @@ def test_a_neighbour_of_another_kind_does_not_serve(records: Records, monkeypatc
     subject = replace(winner().subject, instance=train)
     keep(records, replace(winner(), subject=subject, shape=Shape((12000,), 2, 4), schedule=mine, sources=sources))
     assert {n: found(1, 4, n, train).level for n in names} == {8192: "heuristic", 12000: "exact", 16384: "near"}
+
+
+def test_kernels_cut_otherwise_serve_near_by_alone(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan that the heuristic has for neither shape, where it won: for 7000 tokens as for 8192, not for 16384."""
+    monkeypatch.setattr(lookup, "device_here", lambda target: H100)
+    mine = Frame("wy").steps(BF16)
+    schedule = replace(winner().schedule, steps=mine)
+    sources = tuple((s.kernel, s.hash) for s in variant(BF16, schedule, "triton", "sm_90").sources)
+    keep(records, replace(winner(), schedule=schedule, sources=sources))
+    assert {n: found(tokens=n).level for n in (8192, 7000, 16384)} == {8192: "exact", 7000: "near", 16384: "heuristic"}
 
 
 def test_another_toolchain_s_winner_comes_last(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
