@@ -6,21 +6,20 @@ from typing import Annotated, Optional                     # typer reads Optiona
 
 import typer
 
-SHAPES = ('"8x1024:16/32", "3000+5192:16/32" (lengths, H/HV), or the index of a row of the suite "forward", separated by '
-          "commas; or a suite's name")
+from gdn_ir.words import DENSE, FLAGS, GRADS, OP, SHAPES
+
 SOURCE = "records (.jsonl), a table (.json), or shipped; by default your records and what ships"
 
 
-def tune(op: Annotated[str, typer.Option(help="forward, backward or recurrent (one token at a time)")] = "forward",
+def tune(op: Annotated[str, typer.Option(help=OP)] = "forward",
          shapes: Annotated[str, typer.Option(help=f"{SHAPES} (20 representative ones)")] = "",
          backends: Annotated[str, typer.Option(help="separated by commas (those that may be the fastest here)")] = "",
          budget: Annotated[float, typer.Option(help="minutes in all")] = 4.0,
          resume: Annotated[bool, typer.Option("--resume", help="go on from what was measured before")] = False,
          dtype: Annotated[str, typer.Option(help="bf16, f16 or f32 (bf16; f32 on a CPU)")] = "",
          K: int = 128, V: int = 128,
-         flags: Annotated[str, typer.Option(help="of the op, separated by commas, e.g. l2norm,initial_state,no-final_state "
-                                            "(a forward has final_state)")] = "",
-         dense: Annotated[bool, typer.Option("--dense", help="not packed: all sequences of one length")] = False,
+         flags: Annotated[str, typer.Option(help=FLAGS)] = "",
+         dense: Annotated[bool, typer.Option("--dense", help=DENSE)] = False,
          records: Annotated[Optional[Path], typer.Option(help="where measurements go (~/.local/share/gdn_ir/records.jsonl)")]
          = None,
          workers: Annotated[int, typer.Option(help="processes that compile")] = 14) -> None:
@@ -58,14 +57,14 @@ def compile_(target: Annotated[str, typer.Option(help="sm_80, sm_90a, cpu (this 
              out: Annotated[Path, typer.Option("-o", "--out", help="where the pack goes: a folder that is not there yet")],
              shapes: Annotated[str, typer.Option(help=f"{SHAPES} (20 representative ones); other shapes are served as the "
                                              "nearest of these")] = "",
-             op: Annotated[str, typer.Option(help="forward, backward or recurrent (one token at a time)")] = "forward",
+             op: Annotated[str, typer.Option(help=OP)] = "forward",
              dtype: Annotated[str, typer.Option(help="bf16, f16 or f32 (bf16; f32 for cpu)")] = "",
              K: int = 128, V: int = 128,
-             flags: Annotated[str, typer.Option(help="as of tune")] = "",
-             dense: Annotated[bool, typer.Option("--dense", help="not packed: all sequences of one length")] = False,
+             flags: Annotated[str, typer.Option(help=FLAGS)] = "",
+             dense: Annotated[bool, typer.Option("--dense", help=DENSE)] = False,
              backends: Annotated[str, typer.Option(help="separated by commas (triton; tilelang for cpu)")] = "",
              beta: Annotated[str, typer.Option(help="beta's dtype, where it is not that of q")] = "",
-             grads: Annotated[str, typer.Option(help="of a backward: gradients, separated by commas (all)")] = "",
+             grads: Annotated[str, typer.Option(help=GRADS)] = "",
              workers: Annotated[int, typer.Option(help="processes that compile")] = 14) -> None:
     """Compile kernels ahead into a pack, for gdn_ir.load_pack: for any machine, on any machine."""
     from gdn_ir.autotune.command import compile_ahead as run

@@ -5,7 +5,6 @@ import os
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -14,58 +13,13 @@ from rich.table import Table
 
 from gdn_ir.autotune import cost, tables
 from gdn_ir.autotune.display import Display
-from gdn_ir.autotune.keys import Json, Shape, device_here, of_instance, of_schedule
+from gdn_ir.autotune.keys import Json, device_here, of_instance, of_schedule
 from gdn_ir.autotune.pool import Pool
 from gdn_ir.autotune.records import Records, Winner, default_path, winners
 from gdn_ir.autotune.tune import Limits, Task, Tuner
 from gdn_ir.backends import BACKENDS
-from gdn_ir.bench import cases
 from gdn_ir.bench.results import slug
-from gdn_ir.compiler import Instance
-from gdn_ir.programs.gated_delta import Switches
-
-GRADIENTS = ("q", "k", "v", "g", "beta")
-OPS = ("forward", "backward", "recurrent")                # recurrent: the forward, one token at a time
-# twenty that stand for the rest of FORWARD and TRAIN: 8 to 512 scans, 16 to 512 chunks in each
-REPRESENTATIVE = ("1x2048:2/8,1x8192:2/8,1x32768:2/8,1x2048:4/16,1x8192:4/16,1x32768:4/16,1x2048:16/32,1x8192:16/32,"
-                  "1x32768:16/32,1x8192:16/16,1x32768:16/16,1x2048:16/64,1x8192:16/64,1x32768:16/64,4x2048:8/32,4x8192:16/32,8x1024:16/32,"
-                  "8x1024:4/8,8x4096:16/64,8x4096:4/16")
-
-
-def instances(op: str, shapes: Iterable[Shape], dtype: str, K: int, V: int, flags: str, dense: bool,
-              beta: str = "", grads: str = "") -> dict[Instance, list[Shape]]:
-    """The instances that an operation on shapes takes, each with its shapes. beta: its dtype, where it is another; grads: those
-    of a backward, separated by commas. Raises ValueError naming what is wrong."""
-    if op not in OPS:
-        raise ValueError(f"--op: got {op!r}; accepts {', '.join(OPS)}")
-    known = [n for n, f in Switches.__dataclass_fields__.items() if f.type == "bool"]
-    words = [w.strip() for w in flags.split(",") if w.strip()]
-    for w in words:
-        if w.removeprefix("no-") not in (*known, "decay"):
-            raise ValueError(f"--flags: got {w!r}; accepts {', '.join(known)}, decay, each also with no- before it")
-    on = {"final_state": op != "backward"} | {w.removeprefix("no-"): not w.startswith("no-") for w in words}
-    decay = "scalar" if on.pop("decay", True) else "none"
-    switches = Switches(decay, **on)
-    named = tuple(n.strip() for n in grads.split(",") if n.strip())
-    if named and op != "backward":
-        raise ValueError(f"--grads: got {grads!r} with --op {op}; accepts it with --op backward")
-    every = tuple(n for n in (*GRADIENTS, "initial_state") if n in Instance(switches, K, V, dtype, dtype, True).program.read())
-    found: dict[Instance, list[Shape]] = {}
-    for s in shapes:
-        if dense and len(set(s.lengths)) > 1:
-            raise ValueError(f"--shapes: got {s} with --dense; accepts sequences of one length there")
-        wanted = (named or every) if op == "backward" else ()
-        i = Instance(switches, K, V, dtype, beta or dtype, not dense, wanted, not wanted or s.HV > s.H, op == "recurrent")
-        found.setdefault(i, []).append(s)
-    return found
-
-
-def shapes_of(text: str) -> list[Shape]:
-    """As gdn_ir.bench.cases names them; the representative ones where there is no text, all of a suite where that is named."""
-    text = text or REPRESENTATIVE
-    rows = cases.SUITES[text] if text in cases.SUITES else cases.parse(text, "forward")
-    return list(dict.fromkeys(Shape(tuple(lengths), H, HV) for lengths, H, HV in rows))
-
+from gdn_ir.calls import instances, listed, shapes_of
 
 def arch_of(backend: str) -> str:
     """What a backend is tuned for here."""
@@ -205,7 +159,7 @@ def compile_ahead(targets: str, shapes: str, op: str, dtype: str, K: int, V: int
     for t in wanted:
         if t not in TARGETS:
             raise ValueError(f"--target: got {t!r}; accepts {', '.join(TARGETS)} (sm_90a is sm_90), separated by commas")
-    named = [b.strip() for b in backends.split(",") if b.strip()]
+    named = listed(backends)
     for b in named:
         if b not in BACKENDS or BACKENDS[b].functional:
             raise ValueError(f"--backends: got {b!r}; accepts {', '.join(n for n, x in BACKENDS.items() if not x.functional)}")
@@ -213,7 +167,7 @@ def compile_ahead(targets: str, shapes: str, op: str, dtype: str, K: int, V: int
     for t in dict.fromkeys(wanted):
         io = dtype or ("f32" if t == "cpu" else "bf16")
         work = instances(op, shapes_of(shapes), io, K, V, flags, dense, beta, grads)
-        planned += plan_entries([t], work, named or ["tilelang" if t == "cpu" else "triton"])
+        planned += plan_entries([t], work, list(named) or ["tilelang" if t == "cpu" else "triton"])
     jobs: dict[str, Json] = {}
     for entry, _ in planned:
         for i, key in enumerate(entry.keys):

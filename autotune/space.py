@@ -168,7 +168,7 @@ def based(frame: Frame, backend: str, arch: str, instance: Instance, heads: int)
         try:
             few = min(heads, CROWDED - 1) if backend == "tilelang" else heads              # roles have frames of their own
             best = whole_scans(arch, instance, 1, heads, backend, frame.gathers)[0] if instance.grads else \
-                default(arch, instance, 1, few, 4096, backend)[0]
+                default(arch, instance, 1, few, 64, backend)[0]
             if instance.grads and frame.segment:
                 best = adjoints.in_segments(best, instance, frame.segment, frame.gathers)
             known = dict(best.kernels)

@@ -7,6 +7,7 @@ from typing import Annotated, Optional                     # typer reads Optiona
 import typer
 from rich.console import Console
 
+from gdn_ir import words
 from gdn_ir.autotune import cli as tuning
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -32,113 +33,67 @@ def demo(text: Annotated[Optional[Path], typer.Argument(help="a text file (by de
 
 
 @app.command()
-def emit(backend: Annotated[str, typer.Option(help="triton, tilelang or torch (`explain` says which of them serves a "
-                                                   "call)")] = "triton",
+def emit(shape: Annotated[str, typer.Argument(help=f"a call: {words.SHAPE}; the default schedule depends on it")] = words.ONE,
+         backend: Annotated[str, typer.Option(help="triton, tilelang or torch (the one that serves the call, as `explain` "
+                                                   "says)")] = "",
          arch: Annotated[str, typer.Option(help="sm_80 or sm_90; of tilelang also cpu (torch has one source)")] = "sm_90",
+         op: Annotated[str, typer.Option(help=f"{words.OP}; a backward where --grads names some")] = "",
+         flags: Annotated[str, typer.Option(help=words.FLAGS)] = "",
          dtype: Annotated[str, typer.Option(help="of q, k, v and beta: bf16, f16, f32 or f64")] = "bf16",
-         K: int = 128, V: int = 128, varlen: bool = True, decay: bool = True, erase: bool = True, l2norm: bool = False,
-         initial_state: bool = False, final_state: bool = True,
-         sequences: Annotated[int, typer.Option(help="a call's: the default schedule depends on it")] = 1,
-         HV: Annotated[int, typer.Option(help="heads of v: likewise")] = 32,
-         T: Annotated[int, typer.Option(help="tokens: likewise")] = 8192,
-         H: Annotated[Optional[int], typer.Option(help="heads of q (all of v's by default; likewise)")] = None,
-         grads: Annotated[str, typer.Option(help="the backward: gradients of these, such as q,k,v,g,beta,initial_state")] = "",
-         keep: Annotated[str, typer.Option(help="what a forward leaves to its backward, or a backward is given: nothing, "
-                                                "inverse or states")] = "nothing",
-         schedule: Annotated[str, typer.Option(help="default (what this backend serves such a call with); a plan with modest "
-                                                    "options, such as naive or states (any other word lists them); roles "
-                                                    "or roles-fused (tilelang, sm_90); or a JSON file")] = "default",
+         K: int = 128, V: int = 128,
+         dense: Annotated[bool, typer.Option("--dense", help=words.DENSE)] = False,
+         grads: Annotated[str, typer.Option(help=words.GRADS)] = "",
+         keep: Annotated[str, typer.Option(help=words.KEEP)] = "nothing",
+         schedule: Annotated[str, typer.Option(help="default (what serves the call); a plan with modest options, such as naive "
+                                                    "or states (any other word lists them); roles or roles-fused (tilelang, "
+                                                    "sm_90); or a JSON file")] = "default",
          kernel: Annotated[str, typer.Option(help="only this kernel")] = "",
          generated: Annotated[bool, typer.Option("--generated", help="print what the toolchain makes of it: PTX (triton), or "
                                                  "TIR and C (tilelang)")] = False,
          json: Annotated[bool, typer.Option("--json", help="print the schedule instead, to start your own from")] = False,
          ) -> None:
     """Print the source of a variant, for any target, on any machine."""
-    from gdn_ir.backends import BACKENDS
-    from gdn_ir.compiler import Instance, variant
-    from gdn_ir.programs.gated_delta import Switches
-    from gdn_ir.schedules.defaults import default, of_roles, roles_in_one
-    from gdn_ir.schedules.plans import PLANS, backward_plan, plan
-    from gdn_ir.schedules.schedule import Schedule
-    if backend not in BACKENDS:
-        raise ValueError(f"--backend: got {backend!r}; accepts {', '.join(BACKENDS)}")
-    for name, size in (("--sequences", sequences), ("--HV", HV), ("--T", T)):
-        if size < 1:
-            raise ValueError(f"{name}: got {size}; accepts a number from 1 on")
-    switches = Switches("scalar" if decay else "none", erase, l2norm, final_state=final_state,
-                        initial_state=initial_state or "initial_state" in names(grads))
-    wrt = names(grads)
-    if H is not None and (H < 1 or HV < H or HV % H):
-        raise ValueError(f"--H: got {H}; accepts a divisor of HV = {HV}")
-    instance = Instance(switches, K, V, dtype, dtype, varlen, wrt, grouped=not wrt or (H is not None and H < HV), keep=keep)
-    if schedule == "default":
-        wanted = default("torch" if backend == "torch" else arch, instance, sequences, HV, T, backend)[0]
-    elif Path(schedule).is_file():
-        try:
-            wanted = Schedule.from_json(Path(schedule).read_text())
-        except ValueError as e:
-            raise ValueError(f"--schedule {schedule}: {e}") from None
-    elif schedule in ("roles", "roles-fused") and not wrt:
-        wanted = of_roles(norm=l2norm) if schedule == "roles" else roles_in_one(norm=l2norm)
-    else:
-        known = PLANS["backward" if wrt else "forward"]
-        if schedule not in known:
-            more = () if wrt else ("roles", "roles-fused")
-            raise ValueError(f"--schedule: got {schedule!r}; accepts default, {', '.join((*known, *more))}, or a JSON file "
-                             "that exists")
-        steps = backward_plan(schedule, instance.program, dtype, keep=keep, beta=instance.beta) if wrt else \
-            plan(schedule, erase, dtype, sums=decay and bool(instance.left), leave=instance.left)
-        wanted = Schedule(schedule, steps=steps)
+    from gdn_ir.calls import instances, shapes_of
+    from gdn_ir.emission import chosen
+    asked = shapes_of(shape, "shape")
+    if len(asked) > 1:
+        raise ValueError(f"shape: got {shape}; accepts one call")
+    ((instance, (one,)),) = instances(op or ("backward" if grads else "forward"), asked, dtype, K, V, flags, dense, grads=grads,
+                                      keep=keep).items()
+    made = chosen(instance, one, backend, arch, schedule)
     if json:
-        print(wanted.to_json())
+        print(made.schedule.to_json())
         return
-    if backend != "tilelang" and any(o.roles for _, o in wanted.kernels):
-        raise ValueError(f"--backend: got {backend}; accepts tilelang, for a schedule of roles")
-    try:
-        chosen = variant(instance, wanted, backend, arch)
-    except ValueError as e:                                # which was made for another kind of call, perhaps
-        raise ValueError(f"{e}\n  in --schedule {schedule}, for {instance}") from None
-    sources = {s.kernel: s.text for s in chosen.sources}
+    sources = {s.kernel: s.text for s in made.sources}
     if kernel and kernel not in sources:
         raise ValueError(f"--kernel: got {kernel!r}; this schedule has {', '.join(sources)}")
     if generated:
-        made = chosen.compiled
-        sources = {k.name: b.generated(k, s, arch) for b, k, s in zip(made.makers, made.kernels, made.sources)
+        c = made.compiled
+        sources = {k.name: b.generated(k, s, arch) for b, k, s in zip(c.makers, c.kernels, c.sources)
                    if kernel in ("", k.name)}
     print("\n\n".join([sources[kernel]] if kernel else sources.values()), end="")
 
 
-def names(listed: str) -> tuple[str, ...]:
-    return tuple(n.strip() for n in listed.split(",") if n.strip())
-
-
 @app.command()
-def explain(shapes: Annotated[Optional[list[str]], typer.Argument(help="packed calls, as 8x1024:16/32 (lengths, H/HV), instead "
-                                                                  "of H, HV, T, B and sequences")] = None,
-            H: int = 16, HV: int = 32, K: int = 128, V: int = 128, T: int = 8192, B: int = 1,
-            sequences: Annotated[Optional[int], typer.Option(help="packed sequences; without it, dense")] = None,
-            dtype: str = "bf16", arch: Annotated[Optional[str], typer.Option(help="cpu, sm_80, sm_90")] = None,
-            final_state: Annotated[bool, typer.Option(help="whether the final state is asked for")] = True,
-            l2norm: Annotated[bool, typer.Option("--l2norm", help="whether q and k are normalised in the op")] = False,
-            recurrent: Annotated[bool, typer.Option("--recurrent", help="one token at a time, as in decoding")] = False,
-            grads: Annotated[str, typer.Option(help="of the backward: gradients of these, such as q,k,v,g,beta")] = "",
-            keep: Annotated[str, typer.Option(help="what a forward leaves to its backward, or a backward is given: nothing, "
-                                                   "inverse or states")] = "nothing",
+def explain(shapes: Annotated[Optional[list[str]], typer.Argument(help=f"calls: {words.SHAPES} ({words.ONE})")] = None,
+            arch: Annotated[str, typer.Option(help="cpu, sm_80 or sm_90 (this machine's)")] = "",
+            op: Annotated[str, typer.Option(help=f"{words.OP}; a backward where --grads names some")] = "",
+            flags: Annotated[str, typer.Option(help=words.FLAGS)] = "",
+            dtype: Annotated[str, typer.Option(help="of q, k, v and beta: bf16, f16, f32 or f64")] = "bf16",
+            K: int = 128, V: int = 128,
+            dense: Annotated[bool, typer.Option("--dense", help=words.DENSE)] = False,
+            grads: Annotated[str, typer.Option(help=words.GRADS)] = "",
+            keep: Annotated[str, typer.Option(help=words.KEEP)] = "nothing",
             json: Annotated[bool, typer.Option("--json", help="as data: a list, an entry for each call")] = False) -> None:
-    """Say which variant serves a shape, and why: where its schedule comes from, too."""
+    """Say which variant serves a call, and why: where its schedule comes from, too."""
     from json import dumps
 
-    from gdn_ir.bench.cases import parse
-    from gdn_ir.registry import explain as say
-    if shapes and (H, HV, T, B, sequences) != (16, 32, 8192, 1, None):
-        raise ValueError(f"--H, --HV, --T, --B, --sequences: got some beside {', '.join(shapes)}; accepts these or shapes")
-    asked = parse(",".join(shapes), "forward", "shapes") if shapes else []
-    calls: list[tuple[int, int, int | None, int, int]] = \
-        [(sum(lengths), 1, len(lengths), h, hv) for lengths, h, hv in asked] or [(T, B, sequences, H, HV)]
-    wrt = names(grads)
-    more = {"initial_state": "initial_state" in wrt, "final_state": final_state and not wrt, "l2norm": l2norm}
-    said = [say(H=h, HV=hv, K=K, V=V, T=tokens, B=rows, sequences=count, dtype=dtype, arch=arch, recurrent=recurrent, grads=wrt,
-                keep=keep, **more) for tokens, rows, count, h, hv in calls]
+    from gdn_ir.calls import instances, shapes_of
+    from gdn_ir.registry import architecture_here, explained, named
+    said = []
+    for s in shapes_of(",".join(shapes or [words.ONE]), "shapes"):
+        for i in instances(op or ("backward" if grads else "forward"), [s], dtype, K, V, flags, dense, grads=grads, keep=keep):
+            said.append(explained(i, named(arch or architecture_here()), len(s.lengths), s.H, s.HV, s.tokens))
     print(dumps([s.data() for s in said], indent=1) if json else "\n".join(map(str, said)))
 
 

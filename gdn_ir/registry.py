@@ -43,6 +43,11 @@ def architecture(device: torch.device) -> str:
     return named(f"sm_{major}{minor}")
 
 
+def architecture_here() -> str:
+    """Of this machine's GPU, where it has one."""
+    return architecture(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def named(arch: str) -> str:
     """An architecture as the registry knows it, from what a user calls it. Raises ValueError where it is none."""
     found = re.fullmatch(r"sm_(\d{2,3})a?", arch)
@@ -232,8 +237,7 @@ def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, 
     "cpu", "sm_80", "sm_90" (None: this machine's); recurrent: one token at a time; grads: a backward, of these inputs; keep:
     what is left to a backward, or it is given (`gdn_ir.keep`); further keywords: `Switches`' fields, such as l2norm=True. H and
     HV: heads of q and of v; T: tokens of a batch row."""
-    here = architecture(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    arch = named(arch or here)
+    arch = named(arch or architecture_here())
     io = NAMES.get(dtype, str(dtype)) if isinstance(dtype, torch.dtype) else dtype
     for name, size, least in (("H", H, 1), ("T", T, 0), ("B", B, 1), ("sequences", sequences or 0, 0)):
         if size < least:
@@ -248,13 +252,20 @@ def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, 
         raise ValueError(f"HV: got {HV}; accepts a multiple of H = {H}")
     instance = Instance(Switches(**switches), K, V, io, io, sequences is not None, tuple(grads),  # type: ignore[arg-type]
                         grouped=not grads or HV > H, recurrent=recurrent, keep=keep)
-    every = options(instance, arch, sequences or B, HV, B * T)
+    return explained(instance, arch, sequences or B, H, HV, B * T)
+
+
+def explained(instance: Instance, arch: str, sequences: int, H: int, HV: int, tokens: int) -> Explanation:
+    """The same for an instance, and a call's numbers. tokens: of all sequences together."""
+    io, grads, keep = instance.io, instance.grads, instance.keep
+    every = options(instance, arch, sequences, HV, tokens)
     asked = policy.asked()
     wanted, out = policy.forced(asked), policy.forbidden(asked)
     chosen = first(every, asked)
     count = f"{sequences} sequence{'s' * (sequences != 1)}"
-    kind = f"packed {io}, {count}, {T} tokens together" if instance.varlen else f"dense {io}, {B} x {T} tokens"
-    kind += ", one token at a time" if recurrent else ""
+    kind = f"packed {io}, {count}, {tokens} tokens together" if instance.varlen else \
+        f"dense {io}, {sequences} x {tokens // max(sequences, 1)} tokens"
+    kind += ", one token at a time" if instance.recurrent else ""
     kind += f", gradients of {' '.join(grads)}" if grads else ""
     kind += f", {'given' if grads else 'leaves'} {keep}" if keep != "nothing" else ""
     choices = []
@@ -271,8 +282,10 @@ def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, 
                 f"{wanted} is asked for" if wanted else f"ranks {rank + 1} of {len(every)} on {arch}"
             choices.append(Choice(o.backend, "chosen" if o is chosen else "not chosen", why,
                                   o.variant.schedule.name, o.reason, tuple((s.kernel, s.hash) for s in o.variant.sources)))
-    on = "".join(f", {name}" for name, value in vars(instance.switches).items() if value is True and name != "erase")
-    return Explanation(f"{kind}, H/HV {H}/{HV}, K x V {K} x {V}{on}", arch, tuple(choices))
+    s = instance.switches
+    on = "".join(f", {name}" for name, value in vars(s).items() if value is True and name != "erase")
+    on += ", no decay" * (s.decay == "none") + ", no erase" * (not s.erase)
+    return Explanation(f"{kind}, H/HV {H}/{HV}, K x V {instance.K} x {instance.V}{on}", arch, tuple(choices))
 
 
 __all__ = ["Option", "architecture", "choose", "explain", "first", "forbid", "forced", "forget", "options", "prepared",

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gdn_ir.autotune import command, cost, lookup, tables
+from gdn_ir import calls
+from gdn_ir.autotune import cost, lookup, tables
 from gdn_ir.backends.base import Call
 from gdn_ir.bench.cases import FORWARD
 from gdn_ir.bench.errors import worst
@@ -60,7 +61,7 @@ def test_an_a100_is_served_by_its_table(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_twenty_shapes_stand_for_the_suite() -> None:
     """Every row of FORWARD is near enough to one of them to be served by its winner."""
-    shapes = command.shapes_of("")
+    shapes = calls.shapes_of("")
     assert len(shapes) == 20
     for lengths, _, HV in FORWARD:
         key = (len(lengths), HV, sum(lengths))

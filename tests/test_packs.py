@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 import gdn_ir
-from gdn_ir import artifacts, packs, registry
+from gdn_ir import artifacts, calls, packs, registry
 from gdn_ir.ahead import not_compiled
 from gdn_ir.artifacts import NotCompiled
 from gdn_ir.autotune import command, lookup
@@ -119,9 +119,9 @@ def test_the_command_in_the_error_means_the_same_instance(instance: Instance) ->
     text = str(not_compiled(chosen, Call(1, 64, 64, {"H": 1, "HV": 2}), NotCompiled("why")))
     words = shlex.split(text.split("ahead: gdn-ir compile ")[1].split(" -o PACK")[0])
     o = {w: words[i + 1] for i, w in enumerate(words) if w.startswith("--") and w != "--dense"}
-    shapes = command.shapes_of(o["--shapes"])
+    shapes = calls.shapes_of(o["--shapes"])
     K, V, flags = int(o["--K"]), int(o["--V"]), o.get("--flags", "")
-    found = command.instances(o.get("--op", "forward"), shapes, o["--dtype"], K, V, flags,
+    found = calls.instances(o.get("--op", "forward"), shapes, o["--dtype"], K, V, flags,
                               "--dense" in words, o.get("--beta", ""), o.get("--grads", ""))
     assert list(found) == [instance]
 

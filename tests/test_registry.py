@@ -33,9 +33,9 @@ BF16 = Instance(Switches(final_state=True), 128, 128, "bf16", "bf16", True)
 
 @pytest.mark.parametrize(("arch", "backend"), [("sm_90", "triton"), ("sm_80", "triton"), ("cpu", "torch")])
 def test_the_preferred_backend_serves(arch: str, backend: str) -> None:
-    chosen = registry.choose(BF16, arch, 1, 32, 4096)
+    chosen = registry.choose(BF16, arch, 1, 32, 2048)
     assert chosen.backend == backend
-    assert {o.backend for o in registry.options(BF16, arch, 1, 32, 4096)} == {"triton", "torch", "tilelang"}
+    assert {o.backend for o in registry.options(BF16, arch, 1, 32, 2048)} == {"triton", "torch", "tilelang"}
 
 
 def test_float64_on_a_gpu_falls_back_with_a_warning() -> None:
@@ -233,9 +233,9 @@ def test_explain_as_data(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     assert said.call.startswith("dense bf16, 1 x 64 tokens, one token at a time") and said.chosen in ("torch", "triton")
     back = gdn_ir.explain(H=2, HV=4, T=64, arch="cpu", dtype="f32", grads=("q", "v")).data()
     assert back["chosen"] == "tilelang" and "gradients of q v" in back["call"]
-    first = gdn_ir.explain(H=16, HV=32, T=4096, sequences=1, arch="sm_90").data()["choices"][0]
+    first = gdn_ir.explain(H=16, HV=32, T=2048, sequences=1, arch="sm_90").data()["choices"][0]
     assert first["backend"] == "triton" and first["state"] == "chosen" and set(first["kernels"]) == {"solve", "scan", "output"}
-    monkeypatch.setattr(sys, "argv", ["gdn-ir", "explain", "--json", "--arch", "cpu", "--recurrent", "--dtype", "f32"])
+    monkeypatch.setattr(sys, "argv", ["gdn-ir", "explain", "--json", "--arch", "cpu", "--op", "recurrent", "--dtype", "f32"])
     with pytest.raises(SystemExit):
         cli.main()
     assert [call["chosen"] for call in json.loads(capsys.readouterr().out)] == ["tilelang"]
@@ -245,12 +245,12 @@ def test_explain() -> None:
     text = str(gdn_ir.explain(H=16, HV=32, T=32768, sequences=1, arch="sm_90"))
     assert "packed bf16, 1 sequence, 32768 tokens together" in text and "tilelang chosen: first that can serve" in text
     assert "each sequence is cut into segments of 64 chunks" in text
-    text = str(gdn_ir.explain(H=16, HV=32, T=4096, sequences=1, arch="sm_90"))
+    text = str(gdn_ir.explain(H=16, HV=32, T=2048, sequences=1, arch="sm_90"))
     assert "triton   chosen: first that can serve on sm_90" in text and "tiles of 32 columns" in text
     assert "torch    not chosen" in text
     with gdn_ir.use("torch"):
         assert "torch    chosen: gdn_ir.use or GDN_IR_BACKEND asks for it" in str(gdn_ir.explain(H=1, HV=1, T=64, arch="sm_90"))
-    assert "tiles of 16 columns" in str(gdn_ir.explain(H=2, HV=8, T=4096, sequences=1, arch="sm_90"))
+    assert "tiles of 16 columns" in str(gdn_ir.explain(H=2, HV=8, T=2048, sequences=1, arch="sm_90"))
     assert "triton   cannot: triton lowers to sm_80 and sm_90, not to cpu" in str(gdn_ir.explain(H=1, HV=1, T=64, arch="cpu"))
 
 
@@ -298,9 +298,10 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("words", [("--kernel", "scan"), ("--arch", "sm_80"), ("--schedule", "naive", "--dtype", "f32"),
-                                   ("--grads", "q,k,v,g,beta,initial_state", "--H", "16"),
-                                   ("--grads", "v", "--schedule", "fused", "--no-erase"), ("--schedule", "wy"),
-                                   ("--backend", "torch", "--no-erase"), ("--no-decay",), ("--keep", "states"),
+                                   ("--grads", "q,k,v,g,beta,initial_state"),
+                                   ("--grads", "v", "--schedule", "fused", "--flags", "no-erase"), ("--schedule", "wy"),
+                                   ("--backend", "torch", "--flags", "no-erase"), ("--flags", "no-decay"),
+                                   ("8x1024:16/32", "--kernel", "scan"), ("--keep", "states"),
                                    ("--keep", "inverse", "--grads", "q,k", "--schedule", "fused")])
 def test_emit_prints_what_compiles(command: Callable[..., tuple[int, str, str]], words: tuple[str, ...]) -> None:
     code, out, err = command("emit", *words)
@@ -321,7 +322,8 @@ def test_emit_generated(command: Callable[..., tuple[int, str, str]], words: tup
 
 def test_explain_of_a_backward(command: Callable[..., tuple[int, str, str]]) -> None:
     code, out, _ = command("explain", "--grads", "q,k,v,g,beta,initial_state", "--dtype", "f32", "--arch", "cpu")
-    assert code == 0 and out.startswith("dense f32, 1 x 8192 tokens, gradients of q k v g beta initial_state, H/HV 16/32")
+    assert code == 0 and out.startswith("packed f32, 1 sequence, 8192 tokens together, "
+                                        "gradients of q k v g beta initial_state, H/HV 16/32")
     assert "tilelang chosen" in out and "kernels: again" in out
     code, out, _ = command("explain", "--grads", "q,k,v,g,beta", "--dtype", "f32", "--arch", "cpu", "--keep", "states")
     assert code == 0 and "gradients of q k v g beta, given states" in out and "again" not in out
@@ -340,18 +342,21 @@ def test_emit_takes_a_schedule_file(command: Callable[..., tuple[int, str, str]]
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (("emit", "--kernel", "best"), "--kernel: got 'best'; this schedule has solve, scan, output"),
+    (("emit", "--kernel", "best", "--schedule", "states"), "--kernel: got 'best'; this schedule has solve, scan, output"),
     (("emit", "--schedule", "best"), "--schedule: got 'best'; accepts default, naive, fused"),
     (("emit", "--schedule", "--schedule: got 'none.json'; accepts"), "--schedule: got 'none.json'; accepts"),
     (("emit", "--schedule", "wy", "--grads", "v"), "--schedule: got 'wy'; accepts default, naive, fused, states, grouped,"),
     (("emit", "--grads", "q,w"), "grads: got w; accepts"),
-    (("emit", "--H", "5"), "--H: got 5; accepts a divisor of HV = 32"),
+    (("emit", "1x64:3/4"), "shape: got heads 3/4; accepts H/HV with HV a multiple of H"),
+    (("emit", "forward"), "shape: got forward; accepts one call"),
+    (("emit", "--flags", "no-eraser"), "--flags: got 'no-eraser'; accepts erase,"),
+    (("emit", "--grads", "q", "--op", "forward"), "--grads: got 'q' with --op forward; accepts"),
     (("explain", "--grads", "o"), "grads: got o; accepts"),
     (("emit", "--backend", "cuda"), "--backend: got 'cuda'; accepts triton, tilelang, torch"),
-    (("emit", "--arch", "sm_70"), "arch: got 'sm_70'; accepts cpu, sm_80, sm_90"),
+    (("emit", "--arch", "sm_70", "--backend", "triton"), "arch: got 'sm_70'; accepts cpu, sm_80, sm_90"),
     (("emit", "--dtype", "int8"), "dtype: got 'int8'; accepts"),
     (("emit", "--K", "20"), "K: got 20; accepts"),
-    (("explain", "--H", "3", "--HV", "4"), "HV: got 4; accepts a multiple of H = 3"),
+    (("explain", "1x64:3/4"), "shapes: got heads 3/4; accepts"),
     (("demo", "/nowhere.txt"), "text: got /nowhere.txt; accepts the path of a file"),
 ])
 def test_wrong_words_get_one_line(command: Callable[..., tuple[int, str, str]], words: tuple[str, ...], message: str) -> None:

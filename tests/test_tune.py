@@ -28,6 +28,7 @@ from gdn_ir.autotune.space import Candidate, Frame, Space, based, candidates, co
 from gdn_ir.autotune.tune import Limits, Task, Tuner
 from gdn_ir.backends import BACKENDS
 from gdn_ir.bench import cases
+from gdn_ir.calls import GRADIENTS
 from gdn_ir.compiler import Instance, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.registry import options
@@ -175,10 +176,10 @@ def test_one_binary_serves_many_shapes() -> None:
         for b, k, s in zip(made.makers, made.kernels, made.sources, strict=True):
             codes[k.name, str(b.recipe(k, s, "sm_90"))] += 1
     kinds = Counter(name for name, _ in codes)
-    # two widths of Triton's scan; roles of whole sequences, which make the inverses or do not, of segments of 16 and 32 chunks,
+    # two widths of Triton's scan; roles of whole sequences, which make the inverses or do not, of segments of 8 to 32 chunks,
     # and of 64 and 128, whose inverses they make; what comes before each
-    cut = dict.fromkeys(("reach", "transition", "offset", "compose"), 4)
-    assert kinds == {"solve": 4, "scan": 8, "output": 1, "fade": 1, **cut}, kinds
+    cut = dict.fromkeys(("reach", "transition", "offset", "compose"), 5)
+    assert kinds == {"solve": 4, "scan": 9, "output": 1, "fade": 1, **cut}, kinds
     crowded = sum(way_of_roles(len(n), HV, sum(n)) == (0, True) and roles_fit("sm_90", BF16, len(n), HV, sum(n))
                   for n, _, HV in [*cases.FORWARD, *cases.TRAIN])
     assert crowded > 40 and sum(n for (name, _), n in codes.items() if name == "solve") == 203 - crowded
@@ -401,8 +402,8 @@ def test_a_backward_is_tuned_shown_exported_and_verified(tmp_path: Path, monkeyp
     assert command.tune("backward", "1x40:1/2", "torch", 5.0, False, "f32", 16, 16, "no-final_state", False, records, 1,
                         console)
     (w,) = winners(Records(records).read())
-    assert w.subject.instance.grads == command.GRADIENTS
-    assert {n for n, _ in w.errors} == {f"d_{n}" for n in command.GRADIENTS}
+    assert w.subject.instance.grads == GRADIENTS
+    assert {n for n, _ in w.errors} == {f"d_{n}" for n in GRADIENTS}
     command.show(str(records), console)
     (path,) = command.export(str(records), tmp_path)
     assert command.known(str(path)) == [w]
