@@ -206,8 +206,10 @@ def test_distances_are_in_octaves() -> None:
 def test_tables(tmp_path: Path) -> None:
     """What is exported reads back: the newest winner of each shape."""
     old, new = winner(), replace(winner(stages=5), date="2026-11-26 12:00")
-    other = winner(shape=Shape((4096,) * 8, 16, 64))
+    shape = Shape((4096,) * 8, 16, 64)
+    other = replace(winner(shape=shape), schedule=replace(default("sm_90", BF16, *shape.key, "tilelang")[0], name="roles"))
     made = tables.to_json([old, new, other, winner(H200)])
+    assert made[H100]["groups"][0]["winners"][1]["schedule"]["kernels"]["scan"]["roles"] == "FUSED"
     assert set(made) == {H100, H200} and len(made[H100]["groups"]) == 1
     (tmp_path / "h100.json").write_text(tables.text_of(made[H100]))
     assert json.loads(tables.text_of(made[H100])) == made[H100]

@@ -2,12 +2,15 @@
 
     {"device": {"name": ..., "units": ..., "arch": ...},
      "groups": [{"subject": {...}, "winners": [{"shape": ..., "schedule": ..., "ms": ..., "errors": ..., "how": "measured"}]}]}
+
+A kernel's roles are written by name where they are those that ship. (Should these change, the winner compiles to other code
+than its hashes say, and is not served.)
 """
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -15,9 +18,11 @@ from typing import Any
 
 from gdn_ir.autotune.keys import Device
 from gdn_ir.autotune.records import Winner
+from gdn_ir.schedules.roles import FUSED, SOLVED
 
 Json = dict[str, Any]
 FOLDER = Path(__file__).parent
+ROLES = {"SOLVED": SOLVED.data(), "FUSED": FUSED.data()}
 
 
 @lru_cache(maxsize=1)
@@ -30,9 +35,27 @@ def read(path: Path) -> list[Winner]:
     """A table's winners. Raises ValueError naming the file where it is no table."""
     try:
         data = json.loads(path.read_text())
-        return [Winner.of(g["subject"] | {"device": data["device"]}, w) for g in data["groups"] for w in g["winners"]]
+        return [Winner.of(g["subject"] | {"device": data["device"]}, with_roles(w, by_name))
+                for g in data["groups"] for w in g["winners"]]
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path}: not a table of schedules ({type(e).__name__}: {e})") from None
+
+
+def with_roles(winner: Json, change: Callable[[Any], Any]) -> Json:
+    """A winner whose kernels' roles are changed, where `change` has something for them."""
+    def changed(options: Json) -> Json:
+        roles = options.get("roles")
+        return options | ({"roles": change(roles) or roles} if roles else {})
+    schedule = winner["schedule"]
+    return winner | {"schedule": schedule | {"kernels": {k: changed(o) for k, o in schedule["kernels"].items()}}}
+
+
+def by_name(roles: Json | str) -> Json | None:
+    return ROLES[roles] if isinstance(roles, str) else None
+
+
+def name_of(roles: Json) -> str | None:
+    return next((name for name, data in ROLES.items() if data == roles), None)
 
 
 def text_of(table: Json) -> str:
@@ -60,7 +83,7 @@ def to_json(found: Iterable[Winner]) -> dict[Device, Json]:
         if group is None:
             group = groups[json.dumps(subject, sort_keys=True)] = {"subject": subject, "winners": []}
             table["groups"].append(group)
-        group["winners"].append(w.json())
+        group["winners"].append(with_roles(w.json(), name_of))
     for group in groups.values():
         group["subject"] = {n: v for n, v in group["subject"].items() if n != "device"}
         group["winners"].sort(key=lambda w: (w["shape"]["HV"], len(w["shape"]["lengths"]), sum(w["shape"]["lengths"])))
