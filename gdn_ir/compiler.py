@@ -30,7 +30,7 @@ from gdn_ir.schedules.plans import CHUNK, KEEP, left
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 from gdn_ir.schedules.segments import segments
 from gdn_ir.schedules.pipeline import IllegalStep
-from gdn_ir.split import parts
+from gdn_ir.split import in_turn, parts
 from gdn_ir.split import split as split_axis
 
 NAMES = {v: k for k, v in TORCH.items()}
@@ -138,8 +138,11 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
         tile, axis = schedule.options(p.name).v_tile, columns(p, tokens)
         if makers[p.name].splits_grid and tile is not None and axis and tile < whole[p.name][base(axis)]:
             (split if axis == "V" else turned)[p.name] = tile
+    turns = {p.name: tile for p in pipeline if (tile := schedule.options(p.name).k_tile) and makers[p.name].splits_grid
+             and "K" in tile_axes(p) and whole[p.name]["K"] > tile and extents["K"] % tile == 0}       # K stepped through
     pipeline = parts(pipeline, "V", split)
     pipeline = tuple(split_axis(p, str(columns(p, tokens))) if p.name in turned else p for p in pipeline)
+    pipeline = tuple(in_turn(p, "K") if p.name in turns else p for p in pipeline)
     for p in pipeline:
         if any("V#" in p.tensors()[n].dims for n in p.written()):
             extents["V#"] = -(-extents["V"] // split[p.name])
@@ -160,6 +163,7 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
         p = simplify(p)
         tiles = {a: e if a in tokens else b.tile(a, e, arch) for a, e in extents.items() if a != "V#"}
         tiles |= {"V": split[p.name]} if p.name in split else {}
+        tiles |= {"K": turns[p.name]} if p.name in turns else {}
         tiles |= {str(columns(p, tokens)): turned[p.name]} if p.name in turned else {}
         padded = {a for a in tile_axes(p) if a in tokens or extents[a] % tiles[a]}
         p = pad(p, frozenset(padded))

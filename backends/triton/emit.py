@@ -11,7 +11,7 @@ from gdn_ir.backends.triton.rules import RULES, load, pointer
 from gdn_ir.backends.triton.runtime import HELPERS, NEEDS
 from gdn_ir.backends.memory import coordinate
 from gdn_ir.follow import TOGETHER
-from gdn_ir.nodes import Node, Tensor, base
+from gdn_ir.nodes import Node, Part, Tensor, base
 from gdn_ir.program import ScanView
 
 
@@ -119,8 +119,13 @@ class TritonPrinter(Printer):
 
     def clear(self, stores: list[Node], depth: int) -> None:
         for store in stores:
+            parts = [t.axis for t in store["index"] if isinstance(t, Part)]
+            for axis in parts:
+                self.put(depth, f"for part_{axis} in range({self.count(axis)}):")
+            depth += len(parts)
             text, mask = pointer(self.linear, store, store.args[0].axes)
             self.put(depth, f"tl.store({text}, 0.0, mask={mask})" if mask else f"tl.store({text}, 0.0)")
+            depth -= len(parts)
 
     def reached(self, scan: ScanView, depth: int) -> None:
         """At the start of an iteration: of a segment its slot, of a chunk all that is its own."""
@@ -148,6 +153,8 @@ class TritonPrinter(Printer):
             self.put(depth, f"{name} = {text(start)}")
         if scan.group:
             self.put(depth, self.members(scan))
+        elif scan.parts:
+            self.put(depth, f"for part_{scan.parts} in range({self.count(scan.parts)}):")
         elif scan.reverse:
             trips = self.trips(scan)
             if scan.recent:                                # its last are the sequence's first
@@ -160,7 +167,7 @@ class TritonPrinter(Printer):
             self.put(depth, f"for i_{scan.axis} in range(tl.maximum(0, trips - ({text(scan.recent[0])}).to(tl.int32)), trips):")
         else:
             self.put(depth, f"for i_{scan.axis} in range(0, {self.trips(scan)}):")
-        if not scan.group:
+        if not scan.group and not scan.parts:
             self.reached(scan, depth + 1)
         self.block(s.body, depth + 1)
         if self.kernel.counts and s.scan.axis == s.scan.chain[0] and not s.scan.group:
@@ -175,6 +182,10 @@ class TritonPrinter(Printer):
         """The head of the loop over a group."""
         each = self.size_of_group(scan)
         return f"for i_{scan.axis} in range(i_{scan.group} * {each}, (i_{scan.group} + 1) * {each}):"
+
+    def count(self, axis: str) -> int:
+        """How many parts a tile axis has."""
+        return self.kernel.extents[axis] // self.kernel.tile(axis)
 
     def trips(self, scan: ScanView) -> str:
         """How often a scan runs: it ends with the sequence."""
