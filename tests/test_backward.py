@@ -269,7 +269,7 @@ def test_prune_drops_carries_and_scans() -> None:
 SMALL = Layout((40, 0, 70, 1), varlen=True, H=1, HV=2, K=16, V=32)
 
 
-@pytest.mark.parametrize("name", ["naive", "states", "grouped", "merged", "gathered", "gathered-merged"])
+@pytest.mark.parametrize("name", ["naive", "states", "grouped", "merged", "gathered", "gathered-merged", "gathered-turns"])
 @pytest.mark.parametrize("io", ["f64", "f32"])
 @pytest.mark.parametrize(("decay", "erase"), FAMILY)
 def test_torch(decay: str, erase: bool, io: str, name: str) -> None:
