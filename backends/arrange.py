@@ -90,7 +90,6 @@ def _associations(program: Program) -> Iterator[Program]:
         parts = addends(root)
         for order in itertools.permutations(range(len(parts))):
             if order[0] < order[1]:
-                table = {root: functools.reduce(operator.add, (parts[i] for i in order))}
-                roots = tuple(substitute(program.roots, table)[r] for r in program.roots)
-                notes = {table.get(n, n): note for n, note in program.notes.items()}
-                yield verify(replace(program, roots=roots, notes=notes))
+                memo = substitute(program.roots, {root: functools.reduce(operator.add, (parts[i] for i in order))})
+                notes = {memo.get(n, n): note for n, note in program.notes.items()}
+                yield verify(replace(program, roots=tuple(memo[r] for r in program.roots), notes=notes))

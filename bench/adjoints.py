@@ -58,9 +58,10 @@ def grouped(instance: Instance, shape: Shape, gathers: bool = False, merges: str
 
 def candidates(instance: Instance, lengths: list[int], changes: list[tuple[str, KernelOptions]], shape: Shape) \
         -> dict[str, Schedule]:
-    """"grouped", "gathered" and, with one kernel for inner and grads, "gathered-merged" (also with 8 warps, and with its chunks
-    in the order of "gathered") and "gathered-turns"; "segments" and "gathered-segments" with each number of chunks; and each change of a kernel's
-    options, which does what it did beside others. The scans' options of those in segments do not depend on the shape."""
+    """"grouped", "gathered" and, with one kernel for inner and grads, "gathered-merged" and "gathered-turns" (both also
+    with 8 warps; the first with all of K at once, and with its chunks in the order of "gathered"); "segments" and
+    "gathered-segments" with each number of chunks; and each change of a kernel's options, which does what it did beside
+    others. The scans' options of those in segments do not depend on the shape."""
     both = grouped(instance, shape, True)
     back, inner = both.options("back"), both.options("inner")
     found = {"grouped": grouped(instance, shape),
@@ -68,6 +69,8 @@ def candidates(instance: Instance, lengths: list[int], changes: list[tuple[str, 
              "gathered, back in 2 stages": both.with_options(back=replace(back, num_stages=2))}
     merged = {plan: grouped(instance, shape, True, plan) for plan in ("gathered-merged", "gathered-turns")}
     grads = merged["gathered-merged"].options("grads")
+    turns = merged["gathered-turns"]
+    merged["gathered-turns, 8 warps"] = turns.with_options(grads=replace(turns.options("grads"), num_warps=8))
     for what, o in (("8 warps", replace(grads, num_warps=8)), ("all K at once", replace(grads, k_tile=None)),
                     ("over all sequences", replace(grads, around=False))):
         merged[f"gathered-merged, {what}"] = merged["gathered-merged"].with_options(grads=o)

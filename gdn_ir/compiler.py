@@ -144,7 +144,7 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
     pipeline = parts(pipeline, "V", split)
     pipeline = tuple(split_axis(p, str(columns(p, tokens))) if p.name in turned else p for p in pipeline)
     pipeline = tuple(in_turn(p, "K") if p.name in turns else p for p in pipeline)
-    extents |= {"K#": extents["K"] // next(iter(turns.values()))} if turns else {}
+    extents |= {"K#": extents["K"] // min(turns.values())} if turns else {}
     for p in pipeline:
         if any("V#" in p.tensors()[n].dims for n in p.written()):
             extents["V#"] = -(-extents["V"] // split[p.name])
@@ -163,7 +163,7 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
         p = precision(storage(p, **dtypes), products, rest)
         p = split_products(p) if b.reads_tf32(arch) else p
         p = simplify(p)
-        tiles = {a: e if a in tokens else b.tile(a, e, arch) for a, e in extents.items() if a != "V#"}
+        tiles = {a: e if a in tokens else b.tile(a, e, arch) for a, e in extents.items() if not a.endswith("#")}
         tiles |= {"V": split[p.name]} if p.name in split else {}
         tiles |= {"K": turns[p.name]} if p.name in turns else {}
         tiles |= {str(columns(p, tokens)): turned[p.name]} if p.name in turned else {}

@@ -79,7 +79,8 @@ def of_plan(name: str, cell: Cell, chunk: int, segment: int = 32, tile: int | No
 
 
 def of_backward(cell: Cell, tile: int | None = None, plan: str = "", heads: tuple[int, int] | None = None,
-                sparing: bool = False, segment: int = 32, tokens: int = 0, kind: str = "model", turns: int | None = None) -> dict[str, Any]:
+                sparing: bool = False, segment: int = 32, tokens: int = 0, kind: str = "model",
+                turns: int | None = None) -> dict[str, Any]:
     if heads:
         cell = replace(cell, layout=replace(cell.layout, H=heads[0], HV=heads[1]))
     if tokens:

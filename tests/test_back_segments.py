@@ -269,7 +269,8 @@ def test_the_bench_has_candidates_of_each_plan() -> None:
     for shape in bench.SHAPES[0], bench.SHAPES[3]:
         found = bench.candidates(bench.TIMED, [16], [change, ("back_compose", KernelOptions(32, 8, 2))], shape)
         assert {n.split(",")[0] for n in found} == \
-            {"grouped", "gathered", "gathered-merged", "gathered-turns", "backward-segments-16", "backward-gathered-segments-16"}
+            {"grouped", "gathered", "gathered-merged", "gathered-turns", "backward-segments-16",
+             "backward-gathered-segments-16"}
         made = {n: variant(bench.TIMED, s, "triton", "sm_90").compiled.kernels for n, s in found.items()}
         changed = [k for n, ks in made.items() if n.startswith("backward-gathered-segments-16, again ")
                    for k in ks if k.name == "again"]

@@ -132,7 +132,8 @@ def test_chunks_from_the_middle_of_each_sequence(lengths: tuple[int, ...], slots
 
 def test_who_declines() -> None:
     steps_ = backward_plan(PLANS[0], BF16.program, beta="bf16")
-    s = Schedule("x", steps=steps_).with_options(**{"*": KernelOptions(32, 4, 2), "grads": KernelOptions(None, 4, 2, k_tile=64)})
+    parts = KernelOptions(None, 4, 2, k_tile=64)
+    s = Schedule("x", steps=steps_).with_options(**{"*": KernelOptions(32, 4, 2), "grads": parts})
     with pytest.raises(Unsupported, match="tilelang does not step through parts of K; triton does"):
         variant(BF16, s, "tilelang", "sm_90")
     s = replace(s, steps=backward_plan(PLANS[1], BF16.program, beta="bf16"))

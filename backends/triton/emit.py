@@ -54,6 +54,9 @@ class TritonPrinter(Printer):
             if len(ways) == 2 and not k.options.around:
                 self.put(1, "middle, away = tl.num_programs(0) // 2, pid // 2  # outwards, for that is where the scans meet")
                 self.put(1, "pid = tl.where(pid % 2 == 0, middle + away, middle - 1 - away)")
+            elif True in ways and not k.options.around and k.turns:            # points that take turns in their order
+                each = " * ".join(a for a in grid if a != "N")
+                self.put(1, f"pid = tl.num_programs(0) - ({each}) - pid // ({each}) * ({each}) + pid % ({each})")
             elif True in ways and not k.options.around:
                 self.put(1, "pid = tl.num_programs(0) - 1 - pid  # in the order of the scan, which goes backwards")
         for a in reversed([g for g in grid if g != "N"]):
