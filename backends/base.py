@@ -5,7 +5,7 @@ import hashlib
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -40,7 +40,8 @@ class Kernel:
     of each scan that it follows, how high they must be, and whether the scan goes backwards; clears: of a kernel before such a
     scan, the counts that it sets to zero (`gdn_ir.follow`). beside: whether it may start while the kernel before it runs;
     leads: whether the one after it may. sweeps: stores whose rows past the last sequence it clears: another kernel's, or its
-    own, where it is serial.
+    own, where it is serial. turns: for each tensor that several blocks store their part of a sum in, how many have: they add it
+    one after another, in the order of the grid.
     """
     name: str
     program: Program
@@ -55,6 +56,7 @@ class Kernel:
     beside: bool = False
     leads: bool = False
     sweeps: tuple[Node, ...] = ()
+    turns: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def parallel(self) -> ScanView | None:
@@ -123,7 +125,7 @@ class Kernel:
     def tensors(self) -> tuple[Tensor, ...]:
         swept = {n["tensor"].name: n["tensor"] for n in self.sweeps if n["tensor"].name not in self.program.tensors()}
         more = [*swept.values(), *(t for t in (self.clears, *(counts for counts, _, _ in self.awaits), self.counts) if t)]
-        return (*self.program.tensors().values(), *more)
+        return (*self.program.tensors().values(), *more, *self.turns.values())
 
     def header(self, *more: str) -> str:
         """What stands above an emitted source, as comments: where it came from, and what else a backend has to say."""
@@ -221,15 +223,16 @@ def clear_tail(x: torch.Tensor, call: Call) -> None:
 class Backend(Protocol):
     """Turns kernels into callables. It knows tiles; it never asks what program it serves.
 
-    functional: its callables return what they write, and torch can differentiate them; others write into the memory they
-    are given. splits_grid: an axis can be tiled over the grid (where the whole grid runs at once there is no point). sweeps: a
-    kernel of its can clear rows of another's outputs (`Kernel.sweeps`). by_address: what `join` gives reads nothing of a tensor
-    but its address and device, so that it need not be given views.
+    functional: its callables return what they write, and torch can differentiate them; others write into the memory they are
+    given. splits_grid: an axis can be tiled over the grid (where the whole grid runs at once there is no point). sweeps: a
+    kernel of its can clear rows of another's outputs (`Kernel.sweeps`). in_turn: blocks of its can add to what others stored.
+    by_address: what `join` gives reads nothing of a tensor but its address and device, so that it need not be given views.
     """
     name: str
     functional: bool
     splits_grid: bool
     sweeps: bool
+    in_turn: bool
 
     @property
     def by_address(self) -> bool: ...

@@ -6,11 +6,12 @@ and not named by the user is written where it is used, so that emitted code read
 from __future__ import annotations
 
 import keyword
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
+from gdn_ir.backends.arrange import arranged, is_sum
 from gdn_ir.backends.base import Kernel
+from gdn_ir.backends.held import FREE, Held
 from gdn_ir.nodes import Members, Node, Op, twin
 from gdn_ir.program import Line, ScanView, Scopes, token_chains, toposort, uses
 
@@ -58,7 +59,6 @@ PLAIN = Style()
 
 
 INLINE = (Op.ELEM, Op.CAST, Op.SELECT, Op.TWIN, Op.BROADCAST, Op.CONST, Op.PARAM, Op.INDEX, Op.VALID)
-FREE = (Op.CONST, Op.PARAM, Op.INDEX, Op.VALID)            # written wherever used, however often
 
 
 COSTLY = ("exp", "exp2", "log", "rsqrt", "sigmoid", "softplus", "div")
@@ -75,6 +75,12 @@ class Linear:
 
     def __init__(self, kernel: Kernel, table: Table, reserved: frozenset[str] = frozenset(),
                  style: Style = PLAIN) -> None:
+        self._sums, self._order = set[Node](), list[Node]()
+        if kernel.options.sparing and any(ScanView.of(s).parts for s in kernel.program.scans()):
+            program, self._order = arranged(kernel)
+            kernel = replace(kernel, program=program)
+            self._sums = {n for n in self._order if is_sum(n)}                 # each a line, so that none waits
+            style = replace(style, loads=True)             # tiles are widened where they are used
         self.kernel, self.program, self.table, self.style = kernel, kernel.program, table, style
         program, parallel = kernel.program, kernel.parallel
         self.rest = ""                                     # the printer's name for the dtype of plain arithmetic
@@ -112,7 +118,11 @@ class Linear:
             loop.carries.append(text)
             if name in carried:
                 self.names[carried[name]] = text
+        for x in self._ordered(self._beside(view) if view.parts else ()):
+            self._place(x)
         self._blocks.append((view.axis, loop.body))
+        for x in self._order if view.parts else ():
+            self._place(x)
         for e in self._ordered(view.effects):
             self._effect(e)
         for x in view.nexts:
@@ -122,6 +132,11 @@ class Linear:
         for user in self._uses.get(node, []):
             if user.op is Op.FINAL:
                 self.names[user] = loop.carries[user["i"]]
+
+    def _beside(self, view: ScanView) -> tuple[Node, ...]:
+        """Sums that neither a loop over parts needs nor need it: made before it, so that no tile is held meanwhile."""
+        inside = set(toposort([view.node]))
+        return tuple(n for n in self._nodes if n.op is Op.REDUCE and n not in inside and view.node not in set(toposort([n])))
 
     def _ordered(self, nodes: tuple[Node, ...]) -> Iterator[Node]:
         """The order in which values, or effects, are placed: as they come; or, in a kernel that is to be sparing, each time
@@ -164,7 +179,7 @@ class Linear:
     def inlined(self, node: Node) -> bool:
         if node.op in FREE or self._silent(node) or (node.type.dtype == "bool" and not self.style.masks):
             return True
-        if node in self.operands:
+        if node in self.operands or node in self._sums:
             return False
         users = self._uses.get(node, [])
         once = len(users) == 1 and users[0].args.count(node) == 1
@@ -232,43 +247,6 @@ class Linear:
 
     def lines(self, node: Node) -> tuple[Line, ...]:
         return self.program.lines_of(node)
-
-
-class Held:
-    """What a block's registers hold while values are placed one after another, in bytes."""
-
-    def __init__(self, kernel: Kernel, users: Mapping[Node, list[Node]]) -> None:
-        self.kernel, self._users, self._done = kernel, users, set[Node]()
-
-    def place(self, node: Node) -> None:
-        self._done |= set(toposort([node]))
-
-    def after(self, node: Node) -> int:
-        """How much is held once a value is placed: all that is placed then and that something later takes, but for products,
-        whose operands lie in shared memory."""
-        done = self._done | set(toposort([node]))
-        return sum(self._size(n) for n in done if any(u not in done and u.op is not Op.DOT for u in self.takers(n)))
-
-    def takers(self, node: Node) -> Iterator[Node]:
-        """Who takes a value, itself or as what costs nothing more to hold."""
-        for u in self._users.get(node, []):
-            if self._thin(u):
-                yield from self.takers(u)
-            else:
-                yield u
-
-    def _thin(self, n: Node) -> bool:
-        return n.op in (Op.TWIN, Op.BROADCAST) or (n.op is Op.CAST and width(n) >= width(n.args[0]))
-
-    def _size(self, n: Node) -> int:
-        if not n.axes or n.op in FREE or self._thin(n) or n.op in (Op.STORE, Op.SCAN):
-            return 0
-        return math.prod(self.kernel.tile(a) for a in n.axes) * width(n)
-
-
-def width(n: Node) -> int:
-    """Bytes of an element."""
-    return {"bool": 0, "bf16": 2, "f16": 2, "f64": 8}.get(str(n.type.dtype), 4)
 
 
 def listed(items: list[str]) -> str:

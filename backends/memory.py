@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gdn_ir.backends.base import Kernel
-from gdn_ir.nodes import At, Member, Members, Node, Rows, Slot, Tensor, Tile, Turn, base
+from gdn_ir.nodes import At, Member, Members, Node, Part, Rows, Slot, Tensor, Tile, Turn, base
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ def address(kernel: Kernel, node: Node) -> Address:
         match term:
             case Tile(axis):
                 strides[axis] = product(step)
+                if isinstance(term, Part):                 # where its part starts
+                    step, scalar = [kernel.tile(axis), *step], f"part_{axis}"
                 if kernel.padded(axis):
                     bounds.append(axis)
             case At(grid, share):

@@ -69,7 +69,8 @@ def temporaries(kernels: Sequence[Kernel]) -> dict[str, Life]:
 def uncleared(kernels: Iterable[Kernel]) -> set[str]:
     """Counts that no kernel sets to zero."""
     kernels = list(kernels)
-    return {k.counts.name for k in kernels if k.counts} - {k.clears.name for k in kernels if k.clears}
+    every = {k.counts.name for k in kernels if k.counts} | {t.name for k in kernels for t in k.turns.values()}
+    return every - {k.clears.name for k in kernels if k.clears}
 
 
 def outputs(kernels: Sequence[Kernel]) -> dict[str, Life]:

@@ -3,6 +3,7 @@ checked, then timed, whole and each kernel.
 
     python -m gdn_ir.bench.adjoints --out FILE --commit HASH
     python -m gdn_ir.bench.adjoints --out FILE --commit HASH --segments 32 --set back=32,4,3
+    python -m gdn_ir.bench.adjoints --out FILE --commit HASH --segments ""        # whole scans alone
 
 Checked: on short packed sequences against float64 autograd of the recurrence, within the bound of gradients or near the errors
 of "grouped", with states in and out and without, for several decays; on those that are timed likewise, against float32
@@ -40,7 +41,8 @@ from gdn_ir.schedules.defaults import whole_scans
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 SHAPES: list[Shape] = [([32768], 2, 4), ([32768], 4, 8), ([32768], 8, 16), ([32768], 16, 32), ([8192], 2, 4), ([8192], 16, 32),
-                       ([12000, 20768], 4, 8)]
+                       ([12000, 20768], 4, 8),
+                       ([4096] * 8, 16, 32)]
 TIMED = Instance(Switches(), 128, 128, "bf16", "bf16", True, GRADS, True)
 WIDE = Instance(Switches(), 128, 128, "f32", "f32", True, GRADS, True)
 RAGGED = Layout((2100, 0, 1024, 1025, 1), True, 1, 2, 128, 128)         # some end with a segment of 16, or a token after
@@ -49,26 +51,35 @@ CHECKS = [(Cell("states", FULL, "bf16", RAGGED), "model"), (Cell("no states", Sw
 SECONDS = 0.2                                              # of timing, for each candidate
 
 
-def grouped(instance: Instance, shape: Shape, gathers: bool = False) -> Schedule:
+def grouped(instance: Instance, shape: Shape, gathers: bool = False, merges: str = "") -> Schedule:
     lengths, _, HV = shape
-    return whole_scans(ARCH, instance, len(lengths), HV, "triton", gathers)[0]
+    return whole_scans(ARCH, instance, len(lengths), HV, "triton", gathers, merges)[0]
 
 
 def candidates(instance: Instance, lengths: list[int], changes: list[tuple[str, KernelOptions]], shape: Shape) \
         -> dict[str, Schedule]:
-    """"grouped" and "gathered"; "segments" and "gathered-segments" with each number of chunks; and each change of a kernel's
-    options, which does what it did beside others. The scans' options of those in segments do not depend on the shape."""
+    """"grouped", "gathered" and, with one kernel for inner and grads, "gathered-merged" and "gathered-turns" (both also
+    with 8 warps; the first with all of K at once, and with its chunks in the order of "gathered"); "segments" and
+    "gathered-segments" with each number of chunks; and each change of a kernel's options, which does what it did beside
+    others. The scans' options of those in segments do not depend on the shape."""
     both = grouped(instance, shape, True)
     back, inner = both.options("back"), both.options("inner")
     found = {"grouped": grouped(instance, shape),
              "gathered, inner waits": both.with_options(inner=replace(inner, follows=False)),
              "gathered, back in 2 stages": both.with_options(back=replace(back, num_stages=2))}
+    merged = {plan: grouped(instance, shape, True, plan) for plan in ("gathered-merged", "gathered-turns")}
+    grads = merged["gathered-merged"].options("grads")
+    turns = merged["gathered-turns"]
+    merged["gathered-turns, 8 warps"] = turns.with_options(grads=replace(turns.options("grads"), num_warps=8))
+    for what, o in (("8 warps", replace(grads, num_warps=8)), ("all K at once", replace(grads, k_tile=None)),
+                    ("over all sequences", replace(grads, around=False))):
+        merged[f"gathered-merged, {what}"] = merged["gathered-merged"].with_options(grads=o)
     cut = [in_segments(grouped(instance, SHAPES[0]), instance, n, gathers) for n, gathers in product(lengths, (False, True))]
-    for name, s in {"gathered": both, **{s.name: s for s in cut}}.items():
+    for name, s in {"gathered": both, **merged, **{s.name: s for s in cut}}.items():
         found[name] = s
         for kernel, o in ((k, o) for k, o in changes if k in dict(s.kernels)):
             was = s.options(kernel)
-            o = replace(o, follows=was.follows, sparing=was.sparing)
+            o = replace(was, v_tile=o.v_tile, num_warps=o.num_warps, num_stages=o.num_stages)
             found[f"{name}, {kernel} {o}"] = s.with_options(**{kernel: o})
     return found
 
@@ -142,7 +153,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", required=True, type=Path)
     p.add_argument("--commit", required=True)
-    p.add_argument("--segments", type=lambda t: [int(n) for n in t.split(",")], default=[16, 32, 64, 128])
+    p.add_argument("--segments", type=lambda t: [int(n) for n in t.split(",") if n], default=[16, 32, 64, 128])
     p.add_argument("--set", type=change, action="append", default=[], metavar="KERNEL=TILE,WARPS,STAGES")
     p.add_argument("--only", choices=("checks", "times"), help="one half of the run")
     p.add_argument("--l2norm", action="store_true", help="of what is timed: the op normalises q and k")

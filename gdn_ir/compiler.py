@@ -19,18 +19,19 @@ from gdn_ir.backends.temporaries import in_order
 from gdn_ir.follow import clears, first_beside, followers
 from gdn_ir.inverse import doubled
 from gdn_ir.legalize import collapse, small_products, split_products, ungrouped
-from gdn_ir.nodes import RUNS_ALONG, At, IRError, Tensor, base
+from gdn_ir.nodes import RUNS_ALONG, At, IRError, Op, Part, Rows, Tensor, base
 from gdn_ir.padding import pad
 from gdn_ir.precision import precision, storage
 from gdn_ir.program import Program, tile_axes, token_chains
 from gdn_ir.programs.gated_delta import Switches, build
 from gdn_ir.rewrite import simplify
 from gdn_ir.schedules import steps
+from gdn_ir.schedules.partition import parallel
 from gdn_ir.schedules.plans import CHUNK, KEEP, left
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 from gdn_ir.schedules.segments import segments
 from gdn_ir.schedules.pipeline import IllegalStep
-from gdn_ir.split import parts
+from gdn_ir.split import in_turn, parts
 from gdn_ir.split import split as split_axis
 
 NAMES = {v: k for k, v in TORCH.items()}
@@ -138,8 +139,12 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
         tile, axis = schedule.options(p.name).v_tile, columns(p, tokens)
         if makers[p.name].splits_grid and tile is not None and axis and tile < whole[p.name][base(axis)]:
             (split if axis == "V" else turned)[p.name] = tile
+    turns = {p.name: tile for p in pipeline if (tile := schedule.options(p.name).k_tile) and makers[p.name].splits_grid
+             and "K" in tile_axes(p) and whole[p.name]["K"] > tile and extents["K"] % tile == 0}       # K stepped through
     pipeline = parts(pipeline, "V", split)
     pipeline = tuple(split_axis(p, str(columns(p, tokens))) if p.name in turned else p for p in pipeline)
+    pipeline = tuple(in_turn(p, "K") if p.name in turns else p for p in pipeline)
+    extents |= {"K#": extents["K"] // min(turns.values())} if turns else {}
     for p in pipeline:
         if any("V#" in p.tensors()[n].dims for n in p.written()):
             extents["V#"] = -(-extents["V"] // split[p.name])
@@ -158,16 +163,29 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
         p = precision(storage(p, **dtypes), products, rest)
         p = split_products(p) if b.reads_tf32(arch) else p
         p = simplify(p)
-        tiles = {a: e if a in tokens else b.tile(a, e, arch) for a, e in extents.items() if a != "V#"}
+        tiles = {a: e if a in tokens else b.tile(a, e, arch) for a, e in extents.items() if not a.endswith("#")}
         tiles |= {"V": split[p.name]} if p.name in split else {}
+        tiles |= {"K": turns[p.name]} if p.name in turns else {}
         tiles |= {str(columns(p, tokens)): turned[p.name]} if p.name in turned else {}
         padded = {a for a in tile_axes(p) if a in tokens or extents[a] % tiles[a]}
         p = pad(p, frozenset(padded))
         whole_tiles = {j: -(-extents["V"] // kernels[j].columns) * kernels[j].columns for j in followed.get(i, ())}
         awaits = tuple((t, whole_tiles[j], bool(pipeline[j].roots[0]["reverse"])) for j, t in followed.get(i, {}).items())
         kernels.append(Kernel(p.name, p, extents, tiles, options, varlen, origin, counting.get(i), awaits,
-                              cleared.get(i), i in followed, i + 1 in followed))
+                              cleared.get(i), i in followed, i + 1 in followed, turns=turns_of(p) if b.in_turn else {}))
     return swept(tuple(kernels), backend)
+
+
+def turns_of(p: Program) -> dict[str, Tensor]:
+    """Of what a program of all chunks at once stores summed over grid points that share a row: for each chunk, place and part
+    that a loop has reached, how many have stored. (By name.)"""
+    found = {}
+    for n in p.nodes():
+        shares = {t.grid: t.share for t in n["index"] if isinstance(t, At) and t.share} if n.op is Op.STORE and n["sum"] else {}
+        if set(shares) == set(n["sum"] if shares else ()) != set() and isinstance(n["index"][0], Rows) and parallel(p):
+            parts = (t.scan for t in n["index"] if isinstance(t, Part))
+            found[n["tensor"].name] = Tensor(f"{n['tensor'].name}_turn", ("X", *map(str, shares.values()), *parts), "int", True)
+    return found
 
 
 def maker(options: KernelOptions, backend: Backend) -> Backend:

@@ -14,7 +14,7 @@ from functools import cached_property
 
 import torch
 
-from gdn_ir.nodes import At, IRError, Member, Members, Node, Op, Rows, Slot, Tensor, Tile, Turn, base, make, stored_axes
+from gdn_ir.nodes import At, IRError, Member, Members, Node, Op, Part, Rows, Slot, Tensor, Tile, Turn, base, make, stored_axes
 from gdn_ir.inverse import doubled
 from gdn_ir.program import Program, ScanView, Scopes, token_chains
 
@@ -284,7 +284,8 @@ class _Run:
         view = ScanView.of(n)
         carries = {c["name"]: c for c in view.carry_nodes()}
         state = [self.value(i, env) for i in view.inits]
-        trips = self.sizes.dim(view.axis) // self.sizes.dim(view.group) if view.group else \
+        trips = self.sizes.dim(view.axis) // (self.sizes.dim(view.group) if view.group else 1) \
+            if view.group or view.parts else \
             self.sizes.trips(self.point["N"], view.axis, view.chain, view.tile, self._done(view, env))
         trips = 0 if self._idle(view, env) else trips
         turns = range(trips)[::-1] if view.reverse else range(trips)
@@ -315,6 +316,7 @@ class _Run:
                     start, extent = self.extent(axis, env)
                     # columns of a row-major [C, C'] tile are all stored
                     valid = extent if axis.endswith("'") and base(axis) in self.tokens else self.valid(axis, env)
+                    start += extent * self.chunk((term.scan,), env) if isinstance(term, Part) else 0
                     where.append(slice(start, start + valid))
                     pad.append(extent - valid)
                 case At(grid, share):

@@ -84,6 +84,12 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Part(Tile):
+    """The dimension is that part of a tile axis which a scan over its parts (called axis + "#") has reached."""
+    scan: str = ""
+
+
+@dataclass(frozen=True)
 class At:
     """The dimension is indexed by a grid axis; with `share`, grid axis // (its size / size of the dimension)."""
     grid: str
@@ -175,7 +181,7 @@ def term_scans(index: tuple[Term, ...]) -> frozenset[str]:
     for t in index:
         if isinstance(t, Rows | Slot):
             found |= set(t.chain)
-        elif isinstance(t, Turn | Member):
+        elif isinstance(t, Turn | Member | Part):
             found.add(t.scan)
     return frozenset(found)
 
@@ -317,7 +323,8 @@ def _memory(op: str, tensor: Tensor, index: tuple[Term, ...]) -> tuple[str, ...]
     if len(index) != len(tensor.dims):
         raise IRError(f"{op} {tensor.name}: {len(index)} index terms for {len(tensor.dims)} dimensions {tensor.dims}")
     for term, dim in zip(index, tensor.dims, strict=True):
-        wanted = {Tile: base(getattr(term, "axis", "")), Rows: "T", Slot: "X"}.get(type(term))
+        axis = base(getattr(term, "axis", ""))
+        wanted = {Tile: axis, Part: axis, Rows: "T", Slot: "X"}.get(type(term))
         if isinstance(term, Slot) and term.inner:
             wanted = term.chain[-1]
         if wanted is not None and wanted != base(dim):

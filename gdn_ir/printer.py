@@ -27,7 +27,7 @@ def dump(program: Program, notes: bool = True) -> str:
 
 def evaluate(text: str) -> Program:
     """The program that `dump` printed."""
-    words = ("Op", "Tensor", "Tile", "At", "Rows", "Slot", "Turn", "Members", "Member", "make")
+    words = ("Op", "Tensor", "Tile", "Part", "At", "Rows", "Slot", "Turn", "Members", "Member", "make")
     scope: dict[str, Any] = {**{k: getattr(ir, k) for k in words},
                              "Program": Program, "Note": Note, "Line": Line, "inf": math.inf,
                              "const": lambda x: ir.make(Op.CONST, value=float(x))}

@@ -217,6 +217,11 @@ class ScanView:
     recent: tuple[Node, ...] = ()                          # at most one: how many of its last iterations run; else all do
     where: tuple[Node, ...] = ()                           # at most one, of a scan that carries nothing: 0 where none runs
 
+    @property
+    def parts(self) -> str:
+        """The tile axis whose parts it steps through, if it does."""
+        return self.axis[:-1] if self.axis.endswith("#") else ""
+
     @staticmethod
     def of(node: Node) -> ScanView:
         n = len(node["carries"])

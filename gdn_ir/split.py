@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 from dataclasses import replace
 
-from gdn_ir.nodes import RUNS_ALONG, At, IRError, Member, Members, Node, Op, Rows, Slot, Tensor, Term, make
-from gdn_ir.program import Note, Program, ScanView, only
+from gdn_ir.build import zeros
+from gdn_ir.nodes import RUNS_ALONG, At, IRError, Member, Members, Node, Op, Part, Rows, Slot, Tensor, Term, Tile, make
+from gdn_ir.program import Note, Program, ScanView, only, substitute, toposort
 from gdn_ir.verify import verify
 
 WHOLE, PART, SUM = "whole", "part", "partial sum"          # the same in every block; the block's own; to be summed over blocks
@@ -74,6 +75,45 @@ def parts(pipeline: tuple[Program, ...], axis: str, tiles: Mapping[str, int]) ->
         root = scan.with_parts(carries=(), inits=(), nexts=(), effects=tuple(totals), reverse=False)
         done.append(verify(Program("tiles", pipeline[0].grid, (root,), only(notes, (root,)))))
     return tuple(done)
+
+
+def in_turn(program: Program, axis: str) -> Program:
+    """The program, of all chunks at once, with a loop over parts of `axis` in each chunk: a block holds a part of each tile at
+    a time. What does not lie along the axis is computed once, sums along it are carried from part to part, and what needs those
+    comes after the loop. Raises IRError where a part would need such a sum, for that would be known too late."""
+    scan = axis + "#"
+    outer = ScanView.of(program.roots[0])
+    parts, sums, late = set[Node](), dict[Node, Node](), set[Node]()
+    memo: dict[Node, Node] = {}
+    for n in toposort(outer.effects):
+        if n.op is Op.SCAN:
+            raise _refuse(program, axis, n, "a loop over parts holds no other")
+        along = n.op in (Op.LOAD, Op.STORE) and any(isinstance(t, Tile) and t.axis == axis for t in n["index"])
+        index = {"index": tuple(Part(axis, scan) if t == Tile(axis) else t for t in n["index"])} if along else {}
+        memo[n] = n.but(tuple(memo[a] for a in n.args), **index)
+        late |= {n} if any(a in sums or a in late for a in n.args) else set()
+        if along or any(a in parts for a in n.args):
+            if n in late:
+                raise _refuse(program, axis, n, f"it needs a sum along all of {axis}")
+            if RUNS_ALONG.get(n.op) and n[RUNS_ALONG[n.op]] == axis:
+                if n.op is not Op.DOT and (n.op is not Op.REDUCE or n["fn"] != "sum"):
+                    raise _refuse(program, axis, n, f"it runs along {axis}")
+                sums[n] = make(Op.CARRY, name=f"{scan}{len(sums)}", scan=scan, axes=n.axes)
+            elif axis in n.axes or n.op is Op.STORE:
+                parts.add(n)
+            else:
+                raise _refuse(program, axis, n, f"it has lost {axis}")
+    own = [e for e in outer.effects if e in parts]
+    nexts = [carry + memo[n] for n, carry in sums.items()]
+    loop = make(Op.SCAN, (*(zeros(*n.axes) for n in sums), *nexts, *(memo[e] for e in own)), axis=scan, chain=(scan,), tile="",
+                carries=tuple(carry["name"] for carry in sums.values()), reverse=False)
+    after = {n: make(Op.FINAL, (loop,), i=i) for i, n in enumerate(sums)}
+    table = substitute([e for e in outer.effects if e not in parts], after)
+    rest = sorted((e for e in outer.effects if e not in parts), key=lambda e: e in late)
+    before = [table[e] for e in rest if e not in late]
+    root = outer.with_parts(effects=(*before, loop, *(table[e] for e in rest if e in late)))
+    notes = {(memo[n] if n in parts else table.get(n, memo[n])): note for n, note in program.notes.items() if n in memo}
+    return verify(replace(program, roots=(root,), notes=only(notes, (root,))))
 
 
 def _place(index: tuple[Term, ...]) -> int:

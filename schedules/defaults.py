@@ -265,9 +265,10 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
         f"long; each is cut into segments of {size} chunks")) if size else (schedule, why)
 
 
-def whole_scans(arch: str, instance: Instance, sequences: int, heads: int, backend: str, gathers: bool = True) \
-        -> tuple[Schedule, str]:
-    """A backward whose scans are not cut. gathers: the plan "gathered", where it may serve, and not "grouped"."""
+def whole_scans(arch: str, instance: Instance, sequences: int, heads: int, backend: str, gathers: bool = True,
+                merges: str = "") -> tuple[Schedule, str]:
+    """A backward whose scans are not cut. gathers: the plan "gathered", where it may serve, and not "grouped"; merges: one of
+    its kin in which inner and grads are one kernel instead."""
     if arch == "cpu":
         chunk = 16 if instance.keep == "nothing" else CHUNK
         states = "" if instance.keep == "states" else "states again, then "
@@ -279,7 +280,8 @@ def whole_scans(arch: str, instance: Instance, sequences: int, heads: int, backe
     whole = instance.io == "f32"
     grouped = lean(arch, instance, backend)
     gathers = grouped and gathers
-    name = "gathered" if gathers else "grouped" if grouped else "states"
+    merges = merges if gathers else ""
+    name = merges if merges else "gathered" if gathers else "grouped" if grouped else "states"
     norm = gathers and instance.switches.l2norm
     steps = backward_plan(name, instance.program, instance.io, keep=instance.keep, beta=instance.beta, norm=norm)
     if arch == "torch":
@@ -301,16 +303,17 @@ def whole_scans(arch: str, instance: Instance, sequences: int, heads: int, backe
     if max(instance.K, instance.V) > 128:                  # a state is more than a block holds: sums over V in parts
         every = local = inner = KernelOptions(32 if whole else 64, 8, 1)
         again = back = KernelOptions(width, 8 if width == 64 else 4, 2 if arch == "sm_90" and not whole else 1)
+    grads = replace(every, follows=both and any(step[0] == "sum_after" for step in steps))
+    grads = replace(inner, k_tile=64, around=both) if merges else grads        # narrower products are not to be trusted
     kernels = {"solve": KernelOptions(None, 1 if not whole and backend == "triton" else 4, 1),
                "widen": KernelOptions(None, 1, 1), "again": again, "local": local,
-               "back": back if carried else every, "inner": inner,
-               "grads": replace(every, follows=both and any(step[0] == "sum_after" for step in steps)),
+               "back": back if carried else every, "inner": inner, "grads": grads,
                "heads": KernelOptions(None, 4, 1), "norm": KernelOptions(None, 4, 1), "unnorm": KernelOptions(None, 4, 1)}
     made = {step[-1] for step in steps if step[0] in ("hoist", "lift", "sink")} | ({"norm", "unnorm"} if norm else set()) | \
         {step[1] for step in steps if step[0] == "sum_after"} | \
         {name for step in steps if step[0] == "separate" for name in step[2:] if name != "again" or runs_again}
     chosen = {k: o for k, o in kernels.items() if k in made}
-    gathered = "gathered-" if ("lift", "d_q", "inner") in steps else ""
+    gathered = f"{merges}-" if merges else "gathered-" if ("lift", "d_q", "inner") in steps else ""
     schedule = Schedule(f"backward-{gathered}{width}{kept(instance)}", steps=steps).with_options(**chosen)
     what = "states again, then their adjoints" if runs_again else "adjoints of states"
     return schedule, (f"{arch}: {what} in reverse, in tiles of {width} columns; the rest for all chunks at once"

@@ -52,6 +52,14 @@ def find(pipeline: Pipeline, name: str, step: str) -> tuple[int, Node]:
     raise IllegalStep(f"{step}: no kernel has a value named {name!r}")
 
 
+def named(pipeline: Pipeline, kernel: str, step: str) -> int:
+    """The place of the kernel of that name."""
+    at = next((i for i, p in enumerate(pipeline) if p.name == kernel), None)
+    if at is None:
+        raise IllegalStep(f"{step}: no kernel is named {kernel!r}; there are {', '.join(p.name for p in pipeline)}")
+    return at
+
+
 def refuse(step: str, program: Program, node: Node, why: str) -> IllegalStep:
     return IllegalStep(f"{step}: {why}\n  in {program.describe(node)}")
 

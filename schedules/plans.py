@@ -31,6 +31,10 @@ The derived backward has plans of its own (`backward_plan`), of the same steps:
               of its own (again_transition, back_transition and so on)
     gathered  as grouped, but inner makes d_q too, for it reads the states anyway; so local makes only what back reads, of the
               inputs alone, and comes first: back needs nothing of again, and the two may run beside each other
+    gathered-merged  as gathered, with inner and grads as one kernel, which steps through K in parts; what the decay's gradient
+              needs is taken of sums of the other gradients' parts (`trade`, `collect`)
+    gathered-turns  as gathered-merged, but blocks of value heads that share a key head add their parts one after another in
+              memory: there is no heads
     gathered-segments  the same of segments: what leads to back between what leads to again, each beside one that it reads
               nothing of
 
@@ -53,9 +57,10 @@ from gdn_ir.program import Program, ScanView, toposort
 
 Steps = tuple[tuple[str | int, ...], ...]
 PLANS = {"forward": ("naive", "fused", "solve", "states", "wy", "segments", "cut", "cut-fused"),
-         "backward": ("naive", "fused", "states", "grouped", "inside", "merged", "segments", "gathered", "gathered-segments")}
+         "backward": ("naive", "fused", "states", "grouped", "inside", "merged", "segments", "gathered", "gathered-segments",
+                      "gathered-merged", "gathered-turns")}
 KEEP = ("nothing", "inverse", "states")                    # each with what those before it leave
-WIDENS = ("grouped", "inside", "merged", "segments", "gathered", "gathered-segments")      # scans read a float32 beta
+WIDENS = PLANS["backward"][3:]                              # scans read a float32 beta
 CHUNK = 64                                                 # tokens of a chunk of which something is left
 LESS: Steps = (("factor",), ("regroup",), ("exchange",), ("symmetric",))       # fewer products than reverse mode derives
 
@@ -152,7 +157,7 @@ def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64
     if name == "fused":
         return (*steps, *LESS, ("move_scales",), *heads)
     steps += [("turn", "d_u")] if "d_u" in named and "d_r" not in named else []
-    steps += LESS
+    steps += [s for s in LESS if s != ("symmetric",) or name not in ("gathered-merged", "gathered-turns")]
     if "A" not in known:
         steps += [("invert", n, "A") for n in solves]
         steps += [("merge", "A", chunk, block, merges), ("hoist", "A", "io", "solve")] if solves else []
@@ -173,19 +178,22 @@ def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64
         steps += [("peel", "d_G", "d_G_o"), ("hoist", "d_G_o", "f32", "local")] if "d_G" in named else []
     late = [n for n in ("d_k", "d_g", "d_beta", "d_v", *(("d_q",) if gathers else ())) if n in out]
     steps += [("sink", ",".join(late), "d_r" if "d_r" in named else "", "grads")] if late else []
-    if late and "d_r" in named and "d_k" in out and name != "merged":          # all at once strains a block's registers
+    merges_all = name in ("merged", "gathered-merged", "gathered-turns")
+    if late and "d_r" in named and "d_k" in out and not merges_all:            # all at once strains a block's registers
         steps += [("peel", "d_k", "d_k_r", "d_S"), ("hoist", "d_k_r", "f32" if name == "states" else "io", "inner")]
         steps += [("peel", "d_G", "d_G_r", "d_S"), ("hoist", "d_G_r", "f32", "inner")] if "d_g" in out else []
         steps += [("lift", n, "inner") for n in late if n in ("d_beta", "d_v", "d_q")]
         steps += [("share", "inner")] if name in WIDENS else []
+    if merges_all and gathers:
+        steps += [("trade", "grads"), ("collect", "grads"), ("share", "grads"), ("chain", "grads")]
     steps += [("move_scales",)]
     if heads and name != "states":
-        owned = {"inside": ("d_q", "d_k"), "merged": ()}.get(name, ("d_k",))
+        owned = {"inside": ("d_q", "d_k"), "merged": (), "gathered-merged": (), "gathered-turns": ()}.get(name, ("d_k",))
         k = "k_kept" if norm else "k"                      # held for all value heads, it would strain grads' registers
         anew = (k,) if gathers and "d_g" in out else ()
         steps += [("sum_inside", "local")] if "d_q" in {*owned} & out else []
         steps += [("sum_inside", "grads", *anew)] if "d_k" in {*owned} & out else []
-        heads = (("sum_after", "heads", "io"),) if {"d_q", "d_k"} & out - set(owned) else ()
+        heads = (("sum_after", "heads", "io"),) if {"d_q", "d_k"} & out - set(owned) and name != "gathered-turns" else ()
     again = len(scans) == 2 and "S" not in known
     if not name.endswith("segments"):
         early: Steps = (("move", "local", "again"),) if gathers and again else ()

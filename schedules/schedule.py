@@ -13,7 +13,10 @@ class KernelOptions:
     whether it starts beside the scan before it (`gdn_ir.follow`): at once where it reads nothing of it, else each chunk as
     soon as that has stored it. roles: what its warps do, where they do not all do the same (then it decides their number, and
     how far loads run ahead). backend: which makes this kernel, where it is another than makes the rest. sparing: whether its
-    statements stand in an order in which a block holds little at once, not in the program's."""
+    statements stand in an order in which a block holds little at once, not in the program's. k_tile: columns of K that a block
+    has at a time (None: all): it steps through K in such parts (of a kernel that takes all chunks at once). around: whether its
+    blocks take the chunks of each sequence from the middle outwards, all sequences in turn: so they come from two scans, one of
+    which goes backwards."""
     v_tile: int | None = None
     num_warps: int = 4
     num_stages: int = 2
@@ -21,24 +24,30 @@ class KernelOptions:
     roles: Roles | None = None
     backend: str = ""
     sparing: bool = False
+    k_tile: int | None = None
+    around: bool = False
 
     def __str__(self) -> str:
         tile = f", V in tiles of {self.v_tile}" if self.v_tile else ""
         tile += f", by {self.backend}" if self.backend else ""
+        tile += f", K in turn in tiles of {self.k_tile}" if self.k_tile else ""
         if self.roles:
             return f"roles {', '.join(r.name for r in self.roles.roles)}{tile}"
+        tile += ", chunks from the middle" if self.around else ""
         more = tile + (", follows the scan before it" if self.follows else "") + (", sparing" if self.sparing else "")
         return f"{self.num_warps} warp{'s' * (self.num_warps > 1)}, {self.num_stages} stage{'s' * (self.num_stages > 1)}{more}"
 
     def __post_init__(self) -> None:
         for name, value, ok in (("v_tile", self.v_tile, self.v_tile is None or _power_of_two(self.v_tile)),
+                                ("k_tile", self.k_tile, self.k_tile is None or _power_of_two(self.k_tile)),
                                 ("num_warps", self.num_warps, self.num_warps in (1, 2, 4, 8, 16)),
                                 ("num_stages", self.num_stages, self.num_stages in range(1, 9))):
             if not ok:
                 raise ValueError(f"KernelOptions.{name}: got {value!r}; accepts a power of two "
-                                 "(v_tile also None; num_warps to 16; num_stages is any number from 1 to 8)")
+                                 "(v_tile and k_tile also None; num_warps to 16; num_stages is any number from 1 to 8)")
         for name, given, kind, accepts in (("follows", self.follows, bool, "true or false"),
                                            ("sparing", self.sparing, bool, "true or false"),
+                                           ("around", self.around, bool, "true or false"),
                                            ("backend", self.backend, str, "a backend's name, or nothing")):
             if not isinstance(given, kind):
                 raise ValueError(f"KernelOptions.{name}: got {given!r}; accepts {accepts}")
@@ -49,6 +58,8 @@ class KernelOptions:
         plain |= {"follows": True} if self.follows else {}
         plain |= {"backend": self.backend} if self.backend else {}
         plain |= {"sparing": True} if self.sparing else {}
+        plain |= {"k_tile": self.k_tile} if self.k_tile else {}
+        plain |= {"around": True} if self.around else {}
         return plain | ({"roles": self.roles.data()} if self.roles else {})
 
 

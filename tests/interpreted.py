@@ -79,7 +79,8 @@ def of_plan(name: str, cell: Cell, chunk: int, segment: int = 32, tile: int | No
 
 
 def of_backward(cell: Cell, tile: int | None = None, plan: str = "", heads: tuple[int, int] | None = None,
-                sparing: bool = False, segment: int = 32, tokens: int = 0, kind: str = "model") -> dict[str, Any]:
+                sparing: bool = False, segment: int = 32, tokens: int = 0, kind: str = "model",
+                turns: int | None = None) -> dict[str, Any]:
     if heads:
         cell = replace(cell, layout=replace(cell.layout, H=heads[0], HV=heads[1]))
     if tokens:
@@ -89,6 +90,7 @@ def of_backward(cell: Cell, tile: int | None = None, plan: str = "", heads: tupl
     split = scans if plan in ("segments", "gathered-segments") else ["*"]
     schedule = Schedule("x", 64, steps).with_options(**{"*": KernelOptions(None, sparing=sparing)}) \
         .with_options(**dict.fromkeys(split, KernelOptions(tile, sparing=sparing)))
+    schedule = schedule.with_options(grads=KernelOptions(sparing=True, k_tile=turns, around=True)) if turns else schedule
     found = check(cell, BACKEND, ARCH, kind=kind, schedule=schedule if tile or plan else None)
     return {"error": worst(found["errors"].values())}
 
@@ -146,7 +148,8 @@ def of_correlated(schedule: Schedule, top: float) -> dict[str, Any]:
 
 def main() -> None:
     """Cases: ["program", name], ["cell", name], ["recurrent", cell's name], ["backward", cell's name] (also: V in tiles of a
-    number, a plan's name, heads, whether sparing, chunks of a segment, tokens, kind of inputs),
+    number, a plan's name, heads, whether sparing, chunks of a segment, tokens, kind of inputs, columns of K that grads
+    steps through),
     ["lifetimes", cell's name, plan's name],
     ["kept", cell's name, what is kept], ["plan", plan's name, cell's name, chunk] (also: chunks of a segment, and V in tiles of
     a number), ["mutant", number] or ["correlated", plan's name, top of beta]."""

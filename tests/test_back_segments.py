@@ -251,7 +251,8 @@ def test_scans_beside_each_other_share_a_multiprocessor(heads: int) -> None:
 def test_as_near_as_whole_scans(kind: str) -> None:
     """Rounded as bf16 kernels round: in the mean hardly farther from the truth than the plan that cuts nothing. (A single d_g,
     a sum of differences, errs by half to twice the mean under either.)"""
-    errors: dict[str, list[dict[str, float]]] = {"grouped": [], "segments": [], "gathered": [], "gathered-segments": []}
+    errors: dict[str, list[dict[str, float]]] = {"grouped": [], "segments": [], "gathered": [], "gathered-segments": [],
+                                                 "gathered-merged": [], "gathered-turns": []}
     for length in (500, 440, 380, 320):
         cell = Cell("x", FULL, "bf16", Layout((length, 0, 12), True, 1, 2, 32, 32))
         program = backward_of(cell).program
@@ -268,7 +269,8 @@ def test_the_bench_has_candidates_of_each_plan() -> None:
     for shape in bench.SHAPES[0], bench.SHAPES[3]:
         found = bench.candidates(bench.TIMED, [16], [change, ("back_compose", KernelOptions(32, 8, 2))], shape)
         assert {n.split(",")[0] for n in found} == \
-            {"grouped", "gathered", "backward-segments-16", "backward-gathered-segments-16"}
+            {"grouped", "gathered", "gathered-merged", "gathered-turns", "backward-segments-16",
+             "backward-gathered-segments-16"}
         made = {n: variant(bench.TIMED, s, "triton", "sm_90").compiled.kernels for n, s in found.items()}
         changed = [k for n, ks in made.items() if n.startswith("backward-gathered-segments-16, again ")
                    for k in ks if k.name == "again"]

@@ -69,7 +69,7 @@ def compare(p: Program, plan: tuple[tuple[str | int, ...], ...], padded: bool = 
 
 
 @pytest.mark.parametrize("flags", [{}, STATES | {"l2norm": True}, STATES | {"beta_sigmoid": True, "neg_eigval": True}])
-@pytest.mark.parametrize("name", ["naive", "fused", "states", "grouped", "inside", "merged", "gathered"])
+@pytest.mark.parametrize("name", ["naive", "fused", "states", "grouped", "inside", "merged", "gathered", "gathered-merged"])
 @pytest.mark.parametrize(("decay", "erase"), FAMILY)
 def test_plans_are_exact(name: str, decay: str, erase: bool, flags: dict[str, bool]) -> None:
     p = backward(build(Switches(decay=decay, erase=erase, **flags)))           # type: ignore[arg-type]
@@ -86,7 +86,7 @@ def test_only_what_is_asked_for(wrt: tuple[str, ...], erase: bool) -> None:
     whole = build(Switches(erase=erase, **STATES))         # type: ignore[arg-type]
     p = backward(whole, wrt)
     assert {n for n, t in p.tensors().items() if n in p.written() and not t.temp} == {f"d_{n}" for n in wrt}
-    for name in ("states", "gathered"):
+    for name in ("states", "gathered", "gathered-merged"):
         compare(p, backward_plan(name, p, chunk=16, block=4))
     sizes = {"C": 64, "K": 128, "V": 128}
     assert cost(p, sizes).flops < cost(backward(whole), sizes).flops
@@ -269,7 +269,7 @@ def test_prune_drops_carries_and_scans() -> None:
 SMALL = Layout((40, 0, 70, 1), varlen=True, H=1, HV=2, K=16, V=32)
 
 
-@pytest.mark.parametrize("name", ["naive", "states", "grouped", "merged", "gathered"])
+@pytest.mark.parametrize("name", ["naive", "states", "grouped", "merged", "gathered", "gathered-merged", "gathered-turns"])
 @pytest.mark.parametrize("io", ["f64", "f32"])
 @pytest.mark.parametrize(("decay", "erase"), FAMILY)
 def test_torch(decay: str, erase: bool, io: str, name: str) -> None:

@@ -28,7 +28,7 @@ CELL = Cell("normalised", NORMALISED, "f64", Layout((0, 50, 1, 33), True, 1, 3, 
 WRAP = ("wrap", "q,k", "io", "norm", "unnorm")
 
 
-@pytest.mark.parametrize("name", ["naive", "states", "grouped", "gathered", "gathered-segments"])
+@pytest.mark.parametrize("name", ["naive", "states", "grouped", "gathered", "gathered-segments", "gathered-merged"])
 @pytest.mark.parametrize("H", [1, 3])
 def test_exact(name: str, H: int) -> None:
     """In all plans, where value heads share a key head and where each has its own."""

@@ -18,6 +18,7 @@ from gdn_ir.backends.tilelang.statements import SM_80, SM_90, C
 from gdn_ir.cache import load_source
 from gdn_ir.schedules.schedule import KernelOptions
 from gdn_ir.nodes import Op
+from gdn_ir.program import ScanView
 
 TARGETS = {"cpu": C, "sm_80": SM_80, "sm_90": SM_90}
 SPLIT = 64                                                 # the widest tile of float32 products, which are made of three
@@ -29,6 +30,7 @@ class TileLang:
     splits_grid = True
     by_address = False
     sweeps = False
+    in_turn = False
 
     def supports(self, kernel: Kernel, arch: str) -> Reason | None:
         if arch not in ("cpu", "sm_80", "sm_90"):
@@ -46,6 +48,8 @@ class TileLang:
                 return Reason(f"tilelang: float32 tiles over {SPLIT}, each in three parts, do not fit {arch}'s shared memory")
             if n.op is Op.STORE and n["sum"]:
                 return Reason(f"tilelang does not lower a store summed over {', '.join(n['sum'])} yet ({n['tensor'].name})")
+        if any(ScanView.of(s).parts for s in kernel.program.scans()):
+            return Reason("tilelang does not step through parts of K; triton does")
         for scan in kernel.groups:
             return Reason(f"tilelang does not lower a loop over the {scan.axis} that share one {scan.group} yet")
         if not kernel.options.roles and (kernel.segments or any("idle" in dict(s.attr) for s in kernel.program.scans())):

@@ -20,6 +20,7 @@ class Torch:
     splits_grid = False
     by_address = False
     sweeps = False
+    in_turn = False
 
     def supports(self, kernel: Kernel, arch: str) -> Reason | None:
         if kernel.beside or kernel.leads:

@@ -30,6 +30,7 @@ class Triton:
     functional = False
     splits_grid = True
     sweeps = True
+    in_turn = True
 
     @property
     def by_address(self) -> bool:
@@ -41,7 +42,7 @@ class Triton:
         if kernel.options.roles:
             return Reason("triton has no roles; tilelang has")
         for n in kernel.program.nodes():
-            if n.op is Op.STORE and n["sum"]:
+            if n.op is Op.STORE and n["sum"] and n["tensor"].name not in kernel.turns:
                 return Reason(f"triton does not lower a store summed over {', '.join(n['sum'])} yet ({n['tensor'].name})")
             if n.type.dtype == "f64":
                 return Reason("triton: matrix units have no float64 here; use the torch backend")
