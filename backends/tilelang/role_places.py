@@ -14,7 +14,7 @@ from gdn_ir.backends.tilelang.emit import TileLangPrinter
 from gdn_ir.backends.tilelang.statements import SM_90
 from gdn_ir.nodes import IRError, Node, Op, stored_axes
 from gdn_ir.program import ScanView
-from gdn_ir.schedules.events import Laid, Step
+from gdn_ir.schedules.events import Laid, Step, untwinned
 from gdn_ir.schedules.protocol import Plan, Sync, derive
 from gdn_ir.schedules.roles import Role
 
@@ -45,9 +45,9 @@ class RolePlaces(TileLangPrinter):
 
     def __init__(self, kernel: Kernel) -> None:
         assert kernel.options.roles is not None
-        super().__init__(kernel, SM_90)
+        super().__init__(replace(kernel, program=untwinned(kernel.program)), SM_90)
         self.roles = kernel.options.roles
-        self.laid = Laid(kernel.program, self.roles)
+        self.laid = Laid(self.kernel.program, self.roles)
         self.plan: Plan = derive(self.laid)
         self.scan: ScanView = self.laid.scan
         self.c = ""                                        # the chunk at hand, as text
