@@ -22,7 +22,7 @@ An event that ends with " late" works on the chunk before: it runs under the nex
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 DO = ("load", "read", "write", "fetch", "compute", "issue", "complete", "solve", "join", "store")
@@ -245,6 +245,29 @@ BACK = Roles.of({
               {"values": ["G", "gamma", "rest", "whole", "beta"], "depth": 4}, {"values": ["d_S16"], "depth": 1},
               {"values": ["d_r16"], "depth": 1}],
 })
+
+# The same where nothing of u's gradient was made before: aux has P ready, and the states multiply it beside what they carry.
+BACK_ALONE = Roles.of({
+    "names": {**dict(BACK.names), "P": "bf16(D * qk)", "OP": "d_o . P"},
+    "roles": [
+        {"name": "load", "registers": 32, "events": ["load k", "load q", "load d_o", "load A"]},
+        *BACK.data()["roles"][1:-1],
+        {"name": "state", "copies": 2, "rows": "V", "warps": 4, "registers": 208, "events": [
+            "read d_o", "compute d_S16", "issue OP", "issue SK", "write d_S16", "compute X", "complete SK", "compute R",
+            "compute decayed", "issue d_r32", "complete d_r32", "issue QX", "compute Y", "issue KY", "compute d_r16",
+            "complete KY"]},
+        {"name": "aux", "rows": "C", "warps": 4, "registers": 64, "events": ["issue qk", "complete qk", "compute P"]}],
+    "rings": [{"values": ["k"], "depth": 3}, {"values": ["q"], "depth": 2}, {"values": ["d_o"], "depth": 2},
+              {"values": ["P"], "depth": 2}, {"values": ["A"], "depth": 2},
+              {"values": ["G", "gamma", "rest", "whole", "beta"], "depth": 4}, {"values": ["d_S16"], "depth": 1},
+              {"values": ["d_r16"], "depth": 1}],
+})
+
+
+def in_halves(roles: Roles) -> Roles:
+    """For blocks that each own as much as one copy of a role did."""
+    return replace(roles, roles=tuple(replace(r, copies=1) for r in roles.roles))
+
 
 # The scan of the plan "fused": the inverse is made beside the states. aux multiplies K K^T and Q K^T and makes M; two warps
 # invert M's blocks of 16 rows and join them, each what lies in its columns, and need nothing else of each other; who loads sums

@@ -79,10 +79,9 @@ class RoleSteps(RolePlaces):
             case "fetch":
                 self.fetch(s, depth, int(s.event.early))
             case "read":
-                to = self.registers[s.writes[0].cell][0]
-                self.parted(s.reads[0].cell, depth, lambda slot, d: self.put(d, f"T.copy({slot}, {to})"))
+                self.move(s.writes[0].cell, s.reads[0].cell, depth, True)
             case "write":
-                self.write(s, depth)
+                self.move(s.reads[0].cell, s.writes[0].cell, depth, False)
             case "issue":
                 self.issue(s, depth)
             case "solve":
@@ -180,20 +179,25 @@ class RoleSteps(RolePlaces):
         inside, text = self.row_by_row(s.node, ring.order, depth)
         self.put(inside + 1, f"{text} = {ring.element(i, self.c, self.here(ring.order))}")
 
-    def write(self, s: Step, depth: int) -> None:
-        """From registers that a product reads to the ring: where that lies across, by way of names for the same registers that
-        say so."""
-        (text, order), ring = self.registers[s.reads[0].cell], s.writes[0].cell
-        lies, name = self.rings[ring], self.linear.fresh(f"{s.event.value}_across")
-        at = [coordinate(a) for a in order]
-        if not lies.apart:
-            self.put(self.loops(order, depth), f"{lies.element(0, self.c, self.here(order))} = {text}[{', '.join(at)}]")
+    def move(self, registers: str, ring: str, depth: int, read: bool) -> None:
+        """From a ring to registers, or back. Where they lie across, but a product wants them as its rows are, by way of a name
+        for the same registers that says so."""
+        (text, order), lies = self.registers[registers], self.rings[ring]
+
+        def copied(name: str) -> None:
+            self.parted(ring, depth, lambda slot, d: self.put(d, f"T.copy({slot}, {name})" if read else f"T.copy({name}, {slot})"))
+        if not lies.apart or order == lies.order:
+            copied(text)
             return
-        shape = listed(self.shape(lies.order, self.role))
-        self.buffers_of_role += [f'{name} = T.alloc_fragment({shape}, "{DTYPES[s.node.type.dtype]}")', across(name, shape)]
-        inside = self.loops(order, depth)
-        self.put(inside, f"{name}[{', '.join(coordinate(a) for a in lies.order)}] = {text}[{', '.join(at)}]")
-        self.parted(ring, depth, lambda slot, d: self.put(d, f"T.copy({name}, {slot})"))
+        name, shape = self.linear.fresh(f"{text}_across"), listed(self.shape(lies.order, self.role))
+        kind = DTYPES[self.value(self.value_of(ring)).type.dtype]
+        self.buffers_of_role += [f'{name} = T.alloc_fragment({shape}, "{kind}")', across(name, shape)]
+        here, there = (f"{n}[{', '.join(map(coordinate, o))}]" for n, o in ((text, order), (name, lies.order)))
+        if read:
+            copied(name)
+        self.put(self.loops(order, depth), f"{here} = {there}" if read else f"{there} = {here}")
+        if not read:
+            copied(name)
 
     def loops(self, order: tuple[str, ...], depth: int) -> int:
         if order:

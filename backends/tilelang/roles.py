@@ -225,7 +225,7 @@ class RolePrinter(RoleSteps):
 
     def allocate_registers(self, cell: str, name: str, depth: int) -> None:
         node, r = self.value(name), self.role
-        moved = name in self.laid.rings and self.crosses(name) and not self.laid.written(r, name)
+        moved = name in self.laid.rings and self.crosses(name) and not self.multiplied(r, name)
         order = self.order_of(name) if moved else self.ordered(node, r)
         apart = r.copies > 1 and self.shared is None
         text = self.linear.fresh(self.laid.homes.get(name, name) + (f"_{self.part}" if apart else ""))
