@@ -180,19 +180,17 @@ def _affine(p: Program, n: Node, depends: dict[Node, frozenset[str]]) -> Affine:
 
 @step
 def accumulate(pipeline: Pipeline, carried: str) -> Pipeline:
-    """x + dot(a, b) + dot(c, d), in whatever order a carry's next value has it, as (x + dot(a, b)) + dot(c, d): each product can
-    then be added onto what there is before it."""
+    """x + dot(a, b) + dot(c, d), in whatever order a carry's next value has it, as (x + dot(a, b)) + dot(c, d): each product
+    can then be added onto what there is before it."""
     for i, p in enumerate(pipeline):
         for scan in (ScanView.of(s) for s in p.scans() if carried in s["carries"]):
             last = scan.nexts[scan.carries.index(carried)]
             parts = addends(last)
             products = [x for sign, x in parts if x.op is Op.DOT and sign > 0]
             rest = [part for part in parts if part[1] not in products]
-            if not products or not rest:
-                raise refuse("accumulate", p, last, f"{carried} is no sum of products and of something else")
-            new = reduce(add, products, total(rest))
-            return put(pipeline, i, replace_node(p, last, new)) if new is not last else pipeline
-    raise IllegalStep(f"accumulate: no scan carries {carried!r}")
+            if products and rest:
+                return put(pipeline, i, replace_node(p, last, reduce(add, products, total(rest))))
+    raise IllegalStep(f"accumulate: no scan carries {carried!r}, a sum of products and of something else")
 
 
 @step

@@ -5,7 +5,7 @@ down to values that other events make; all between is computed where it is used.
 
 - a value that another role reads lies in its ring (and in registers too where its own role reads it again, unless it is a
   running sum, an inverse or the matrix that is inverted: of these a thread has no part of its own);
-- a product that is used once, in x + product, is added onto x: both lie in the registers of x (and so on, where x is such a sum);
+- a product that is used once, in x + product, is added onto x: both lie in the registers of x, which may be such a sum;
 - such an x lies where the one product or carry lies that it is made of, element by element.
 """
 from __future__ import annotations
@@ -171,8 +171,8 @@ class Laid:
     def fetch(self, r: Role, e: Event) -> None:
         node = self.node(r, e)
         if len(node.axes) > 1:
-            raise IllegalRoles(f"{r.name}: {e}: {self.program.describe(node)} is not what one can fetch: a number for each row, "
-                               "or one")
+            raise IllegalRoles(f"{r.name}: {e}: {self.program.describe(node)} is not what one can fetch: a number for each "
+                               "row, or one")
         if (r.name, node) in self.fetched:
             raise IllegalRoles(f"{r.name}: {e}: it is fetched twice")
         self.fetched[r.name, node] = e.value

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE, Roles, in_halves
+from gdn_ir.schedules.roles import AGAIN, BACK, Roles, in_halves
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 # what makes u's gradient by the outputs before the adjoint's scan, which then only adds it

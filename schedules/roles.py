@@ -210,14 +210,14 @@ AGAIN = Roles.of({
               "R": "bf16(r_again)", "decayed": "whole * S_again", "W": "bf16(rest * u_again)", "u16": "bf16(u_again)",
               "written": "k . W"},
     "roles": [
-        {"name": "load", "registers": 32, "events": ["load k", "load A", "load v"]},
-        {"name": "sums", "registers": 32, "events": [
+        {"name": "load", "registers": 80, "events": ["load k", "load A", "load v"]},
+        {"name": "sums", "registers": 80, "events": [
             "compute G", "compute gamma", "compute rest", "compute whole", "compute beta", "fetch total early", "fetch G early",
             "fetch beta early"]},
-        {"name": "store_state", "registers": 32, "events": ["store S_kept"]},
-        {"name": "store", "registers": 32, "events": ["store u"]},
+        {"name": "store_state", "registers": 80, "events": ["store S_kept"]},
+        {"name": "store", "registers": 80, "events": ["store u"]},
         {"name": "state", "copies": 2, "rows": "V", "warps": 4, "registers": 208, "events": [
-            "compute S16", "issue SK", "write S16", "read v", "complete SK", "compute R", "issue u_again", "compute decayed",
+            "compute S16", "compute decayed", "issue SK", "write S16", "read v", "complete SK", "compute R", "issue u_again",
             "complete u_again", "compute W", "issue written", "compute u16", "complete written"]}],
     "rings": [{"values": ["k"], "depth": 3}, {"values": ["A"], "depth": 3}, {"values": ["v"], "depth": 2},
               {"values": ["G", "gamma", "rest", "whole", "beta"], "depth": 4}, {"values": ["S16"], "depth": 1},
@@ -230,15 +230,15 @@ BACK = Roles.of({
               "R": "bf16(d_u)", "d_r32": "A . R", "d_r16": "bf16(d_r)", "X": "bf16((d_o * scale) * gamma)", "QX": "X . q",
               "Y": "bf16(neg(d_v) * gamma)", "KY": "Y . k", "decayed": "d_S * whole"},
     "roles": [
-        {"name": "load", "registers": 32, "events": ["load k", "load q", "load d_o", "load d_u_o", "load A"]},
-        {"name": "sums", "registers": 32, "events": [
+        {"name": "load", "registers": 80, "events": ["load k", "load q", "load d_o", "load d_u_o", "load A"]},
+        {"name": "sums", "registers": 80, "events": [
             "compute G", "compute gamma", "compute rest", "compute whole", "compute beta", "fetch total early", "fetch G early",
             "fetch beta early"]},
-        {"name": "store_state", "registers": 32, "events": ["store d_S"]},
-        {"name": "store", "registers": 32, "events": ["store d_r"]},
+        {"name": "store_state", "registers": 80, "events": ["store d_S"]},
+        {"name": "store", "registers": 80, "events": ["store d_r"]},
         {"name": "state", "copies": 2, "rows": "V", "warps": 4, "registers": 208, "events": [
             "compute d_S16", "issue SK", "write d_S16", "read d_o", "compute X", "read d_u_o", "complete SK", "compute R",
-            "compute decayed", "issue d_r32", "issue QX", "complete QX", "compute Y", "issue KY", "compute d_r16",
+            "issue d_r32", "compute decayed", "issue QX", "complete d_r32", "compute Y", "issue KY", "compute d_r16",
             "complete KY"]}],
     "rings": [{"values": ["k"], "depth": 2}, {"values": ["q"], "depth": 2}, {"values": ["d_o"], "depth": 2},
               {"values": ["d_u_o"], "depth": 2}, {"values": ["A"], "depth": 2},
@@ -251,10 +251,10 @@ BACK_ALONE = Roles.of({
     "names": {**dict(BACK.names), "P": "bf16(D * qk)", "OP": "d_o . P"},
     "roles": [
         {"name": "load", "registers": 32, "events": ["load k", "load q", "load d_o", "load A"]},
-        *BACK.data()["roles"][1:-1],
+        *({**r, "registers": 32} for r in BACK.data()["roles"][1:-1]),
         {"name": "state", "copies": 2, "rows": "V", "warps": 4, "registers": 208, "events": [
             "read d_o", "compute d_S16", "issue OP", "issue SK", "write d_S16", "compute X", "complete SK", "compute R",
-            "compute decayed", "issue d_r32", "complete d_r32", "issue QX", "compute Y", "issue KY", "compute d_r16",
+            "issue d_r32", "compute decayed", "issue QX", "complete d_r32", "compute Y", "issue KY", "compute d_r16",
             "complete KY"]},
         {"name": "aux", "rows": "C", "warps": 4, "registers": 64, "events": ["issue qk", "complete qk", "compute P"]}],
     "rings": [{"values": ["k"], "depth": 3}, {"values": ["q"], "depth": 2}, {"values": ["d_o"], "depth": 2},
@@ -265,8 +265,8 @@ BACK_ALONE = Roles.of({
 
 
 def in_halves(roles: Roles) -> Roles:
-    """For blocks that each own as much as one copy of a role did."""
-    return replace(roles, roles=tuple(replace(r, copies=1) for r in roles.roles))
+    """For blocks that each own as much as one copy of a role did, and so have registers to spare."""
+    return replace(roles, roles=tuple(replace(r, copies=1, registers=240 if r.copies > 1 else 80) for r in roles.roles))
 
 
 # The scan of the plan "fused": the inverse is made beside the states. aux multiplies K K^T and Q K^T and makes M; two warps

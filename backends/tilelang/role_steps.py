@@ -185,7 +185,7 @@ class RoleSteps(RolePlaces):
         (text, order), lies = self.registers[registers], self.rings[ring]
 
         def copied(name: str) -> None:
-            self.parted(ring, depth, lambda slot, d: self.put(d, f"T.copy({slot}, {name})" if read else f"T.copy({name}, {slot})"))
+            self.parted(ring, depth, lambda slot, d: self.put(d, f"T.copy({f'{slot}, {name}' if read else f'{name}, {slot}'})"))
         if not lies.apart or order == lies.order:
             copied(text)
             return

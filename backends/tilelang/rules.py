@@ -109,8 +109,8 @@ def slot(chain: tuple[str, ...], inner: tuple[str, ...]) -> str:
 def where(n: Node, at: At_, k: Kernel, whole: bool = False, first: str = "t0", rows: str = "rows", place_of: str = "") \
         -> tuple[str, str]:
     """A LOAD's or STORE's element: the indices of its tensor, and the condition under which it exists ("" where always).
-    whole: whether the chunk has all of its rows; first and rows: its first token, and how many it has; place_of: its slot, where
-    that is another than the one at hand. Of several places, the i-th."""
+    whole: whether the chunk has all of its rows; first and rows: its first token, and how many it has; place_of: its slot,
+    where that is not the one at hand. Of several places, the i-th."""
     indices, inside, members = [], [], counts(n, k)
     for term in n["index"]:
         match term:
