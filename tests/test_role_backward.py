@@ -11,7 +11,7 @@ import torch
 from gdn_ir.backends.base import SHARED, TORCH, Kernel
 from gdn_ir.backends.tilelang.roles import RolePrinter
 from gdn_ir.backends.tilelang.runtime import lowered
-from gdn_ir.bench import gradients
+from gdn_ir.bench import gradients, role_backward as bench
 from gdn_ir.bench.errors import relative
 from gdn_ir.cache import load_source
 from gdn_ir.compiler import Unsupported, Variant, variant
@@ -118,6 +118,17 @@ def test_emitted_text_computes_gradients(lengths: tuple[int, ...], H: int, varle
     for n in instance.grads:
         part = slice(None if n.endswith("state") else rows)
         assert relative(x[f"d_{n}"][part], want[n][part]) < 5e-3, n
+
+
+def test_the_bench_has_candidates() -> None:
+    """As they serve for a shape, with roles for nothing but the scans, and those in no stream of another's."""
+    for lengths, _, HV in bench.SHAPES:
+        found = bench.candidates(bench.TIMED, len(lengths), HV)
+        assert list(found) == ["gathered", "gathered, in a row", "roles", "roles-alone", "roles-halves", "roles-alone-halves"]
+        for name, s in found.items():
+            kernels = variant(bench.TIMED, s, "triton", "sm_90").compiled.kernels
+            assert [k.name for k in kernels if k.options.roles] == (["again", "back"] if "roles" in name else [])
+            assert [k.name for k in kernels if k.beside] == (["back", "inner", "grads"] if name == "gathered" else ["grads"])
 
 
 def changed(roles: Roles, role: str, before: str, after: str) -> Roles:
