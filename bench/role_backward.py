@@ -5,9 +5,8 @@ timed, whole and each kernel.
 
 Checked: on short sequences, packed with ragged ends and an empty one, and dense, against float64 autograd of the recurrence; on
 those that are timed, against "gathered"; outputs and freed memory full of NaN before, and the same bits twice. What is wrong is
-reported and not timed. Each schedule with roles is timed in a row, as a pipeline runs, and with its scans beside each other, in
-two streams. Kernels are compiled beforehand, in several processes. Roles that wait for each other would do so for ever: the
-process ends where a check or a shape takes too long, and what was found before is kept.
+reported and not timed. Kernels are compiled beforehand, in several processes. Roles that wait for each other would do so for
+ever: the process ends where a check or a shape takes too long, and what was found before is kept.
 """
 from __future__ import annotations
 
@@ -16,33 +15,31 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gdn_ir.backends.base import TORCH
-from gdn_ir.backends.temporaries import temporaries
 from gdn_ir.bench import gradients, inputs
 from gdn_ir.bench.adjoints import TIMED, near, spoil, wanted
-from gdn_ir.bench.backward import GRADS, Tensors, kernels
+from gdn_ir.bench.backward import Tensors, kernels
 from gdn_ir.bench.cases import Shape, name_of
 from gdn_ir.bench.errors import bound, relative, worst
 from gdn_ir.bench.gradients import FULL, backward_of
 from gdn_ir.bench.plans import call
 from gdn_ir.bench.segments import ARCH, LIMIT
 from gdn_ir.bench.timing import interleave, timer
-from gdn_ir.compiler import Instance, Variant, variant
+from gdn_ir.compiler import Instance, variant
 from gdn_ir.coverage import Cell, Layout
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.schedules.defaults import whole_scans
 from gdn_ir.schedules.role_backward import as_roles
-from gdn_ir.schedules.roles import BACK, BACK_ALONE
+from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE
 from gdn_ir.schedules.schedule import Schedule
 
 SHAPES: list[Shape] = [([32768], 16, 32), ([32768], 8, 16), ([32768], 4, 8), ([4096] * 8, 16, 32)]
@@ -54,10 +51,10 @@ SECONDS = 0.2                                              # of timing, for each
 
 def candidates(instance: Instance, sequences: int, heads: int) -> dict[str, Schedule]:
     """What serves, the same with nothing that follows a scan, and roles: a whole head to a block or half of one, u's gradient
-    by the outputs made before or among them."""
+    by the outputs made before or among them, the scans in a row or beside each other."""
     gathered = whole_scans(ARCH, instance, sequences, heads, "triton")[0]
     row = replace(gathered, kernels=tuple((k, replace(o, follows=o.follows and k == "grads")) for k, o in gathered.kernels))
-    roles = [as_roles(gathered, back=back, halves=halves) for halves in (False, True) for back in (BACK, BACK_ALONE)]
+    roles = [as_roles(gathered, AGAIN, *way) for way in product((BACK, BACK_ALONE), (False, True), (False, True))]
     return {"gathered": gathered, "gathered, in a row": row, **{s.name.removeprefix("backward-"): s for s in roles}}
 
 
@@ -88,29 +85,6 @@ def checked(check: tuple[Cell, str], want: Tensors, made: dict[str, Schedule]) -
     return found
 
 
-def beside(chosen: Variant, x: Tensors) -> Callable[[], Tensors]:
-    """The same kernels with the scans in two streams: neither reads what the other writes."""
-    ends, made = x["cu_seqlens"], chosen.compiled
-    sizes = chosen.call_of(x, len(ends) - 1, ends)
-    out = {f"d_{n}": torch.full_like(x[n], float("nan")) for n in GRADS}
-    memory = {n: x[n] for n in (*GRADS, "d_o")} | out
-    for name, (kernel, t, *_) in temporaries(made.kernels).items():
-        memory[name] = torch.full(sizes.shape(kernel, t), float("nan"), dtype=TORCH[t.dtype], device="cuda")
-    side, scale = torch.cuda.Stream(), x["q"].shape[-1] ** -0.5
-
-    def run() -> Tensors:
-        here = torch.cuda.current_stream()
-        for kernel, launch in zip(made.kernels, made.launches, strict=True):
-            if kernel.name == "again":
-                side.wait_stream(here)
-            with torch.cuda.stream(side if kernel.name == "again" else here):
-                launch(memory, {"scale": scale}, sizes)
-            if kernel.name == "back":
-                here.wait_stream(side)
-        return out
-    return run
-
-
 def timed(shape: Shape, made: dict[str, Schedule]) -> dict[str, Any]:
     """Milliseconds of all candidates on one shape, in turns, and of each kernel; microseconds a chunk of the scans."""
     lengths, H, HV = shape
@@ -119,30 +93,28 @@ def timed(shape: Shape, made: dict[str, Schedule]) -> dict[str, Any]:
     found: dict[str, Any] = {"shape": name_of(lengths), "heads": [H, HV], "plans": {}}
     runs, first = {}, dict[str, torch.Tensor]()
     for name, schedule in made.items():
+        print(f"{found['shape']}, {H}/{HV}: {name}", file=sys.stderr, flush=True)
         chosen = variant(TIMED, schedule, "triton", ARCH)
-        ways: dict[str, Callable[[], Tensors]] = {name: partial(call, chosen, x)}
-        ways |= {f"{name}, in two streams": beside(chosen, x)} if "roles" in name else {}
-        for way, run in ways.items():
-            print(f"{found['shape']}, {H}/{HV}: {way}", file=sys.stderr, flush=True)
-            spoil()
-            got = {n: t.clone() for n, t in run().items()}
-            again = run()
-            first = first or got
-            apart = {n: relative(got[n], first[n]) for n in got}
-            row = found["plans"][way] = {"from_gathered": apart, "repeats": all(torch.equal(got[n], again[n]) for n in got)}
-            if row["repeats"] and worst(apart.values()) <= 2 * bound("bf16", True):
-                runs[way] = timer([run], "cuda")
-        if name in runs:
-            ms = kernels(chosen, ways[name])
-            found["plans"][name] |= {"kernels": ms, "sources": {s.kernel: s.hash for s in chosen.sources}}
-            if "roles" in name:
-                blocks = len(lengths) * HV * (1 + ("halves" in name))
-                waves = -(-blocks // torch.cuda.get_device_properties(0).multi_processor_count)
-                chunks = -(-max(lengths) // 64)
-                found["plans"][name]["us_per_chunk"] = {k: 1e3 * ms[k] / (waves * chunks) for k in ("again", "back")}
+        run = partial(call, chosen, x)
+        spoil()
+        got, again = run(), run()
+        first = first or got
+        apart = {n: relative(got[n], first[n]) for n in got}
+        row = found["plans"][name] = {"from_gathered": apart, "repeats": all(torch.equal(got[n], again[n]) for n in got)}
+        if not row["repeats"] or not worst(apart.values()) <= 2 * bound("bf16", True):
+            continue
+        runs[name] = timer([run], "cuda")
+        row["sources"] = {s.kernel: s.hash for s in chosen.sources}
+        if name == "gathered" or schedule.options("again").aside:              # each by itself: where they run in a row
+            continue
+        row["kernels"] = ms = kernels(chosen, run)
+        if "roles" in name:
+            blocks = len(lengths) * HV * (1 + ("halves" in name))
+            waves = -(-blocks // torch.cuda.get_device_properties(0).multi_processor_count)
+            row["us_per_chunk"] = {k: 1e3 * ms[k] / (waves * -(-max(lengths) // 64)) for k in ("again", "back")}
     interleave(runs, SECONDS)
-    for way, t in runs.items():
-        found["plans"][way] |= t.summary()
+    for name, t in runs.items():
+        found["plans"][name] |= t.summary()
     return found
 
 
@@ -164,6 +136,7 @@ def main() -> None:
     large = [some(candidates(TIMED, len(lengths), HV)) for lengths, _, HV in shapes]
     jobs = dict.fromkeys([(backward_of(c), s) for (c, _), made in zip(checks, small, strict=True) for s in made.values()]
                          + [(TIMED, s) for made in large for s in made.values()])
+    jobs = {(i, s): None for i, s in jobs if not s.options("again").aside}             # the same kernels as in a row
     a.out.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(min(a.processes, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
         slow = pool.map(wanted, checks)

@@ -13,7 +13,8 @@ class KernelOptions:
     whether it starts beside the scan before it (`gdn_ir.follow`): at once where it reads nothing of it, else each chunk as
     soon as that has stored it. roles: what its warps do, where they do not all do the same (then it decides their number, and
     how far loads run ahead). backend: which makes this kernel, where it is another than makes the rest. sparing: whether its
-    statements stand in an order in which a block holds little at once, not in the program's."""
+    statements stand in an order in which a block holds little at once, not in the program's. aside: whether it runs in a stream
+    of its own beside the kernel after it, where neither reads nor writes what the other writes."""
     v_tile: int | None = None
     num_warps: int = 4
     num_stages: int = 2
@@ -21,10 +22,12 @@ class KernelOptions:
     roles: Roles | None = None
     backend: str = ""
     sparing: bool = False
+    aside: bool = False
 
     def __str__(self) -> str:
         tile = f", V in tiles of {self.v_tile}" if self.v_tile else ""
         tile += f", by {self.backend}" if self.backend else ""
+        tile += ", beside the kernel after it" if self.aside else ""
         if self.roles:
             return f"roles {', '.join(r.name for r in self.roles.roles)}{tile}"
         more = tile + (", follows the scan before it" if self.follows else "") + (", sparing" if self.sparing else "")
@@ -39,6 +42,7 @@ class KernelOptions:
                                  "(v_tile also None; num_warps to 16; num_stages is any number from 1 to 8)")
         for name, given, kind, accepts in (("follows", self.follows, bool, "true or false"),
                                            ("sparing", self.sparing, bool, "true or false"),
+                                           ("aside", self.aside, bool, "true or false"),
                                            ("backend", self.backend, str, "a backend's name, or nothing")):
             if not isinstance(given, kind):
                 raise ValueError(f"KernelOptions.{name}: got {given!r}; accepts {accepts}")
@@ -49,6 +53,7 @@ class KernelOptions:
         plain |= {"follows": True} if self.follows else {}
         plain |= {"backend": self.backend} if self.backend else {}
         plain |= {"sparing": True} if self.sparing else {}
+        plain |= {"aside": True} if self.aside else {}
         return plain | ({"roles": self.roles.data()} if self.roles else {})
 
 

@@ -1,6 +1,7 @@
 """The backward's two scans as roles: their plans, their text, executed on the CPU against float64; what nvcc makes of it."""
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from gdn_ir.backends.base import SHARED, TORCH, Kernel
+from gdn_ir.backends.temporaries import launched, moments
 from gdn_ir.backends.tilelang.roles import RolePrinter
 from gdn_ir.backends.tilelang.runtime import lowered
 from gdn_ir.bench import gradients, role_backward as bench
@@ -16,6 +18,7 @@ from gdn_ir.bench.errors import relative
 from gdn_ir.cache import load_source
 from gdn_ir.compiler import Unsupported, Variant, variant
 from gdn_ir.coverage import Cell, Layout
+from gdn_ir.nodes import IRError
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.schedules.defaults import whole_scans
 from gdn_ir.schedules.execute import execute
@@ -124,11 +127,47 @@ def test_the_bench_has_candidates() -> None:
     """As they serve for a shape, with roles for nothing but the scans, and those in no stream of another's."""
     for lengths, _, HV in bench.SHAPES:
         found = bench.candidates(bench.TIMED, len(lengths), HV)
-        assert list(found) == ["gathered", "gathered, in a row", "roles", "roles-alone", "roles-halves", "roles-alone-halves"]
+        assert list(found) == ["gathered", "gathered, in a row", *(f"roles{back}{half}{aside}" for back in ("", "-alone")
+                                                                   for half in ("", "-halves") for aside in ("", "-aside"))]
         for name, s in found.items():
             kernels = variant(bench.TIMED, s, "triton", "sm_90").compiled.kernels
             assert [k.name for k in kernels if k.options.roles] == (["again", "back"] if "roles" in name else [])
+            assert [k.name for k in kernels if k.options.aside] == ["again"] * ("aside" in name)
             assert [k.name for k in kernels if k.beside] == (["back", "inner", "grads"] if name == "gathered" else ["grads"])
+
+
+def test_scans_in_two_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that runs again starts behind what is before it, the adjoint's beside it, and inner behind both; they share no
+    memory. Where they would meet, or something follows, it is refused; JSON keeps it."""
+    def made(base: Schedule) -> Variant:
+        return variant(bench.TIMED, base, "triton", "sm_90")
+    base = whole_scans("sm_90", bench.TIMED, 1, 32, "triton")[0]
+    schedule = as_roles(base, aside=True)
+    kernels, said = made(schedule).compiled.kernels, list[str]()
+    assert moments(kernels) == [1, 2, 3, 3, 4, 5, 5] and Schedule.from_json(schedule.to_json()) == schedule
+
+    class Stream:
+        device_index = 0
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            said.append(f"{self.name} waits for {other.name}")
+    here, there = Stream("here"), Stream("aside")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: here)
+    monkeypatch.setattr(torch.cuda, "stream", lambda s: nullcontext(said.append(f"in {s.name}")))
+    monkeypatch.setattr("gdn_ir.backends.temporaries.stream", lambda device: there)
+    launches = [lambda *_, name=k.name: said.append(name) for k in kernels]
+    launched(kernels, launches, {}, {}, None, True)        # type: ignore[arg-type]
+    assert said == ["solve", "local", "aside waits for here", "in aside", "again", "back", "here waits for aside", "inner",
+                    "heads", "grads"]
+    for kernel in ("solve", "back", "heads", "grads"):
+        options = {kernel: replace(schedule.options(kernel), aside=True)}
+        with pytest.raises(IRError, match=f"aside: {kernel} cannot run beside"):
+            made(as_roles(base).with_options(**options))
+    with pytest.raises(IRError, match="aside: again cannot run beside"):
+        made(base.with_options(again=replace(base.options("again"), aside=True)))
 
 
 def changed(roles: Roles, role: str, before: str, after: str) -> Roles:
