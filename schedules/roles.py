@@ -265,8 +265,12 @@ BACK_ALONE = Roles.of({
 
 
 def in_halves(roles: Roles) -> Roles:
-    """For blocks that each own as much as one copy of a role did, and so have registers to spare."""
-    return replace(roles, roles=tuple(replace(r, copies=1, registers=240 if r.copies > 1 else 80) for r in roles.roles))
+    """For blocks that each own as much as one copy of a role did: they have registers to spare, and memory for another slot of
+    what is loaded and held until the end of its chunk, which comes sooner."""
+    did = {do: {e.value for r in roles.roles for e in r.events if e.do == do} for do in ("load", "read")}
+    rings = (replace(x, depth=x.depth + 1) if {*x.values} <= did["load"] - did["read"] else x for x in roles.rings)
+    return replace(roles, rings=tuple(rings), roles=tuple(
+        replace(r, copies=1, registers=240 if r.copies > 1 else 80) for r in roles.roles))
 
 
 # The scan of the plan "fused": the inverse is made beside the states. aux multiplies K K^T and Q K^T and makes M; two warps
