@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -49,9 +50,10 @@ class Place(NamedTuple):
 
 
 def moments(kernels: Sequence[Kernel]) -> list[int]:
-    """When each kernel runs: numbers from 1 on, a follower's that of the kernel that it runs beside. At 0, before all of them,
-    whoever launches them sets counts to zero."""
-    return list(accumulate(0 if k.beside else 1 for k in kernels))
+    """When each kernel runs: numbers from 1 on, a follower's that of the kernel that it runs beside; so one after a kernel that
+    runs aside. At 0, before all of them, whoever launches them sets counts to zero."""
+    before = [False, *(k.options.aside for k in kernels)]
+    return list(accumulate(0 if k.beside or aside else 1 for k, aside in zip(kernels, before, strict=False)))
 
 
 def temporaries(kernels: Sequence[Kernel]) -> dict[str, Life]:
@@ -133,6 +135,29 @@ def in_order(kernels: Sequence[Kernel], launches: Sequence[Launch]) -> Launch:
             every[name].zero_()
         elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
         with torch.cuda.device(device) if elsewhere else HERE:                 # launches go to the tensors' device
-            for launch in launches:
-                launch(every, params, call)
+            launched(kernels, launches, every, params, call, device.type == "cuda")
     return run
+
+
+def launched(kernels: Sequence[Kernel], launches: Sequence[Launch], memory: Mapping[str, torch.Tensor],
+             params: Mapping[str, float], call: Call, cuda: bool) -> None:
+    """One after another; what runs aside in another stream, from what is before it to the end of the kernel after it."""
+    aside: torch.cuda.Stream | None = None
+    for kernel, launch in zip(kernels, launches, strict=True):
+        if kernel.options.aside and cuda:
+            here = torch.cuda.current_stream()
+            aside = stream(here.device_index)
+            aside.wait_stream(here)
+            with torch.cuda.stream(aside):
+                launch(memory, params, call)
+            continue
+        launch(memory, params, call)
+        if aside is not None:
+            torch.cuda.current_stream().wait_stream(aside)
+            aside = None
+
+
+@lru_cache(maxsize=64)
+def stream(device: int) -> torch.cuda.Stream:
+    """What runs aside on a device. Calls share it: each waits for its own part."""
+    return torch.cuda.Stream(device)

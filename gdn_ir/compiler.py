@@ -16,7 +16,7 @@ from gdn_ir.artifacts import NotCompiled
 from gdn_ir.autodiff import backward
 from gdn_ir.backends.base import TORCH, Backend, Call, Kernel, Launch, Source
 from gdn_ir.backends.temporaries import in_order
-from gdn_ir.follow import clears, first_beside, followers
+from gdn_ir.follow import beside, clears, first_beside, followers
 from gdn_ir.inverse import doubled
 from gdn_ir.legalize import collapse, small_products, split_products, ungrouped
 from gdn_ir.nodes import RUNS_ALONG, At, IRError, Op, Part, Rows, Tensor, base
@@ -149,6 +149,7 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
         if any("V#" in p.tensors()[n].dims for n in p.written()):
             extents["V#"] = -(-extents["V"] // split[p.name])
     followed = followers(pipeline, {p.name for p in pipeline if schedule.options(p.name).follows})
+    beside(pipeline, {p.name for p in pipeline if schedule.options(p.name).aside}, followed)
     counting = {j: counts for scans in followed.values() for j, counts in scans.items()}
     cleared: dict[int, Tensor] = {}                        # by the last kernel before the scan that can
     for j, counts in counting.items():
@@ -258,7 +259,7 @@ class Compiled:
     @cached_property
     def joined(self) -> Launch:
         """All launches as one."""
-        alike = all(b is self.backend for b in self.makers)
+        alike = all(b is self.backend for b in self.makers) and not any(k.options.aside for k in self.kernels)
         return self.backend.join(self.kernels, self.launches) if alike else in_order(self.kernels, self.launches)
 
     @cached_property

@@ -73,6 +73,17 @@ def followers(pipeline: Sequence[Program], names: Container[str]) -> dict[int, d
     return found
 
 
+def beside(pipeline: Sequence[Program], names: Container[str], followed: Container[int]) -> None:
+    """Raises IRError where one of the kernels of these names cannot run in a stream of its own beside the kernel after it."""
+    for i, p in enumerate(pipeline):
+        if p.name not in names:
+            continue
+        after = pipeline[i + 1] if i + 1 < len(pipeline) else None
+        if after is None or after.name in names or not apart(p, after) or any(j in followed for j in (i, i + 1, i + 2)):
+            raise IRError(f"aside: {p.name} cannot run beside the kernel after it: there is none, they meet in memory, it runs "
+                          "aside too, or one of the two, or the next, follows")
+
+
 def first_beside(i: int, followed: Container[int]) -> int:
     """The place of the first kernel beside which the i-th of a pipeline may run: the last before it that does not follow."""
     while i in followed:

@@ -2,12 +2,15 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
+from operator import add
 
 from gdn_ir.analysis import needs
 from gdn_ir.build import as_node, dot, elem, eye, tri_solve
 from gdn_ir.nodes import Node, Op, twin
-from gdn_ir.program import Program
-from gdn_ir.schedules.pipeline import Pipeline, find, put, refuse, replace_node, step
+from gdn_ir.program import Program, ScanView
+from gdn_ir.schedules.pipeline import IllegalStep, Pipeline, find, put, refuse, replace_node, step
+from gdn_ir.schedules.terms import addends, total
 from gdn_ir.verify import verify
 
 
@@ -173,6 +176,21 @@ def _affine(p: Program, n: Node, depends: dict[Node, frozenset[str]]) -> Affine:
     const, slope = part(n)
     assert slope is not None
     return const, slope
+
+
+@step
+def accumulate(pipeline: Pipeline, carried: str) -> Pipeline:
+    """x + dot(a, b) + dot(c, d), in whatever order a carry's next value has it, as (x + dot(a, b)) + dot(c, d): each product
+    can then be added onto what there is before it."""
+    for i, p in enumerate(pipeline):
+        for scan in (ScanView.of(s) for s in p.scans() if carried in s["carries"]):
+            last = scan.nexts[scan.carries.index(carried)]
+            parts = addends(last)
+            products = [x for sign, x in parts if x.op is Op.DOT and sign > 0]
+            rest = [part for part in parts if part[1] not in products]
+            if products and rest:
+                return put(pipeline, i, replace_node(p, last, reduce(add, products, total(rest))))
+    raise IllegalStep(f"accumulate: no scan carries {carried!r}, a sum of products and of something else")
 
 
 @step

@@ -5,7 +5,7 @@ down to values that other events make; all between is computed where it is used.
 
 - a value that another role reads lies in its ring (and in registers too where its own role reads it again, unless it is a
   running sum, an inverse or the matrix that is inverted: of these a thread has no part of its own);
-- a product that is used once, in x + product, is added onto x: both lie in the registers of x;
+- a product that is used once, in x + product, is added onto x: both lie in the registers of x, which may be such a sum;
 - such an x lies where the one product or carry lies that it is made of, element by element.
 """
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from gdn_ir.nodes import FUNCTIONS, IRError, Node, Op
+from gdn_ir.nodes import FUNCTIONS, IRError, Node, Op, Tensor
 from gdn_ir.program import Program, ScanView, uses
 from gdn_ir.schedules.roles import MAKE, Event, Role, Roles
 
@@ -63,8 +63,7 @@ def expressions(program: Program, names: tuple[tuple[str, str], ...] = ()) -> di
             case Op.CONST:
                 text[n] = repr(n["value"])
             case Op.LOAD:
-                t = n["tensor"]                            # "k_kept" is what an earlier kernel made of the rows of k
-                text[n] = t.name.removesuffix("_kept") if t.temp else t.name
+                text[n] = called(n["tensor"])
             case Op.CARRY | Op.PARAM:
                 text[n] = n["name"]
             case Op.DOT:
@@ -88,6 +87,11 @@ def expressions(program: Program, names: tuple[tuple[str, str], ...] = ()) -> di
     return found
 
 
+def called(t: Tensor) -> str:
+    """A tensor's name in schedules: "k_kept" is what an earlier kernel made of the rows of k."""
+    return t.name.removesuffix("_kept") if t.temp else t.name
+
+
 def padding(n: Node) -> bool:
     """Whether a node masks rows past the end of a sequence, and does nothing else."""
     if n.op is not Op.SELECT:
@@ -96,10 +100,21 @@ def padding(n: Node) -> bool:
     return c.op is Op.ELEM and c["fn"] == "lt" and c.args[0].op is Op.INDEX and c.args[1].op is Op.VALID
 
 
+def untwinned(program: Program) -> Program:
+    """The program, in which what is rounded is what is stored, along its axes: not its twin."""
+    def change(old: Node, args: tuple[Node, ...]) -> Node | None:
+        if old.op is not Op.STORE or args[0].op is not Op.TWIN or args[0].args[0].op is not Op.CAST:
+            return None
+        (rounded,) = args[0].args
+        return old.but((rounded.but((rounded.args[0].twin(args[0]["axis"]),)),))
+    return program.rebuild(change)
+
+
 class Laid:
     """A role schedule over a program. `steps`: those of each role's copies, by name ("state0", "aux"), in order."""
 
     def __init__(self, program: Program, roles: Roles) -> None:
+        program = untwinned(program)
         self.program, self.roles = program, roles
         self.named = expressions(program, roles.names)
         for name, expression in roles.names:
@@ -108,7 +123,7 @@ class Laid:
                                    f"{', '.join(sorted(self.named))}")
         (self.scan,) = (ScanView.of(s) for s in program.scans() if s["carries"])         # around it: segments, all at once
         self.stores = {n["tensor"].name: n for n in self.scan.effects if n.op is Op.STORE}
-        self.loaded = {n["tensor"].name: n for n in program.nodes() if n.op is Op.LOAD}
+        self.loaded = {called(n["tensor"]): n for n in program.nodes() if n.op is Op.LOAD}
         self.axes = {r.rows: r.copies for r in roles.roles if r.copies > 1}
         self.rings = {v: ring for ring in roles.rings for v in ring.values}
         self.held: dict[Node, str] = {}                    # nodes that events make, by the value's name
@@ -146,15 +161,18 @@ class Laid:
         users = self.users.get(node, [])
         if node.op is Op.DOT and len(users) == 1 and users[0].op is Op.ELEM and users[0]["fn"] == "add":
             (x,) = (a for a in users[0].args if a is not node)
-            base = next((name for name, n in self.named.items() if n is x), None)
-            if base is not None and any(o == Event("compute", base) for o in r.events):
+            sum_ = self.held.get(x, "")                    # onto which another product was added
+            base = sum_ if sum_ in self.onto and self.owner[sum_] is r else \
+                next((name for name, n in self.named.items() if n is x and Event("compute", name) in r.events), None)
+            if base is not None:
                 self.onto[e.value], node = base, users[0]
         self.held[node] = e.value
 
     def fetch(self, r: Role, e: Event) -> None:
         node = self.node(r, e)
-        if len(node.axes) != 1:
-            raise IllegalRoles(f"{r.name}: {e}: {self.program.describe(node)} is not what one can fetch: a number for each row")
+        if len(node.axes) > 1:
+            raise IllegalRoles(f"{r.name}: {e}: {self.program.describe(node)} is not what one can fetch: a number for each "
+                               "row, or one")
         if (r.name, node) in self.fetched:
             raise IllegalRoles(f"{r.name}: {e}: it is fetched twice")
         self.fetched[r.name, node] = e.value
@@ -175,6 +193,8 @@ class Laid:
         """The registers that hold each value, by the name of the value that they are named for."""
         homes: dict[str, str] = {}
         for product, base in self.onto.items():
+            if base in self.onto:
+                continue
             x = self.named[base]
             same = [v for v in self.inputs(x) if self.owner[v] is self.owner[base] and self.value(v).type == x.type]
             if len(same) != 1:
@@ -225,6 +245,10 @@ class Laid:
         """How many parts a value is in."""
         axes = self.value(name).axes
         return next((count for axis, count in self.axes.items() if axis in axes), 1)
+
+    def written(self, r: Role, name: str) -> bool:
+        """Whether a role computes a value to registers first, and to its ring later."""
+        return Event("write", name) in r.events
 
     def registers(self, role: str, name: str, ahead: int = 0) -> Access:
         return Access(f"{role}:{self.homes.get(name, name)}", name, False, ahead)
@@ -277,6 +301,10 @@ class Laid:
                         yield Step(e, node, "copy", (source(what, part),), (), part)
                     case "read":
                         yield Step(e, node, "threads", (across,), (kept,), part)
+                    case "write":
+                        if Event("compute", e.value) not in r.events or e.value not in self.rings:
+                            raise IllegalRoles(f"{instance}: {e}: it is not computed here, or has no ring")
+                        yield Step(e, node, "threads", (kept,), (across,), part)
                     case "complete":
                         yield Step(e, node, "threads", (), (), part)
                     case "join":
@@ -288,8 +316,9 @@ class Laid:
                         reads = tuple(source(n, part) for n in self.inputs(node))
                         reads += (self.registers(instance, self.onto[e.value]),) if e.value in self.onto else ()
                         reads += tuple(self.fetches(instance, n) for n in dict.fromkeys(self.taken(r, node)))
-                        writes = (*((across,) if e.value in self.rings else ()),
-                                  *((kept,) if self.keeps(e.value, again) else ()))
+                        later = self.written(r, e.value)
+                        writes = (*((across,) if e.value in self.rings and not later else ()),
+                                  *((kept,) if self.keeps(e.value, again or later) else ()))
                         if e.do == "issue":
                             writes = (kept if e.value not in self.carry else Access(kept.cell, self.carry[e.value], False, 1),)
                         yield Step(e, node, "tensor" if e.do == "issue" else "threads", reads, writes, part)

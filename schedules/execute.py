@@ -78,7 +78,7 @@ def unrolled(ops: tuple[Op, ...], chunks: int) -> Iterator[tuple[Op, int]]:
 
 class Machine:
     def __init__(self, plan: Plan, chunks: int, ragged: bool) -> None:
-        self.plan, self.last = plan, chunks - 1 if ragged else chunks
+        self.plan, self.short = plan, (0 if plan.reverse else chunks - 1) if ragged else -1
         self.programs = {role: list(unrolled(ops, chunks)) for role, ops in plan.ops.items()}
         self.at = dict.fromkeys(self.programs, 0)
         self.clocks: dict[str, Clock] = {role: {role: 1} for role in self.programs}
@@ -155,7 +155,7 @@ class Machine:
         self.at[role] += 1
         clock = self.clocks[role]
         if isinstance(x, Step):
-            if x.engine == "tensor" or (x.engine == "copy" and chunk < self.last):
+            if x.engine == "tensor" or (x.engine == "copy" and chunk != self.short):
                 name = f"{role}'s {x} {chunk}" + ("" if x.part is None else f" part {x.part}")
                 self.flights[role].append(Flight(name, role, x, chunk, dict(clock)))
                 for a in x.writes if x.engine == "copy" else ():
@@ -167,7 +167,7 @@ class Machine:
         elif x.kind == "arrive":
             mine = {**clock, apart(role): clock[role]}
             self.count(x.barrier, chunk % self.plan.barriers[x.barrier].slots, mine, self.plan.warps[role])
-        elif x.kind == "fence" and (not x.ragged or chunk >= self.last):
+        elif x.kind == "fence" and (not x.ragged or chunk == self.short):
             clock[role] += 1
             for c in self.cells.values():
                 if c.by is not None and c.by[0] == role and c.fenced is None:
@@ -179,6 +179,11 @@ class Machine:
         clock[role] += 1
 
     def land(self, f: Flight) -> None:
+        for a in f.step.writes if f.step.engine == "tensor" else ():       # products are added onto the same sum in order
+            by = self.cell(a, f.chunk).by
+            for before in self.flights[f.role]:
+                if by is not None and before.landed and before.name == by[0]:
+                    join(f.clock, before.clock)
         self.touch(f.name, f.clock, f.step, f.chunk, f.step.engine)
         f.landed = True
         if f.step.engine == "copy" and f.step.writes:

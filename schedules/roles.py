@@ -7,7 +7,8 @@ Events, as they are written in JSON:
 
     load x          ask for a tile of a tensor (by TMA); it is complete when its ring says so
     read x          copy a value from its ring to registers
-    fetch x         copy a tensor's elements to registers, of which its role computes then
+    write x         copy a value that is computed to registers before to its ring: under products that read those
+    fetch x         copy a tensor's elements, or its one, to registers, of which its role computes then
     compute x       compute a value, element by element
     issue x         start the product x; its left operand lies in registers or in a ring, the right one in a ring
     complete x      wait until x is computed (and what was issued before it)
@@ -21,10 +22,10 @@ An event that ends with " late" works on the chunk before: it runs under the nex
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-DO = ("load", "read", "fetch", "compute", "issue", "complete", "solve", "join", "store")
+DO = ("load", "read", "write", "fetch", "compute", "issue", "complete", "solve", "join", "store")
 MAKE = ("load", "compute", "issue", "solve", "join")        # what a value comes from
 REGISTERS = 65536                                          # of a multiprocessor
 
@@ -201,6 +202,76 @@ SOLVED = Roles.of({
               {"values": ["A_beta"], "depth": 2}, {"values": ["G", "gamma", "rest", "whole"], "depth": 3},
               {"values": ["P"], "depth": 2}, {"values": ["o16"], "depth": 1}],
 })
+
+# The backward's two scans, of the plan "gathered". The one that runs again: each chunk's entering state and its u go to memory,
+# by way of rings, under the products that read the same registers.
+AGAIN = Roles.of({
+    "names": {"gamma": "exp(G)", "rest": "exp(total - G)", "whole": "exp(total)", "S16": "bf16(S_again)", "SK": "k . S16",
+              "R": "bf16(r_again)", "decayed": "whole * S_again", "W": "bf16(rest * u_again)", "u16": "bf16(u_again)",
+              "written": "k . W"},
+    "roles": [
+        {"name": "load", "registers": 80, "events": ["load k", "load A", "load v"]},
+        {"name": "sums", "registers": 80, "events": [
+            "compute G", "compute gamma", "compute rest", "compute whole", "compute beta", "fetch total early", "fetch G early",
+            "fetch beta early"]},
+        {"name": "store_state", "registers": 80, "events": ["store S_kept"]},
+        {"name": "store", "registers": 80, "events": ["store u"]},
+        {"name": "state", "copies": 2, "rows": "V", "warps": 4, "registers": 208, "events": [
+            "compute S16", "compute decayed", "issue SK", "write S16", "read v", "complete SK", "compute R", "issue u_again",
+            "complete u_again", "compute W", "issue written", "compute u16", "complete written"]}],
+    "rings": [{"values": ["k"], "depth": 3}, {"values": ["A"], "depth": 3}, {"values": ["v"], "depth": 2},
+              {"values": ["G", "gamma", "rest", "whole", "beta"], "depth": 4}, {"values": ["S16"], "depth": 1},
+              {"values": ["u16"], "depth": 1}],
+})
+
+# The adjoint of the state, in reverse.
+BACK = Roles.of({
+    "names": {"gamma": "exp(G)", "rest": "exp(total - G)", "whole": "exp(total)", "d_S16": "bf16(d_S)", "SK": "d_S16 . k",
+              "R": "bf16(d_u)", "d_r32": "A . R", "d_r16": "bf16(d_r)", "X": "bf16((d_o * scale) * gamma)", "QX": "X . q",
+              "Y": "bf16(neg(d_v) * gamma)", "KY": "Y . k", "decayed": "d_S * whole"},
+    "roles": [
+        {"name": "load", "registers": 80, "events": ["load k", "load q", "load d_o", "load d_u_o", "load A"]},
+        {"name": "sums", "registers": 80, "events": [
+            "compute G", "compute gamma", "compute rest", "compute whole", "compute beta", "fetch total early", "fetch G early",
+            "fetch beta early"]},
+        {"name": "store_state", "registers": 80, "events": ["store d_S"]},
+        {"name": "store", "registers": 80, "events": ["store d_r"]},
+        {"name": "state", "copies": 2, "rows": "V", "warps": 4, "registers": 208, "events": [
+            "compute d_S16", "issue SK", "write d_S16", "read d_o", "compute X", "read d_u_o", "complete SK", "compute R",
+            "issue d_r32", "compute decayed", "issue QX", "complete d_r32", "compute Y", "issue KY", "compute d_r16",
+            "complete KY"]}],
+    "rings": [{"values": ["k"], "depth": 2}, {"values": ["q"], "depth": 2}, {"values": ["d_o"], "depth": 2},
+              {"values": ["d_u_o"], "depth": 2}, {"values": ["A"], "depth": 2},
+              {"values": ["G", "gamma", "rest", "whole", "beta"], "depth": 4}, {"values": ["d_S16"], "depth": 1},
+              {"values": ["d_r16"], "depth": 1}],
+})
+
+# The same where nothing of u's gradient was made before: aux has P ready, and the states multiply it beside what they carry.
+BACK_ALONE = Roles.of({
+    "names": {**dict(BACK.names), "P": "bf16(D * qk)", "OP": "d_o . P"},
+    "roles": [
+        {"name": "load", "registers": 32, "events": ["load k", "load q", "load d_o", "load A"]},
+        *({**r, "registers": 32} for r in BACK.data()["roles"][1:-1]),
+        {"name": "state", "copies": 2, "rows": "V", "warps": 4, "registers": 208, "events": [
+            "read d_o", "compute d_S16", "issue OP", "issue SK", "write d_S16", "compute X", "complete SK", "compute R",
+            "issue d_r32", "compute decayed", "issue QX", "complete d_r32", "compute Y", "issue KY", "compute d_r16",
+            "complete KY"]},
+        {"name": "aux", "rows": "C", "warps": 4, "registers": 64, "events": ["issue qk", "complete qk", "compute P"]}],
+    "rings": [{"values": ["k"], "depth": 3}, {"values": ["q"], "depth": 2}, {"values": ["d_o"], "depth": 2},
+              {"values": ["P"], "depth": 2}, {"values": ["A"], "depth": 2},
+              {"values": ["G", "gamma", "rest", "whole", "beta"], "depth": 4}, {"values": ["d_S16"], "depth": 1},
+              {"values": ["d_r16"], "depth": 1}],
+})
+
+
+def in_halves(roles: Roles) -> Roles:
+    """For blocks that each own as much as one copy of a role did: they have registers to spare, and memory for another slot of
+    what is loaded and held until the end of its chunk, which comes sooner."""
+    did = {do: {e.value for r in roles.roles for e in r.events if e.do == do} for do in ("load", "read")}
+    rings = (replace(x, depth=x.depth + 1) if {*x.values} <= did["load"] - did["read"] else x for x in roles.rings)
+    return replace(roles, rings=tuple(rings), roles=tuple(
+        replace(r, copies=1, registers=240 if r.copies > 1 else 80) for r in roles.roles))
+
 
 # The scan of the plan "fused": the inverse is made beside the states. aux multiplies K K^T and Q K^T and makes M; two warps
 # invert M's blocks of 16 rows and join them, each what lies in its columns, and need nothing else of each other; who loads sums

@@ -16,7 +16,8 @@ class KernelOptions:
     statements stand in an order in which a block holds little at once, not in the program's. k_tile: columns of K that a block
     has at a time (None: all): it steps through K in such parts (of a kernel that takes all chunks at once). around: whether its
     blocks take the chunks of each sequence from the middle outwards, all sequences in turn: so they come from two scans, one of
-    which goes backwards."""
+    which goes backwards. aside: whether it runs in a stream of its own beside the kernel after it, where neither reads nor
+    writes what the other writes."""
     v_tile: int | None = None
     num_warps: int = 4
     num_stages: int = 2
@@ -26,11 +27,13 @@ class KernelOptions:
     sparing: bool = False
     k_tile: int | None = None
     around: bool = False
+    aside: bool = False
 
     def __str__(self) -> str:
         tile = f", V in tiles of {self.v_tile}" if self.v_tile else ""
         tile += f", by {self.backend}" if self.backend else ""
         tile += f", K in turn in tiles of {self.k_tile}" if self.k_tile else ""
+        tile += ", beside the kernel after it" if self.aside else ""
         if self.roles:
             return f"roles {', '.join(r.name for r in self.roles.roles)}{tile}"
         tile += ", chunks from the middle" if self.around else ""
@@ -48,6 +51,7 @@ class KernelOptions:
         for name, given, kind, accepts in (("follows", self.follows, bool, "true or false"),
                                            ("sparing", self.sparing, bool, "true or false"),
                                            ("around", self.around, bool, "true or false"),
+                                           ("aside", self.aside, bool, "true or false"),
                                            ("backend", self.backend, str, "a backend's name, or nothing")):
             if not isinstance(given, kind):
                 raise ValueError(f"KernelOptions.{name}: got {given!r}; accepts {accepts}")
@@ -60,6 +64,7 @@ class KernelOptions:
         plain |= {"sparing": True} if self.sparing else {}
         plain |= {"k_tile": self.k_tile} if self.k_tile else {}
         plain |= {"around": True} if self.around else {}
+        plain |= {"aside": True} if self.aside else {}
         return plain | ({"roles": self.roles.data()} if self.roles else {})
 
 

@@ -89,15 +89,11 @@ def evaluated(text: str, chunk: int, late: bool, row: int = 0) -> int:
     return int(eval(text.replace("((int)threadIdx.y)", str(row)).replace("/", "//")))
 
 
-@pytest.mark.parametrize(("varlen", "states", "segment"), [
-    (True, True, 0), (False, False, 0), (True, False, 32), (False, True, 16), (True, True, FUSED)])
-def test_cuda_synchronises_as_planned(varlen: bool, states: bool, segment: int) -> None:
-    kernel, cuda, shared = scan(varlen, states, segment)
-    assert shared <= SHARED["sm_90"]
+def synchronised(kernel: Kernel, cuda: str) -> None:
+    """Whether what a kernel's CUDA synchronises is its plan's, in the plan's order."""
     printer = RolePrinter(kernel)
     p = derive(printer.laid)
-    (state,) = (r for r in printer.roles.roles if r.copies > 1)
-    assert printer.alike(state)
+    copies_ = [printer.laid.instances(r) for r in printer.roles.roles if printer.alike(r)]
     init, body = cuda.split("fence_barrier_init();", 1)
     for name, b in p.barriers.items():
         array, first = printer.places[name]
@@ -107,7 +103,7 @@ def test_cuda_synchronises_as_planned(varlen: bool, states: bool, segment: int) 
     # TileLang's own, of the one thread that asks for a tile
     body = re.sub(r"(expect_transaction\(\d+\);\s*)tl::fence_proxy_async\(\);", r"\1", body)
     body = re.sub(r"(warpgroup_arrive\(\);\s*)tl::fence_proxy_async\(\);", r"\1", body)       # and of products, after stores
-    expected = planned(p, tuple(printer.laid.instances(state)))
+    expected = planned(p, tuple(*copies_))
     for found in TOKENS.finditer(body):
         assert not found["other"], found[0]
         copies = expected.pop(0)
@@ -125,6 +121,16 @@ def test_cuda_synchronises_as_planned(varlen: bool, states: bool, segment: int) 
     assert not expected
 
 
+@pytest.mark.parametrize(("varlen", "states", "segment"), [
+    (True, True, 0), (False, False, 0), (True, False, 32), (False, True, 16), (True, True, FUSED)])
+def test_cuda_synchronises_as_planned(varlen: bool, states: bool, segment: int) -> None:
+    kernel, cuda, shared = scan(varlen, states, segment)
+    assert shared <= SHARED["sm_90"]
+    (state,) = (r for r in RolePrinter(kernel).roles.roles if r.copies > 1)
+    assert RolePrinter(kernel).alike(state)
+    synchronised(kernel, cuda)
+
+
 def test_products() -> None:
     """Of both states, which are one text, five, their left operands from registers; of aux one, from shared memory."""
     kernel, cuda, _ = scan()
@@ -137,19 +143,25 @@ def test_products() -> None:
 @pytest.mark.parametrize(("varlen", "segment"), [(True, 0), (True, 32), (False, 16), (True, FUSED)])
 def test_nvcc_serialises_nothing(tmp_path: Path, varlen: bool, segment: int) -> None:
     """ptxas makes every product of a kernel wait for itself, with only a note, where a stage runs short of registers."""
+    stored = spilled(tmp_path, scan(varlen, varlen == (segment == 0), segment)[1])
+    assert stored <= (32 if segment == FUSED else 16)      # addresses, of warps that have time and of who solves
+
+
+def spilled(folder: Path, cuda: str) -> int:
+    """Bytes that nvcc spills, of a kernel of which it serialises nothing."""
     compiler()
     from tilelang.contrib import nvcc
     from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH
     if shutil.which(nvcc.get_nvcc_compiler()) is None:
         pytest.skip("no nvcc")
-    (tmp_path / "scan.cu").write_text(scan(varlen, varlen == (segment == 0), segment)[1])
+    (folder / "scan.cu").write_text(cuda)
     command = [nvcc.get_nvcc_compiler(), "-std=c++20", "-O3", "--use_fast_math", "-gencode", "arch=compute_90a,code=sm_90a",
                f"-I{TILELANG_TEMPLATE_PATH}", f"-I{CUTLASS_INCLUDE_DIR}", "-Xptxas", "-v", "-cubin", "-o", "x", "scan.cu"]
-    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    said = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     notes = said.stdout + said.stderr
     assert not re.search(r"C75\d\d", notes)
     (stored,) = re.findall(r"(\d+) bytes spill stores", notes)
-    assert int(stored) <= (32 if segment == FUSED else 16)         # addresses, of warps that have time and of who solves
+    return int(stored)
 
 
 def test_asked_for_by_a_schedule(tmp_path: Path) -> None:

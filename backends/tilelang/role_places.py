@@ -14,7 +14,7 @@ from gdn_ir.backends.tilelang.emit import TileLangPrinter
 from gdn_ir.backends.tilelang.statements import SM_90
 from gdn_ir.nodes import IRError, Node, Op, stored_axes
 from gdn_ir.program import ScanView
-from gdn_ir.schedules.events import Laid, Step
+from gdn_ir.schedules.events import Laid, Step, padding, untwinned
 from gdn_ir.schedules.protocol import Plan, Sync, derive
 from gdn_ir.schedules.roles import Role
 
@@ -45,9 +45,9 @@ class RolePlaces(TileLangPrinter):
 
     def __init__(self, kernel: Kernel) -> None:
         assert kernel.options.roles is not None
-        super().__init__(kernel, SM_90)
+        super().__init__(replace(kernel, program=untwinned(kernel.program)), SM_90)
         self.roles = kernel.options.roles
-        self.laid = Laid(kernel.program, self.roles)
+        self.laid = Laid(self.kernel.program, self.roles)
         self.plan: Plan = derive(self.laid)
         self.scan: ScanView = self.laid.scan
         self.c = ""                                        # the chunk at hand, as text
@@ -131,6 +131,13 @@ class RolePlaces(TileLangPrinter):
         alone = self.joined(name) or name in self.laid.passed
         moved += [self.laid.owner[name]] if self.value(name).op is not Op.LOAD and not alone else []
         return any(self.ordered(self.value(name), r) != self.order_of(name) for r in moved)
+
+    def multiplied(self, r: Role, name: str) -> bool:
+        """Whether a role multiplies what it has of a value in registers: rows come first there, however a ring has them."""
+        def behind(n: Node) -> str:
+            return self.laid.held[n] if n in self.laid.held else behind(n.args[padding(n)]) if n.args else ""
+        products = [self.laid.named[e.value] for e in r.events if e.do == "issue"]
+        return any(r.rows in a.axes and behind(a) == name for p in products for a in p.args)
 
     def joined(self, name: str) -> bool:
         return any(e.do == "join" and e.value == name for e in self.laid.owner[name].events)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from gdn_ir.backends.linearize import listed
 from gdn_ir.backends.tilelang import warps
 from gdn_ir.backends.tilelang.role_places import PART, Lies, RolePlaces
-from gdn_ir.backends.tilelang.rules import DTYPES, RULES, point, where
+from gdn_ir.backends.tilelang.rules import DTYPES, RULES, point, slot, where
 from gdn_ir.backends.tilelang.statements import coordinate
-from gdn_ir.nodes import At, IRError, Node, Op, Rows, Tile
+from gdn_ir.nodes import At, IRError, Node, Op, Rows, Slot, Tile, base
 from gdn_ir.schedules.events import Step, padding
 from gdn_ir.schedules.roles import Event
 
@@ -51,6 +51,8 @@ class RoleSteps(RolePlaces):
         return (self.role.name, node) in self.laid.fetched
 
     def element_fetched(self, node: Node, at: Mapping[str, str]) -> str:
+        if not node.axes:
+            return f"{self.fetched(node)}[0]"
         row = at[node.axes[0]]
         return f"T.Select({row} < rows, {self.fetched(node)}[{row}], {zero(node)})"
 
@@ -77,8 +79,9 @@ class RoleSteps(RolePlaces):
             case "fetch":
                 self.fetch(s, depth, int(s.event.early))
             case "read":
-                to = self.registers[s.writes[0].cell][0]
-                self.parted(s.reads[0].cell, depth, lambda slot, d: self.put(d, f"T.copy({slot}, {to})"))
+                self.move(s.writes[0].cell, s.reads[0].cell, depth, True)
+            case "write":
+                self.move(s.reads[0].cell, s.writes[0].cell, depth, False)
             case "issue":
                 self.issue(s, depth)
             case "solve":
@@ -114,11 +117,14 @@ class RoleSteps(RolePlaces):
             match term:
                 case Tile(axis):
                     first = int(self.start(axis))          # who loads or stores has a text of its own
-                    parts.append(f"{first}:{first + self.size(self.role, axis)}")
+                    tile = "start + " if base(axis) in self.kernel.splits else ""
+                    parts.append(f"{tile}{first}:{tile}{first + self.size(self.role, axis)}")
                 case At(grid, share):
                     parts.append(point(grid, share, self.kernel))
                 case Rows(_, axis, False):
                     parts.append(f"t0:t0 + {self.kernel.tile(axis)}")
+                case Slot(chain, _, inner):
+                    parts.append(slot(chain, inner))
                 case _:
                     raise IRError(f"roles: {n['tensor'].name} is no box of its tensor: {term}")
         return f"{n['tensor'].name}_[{', '.join(parts)}]"
@@ -164,10 +170,34 @@ class RoleSteps(RolePlaces):
     def store(self, s: Step, i: int, depth: int) -> None:
         """By TMA where the chunk is whole, else row by row to the end of the sequence. T.copy waits until the slot is read."""
         ring = self.rings[s.reads[0].cell]
-        self.put(depth, f"if rows >= {self.kernel.chunk}:")
-        self.put(depth + 1, f"T.copy({ring.slot(i, self.c)}, {self.box(s.node)})")
+        whole = not any(isinstance(t, Rows) for t in s.node["index"])          # however many rows a chunk has
+        if not whole:
+            self.put(depth, f"if rows >= {self.kernel.chunk}:")
+        self.put(depth + (not whole), f"T.copy({ring.slot(i, self.c)}, {self.box(s.node)})")
+        if whole:
+            return
         inside, text = self.row_by_row(s.node, ring.order, depth)
         self.put(inside + 1, f"{text} = {ring.element(i, self.c, self.here(ring.order))}")
+
+    def move(self, registers: str, ring: str, depth: int, read: bool) -> None:
+        """From a ring to registers, or back. Where they lie across, but a product wants them as its rows are, by way of a name
+        for the same registers that says so."""
+        (text, order), lies = self.registers[registers], self.rings[ring]
+
+        def copied(name: str) -> None:
+            self.parted(ring, depth, lambda slot, d: self.put(d, f"T.copy({f'{slot}, {name}' if read else f'{name}, {slot}'})"))
+        if not lies.apart or order == lies.order:
+            copied(text)
+            return
+        name, shape = self.linear.fresh(f"{text}_across"), listed(self.shape(lies.order, self.role))
+        kind = DTYPES[self.value(self.value_of(ring)).type.dtype]
+        self.buffers_of_role += [f'{name} = T.alloc_fragment({shape}, "{kind}")', across(name, shape)]
+        here, there = (f"{n}[{', '.join(map(coordinate, o))}]" for n, o in ((text, order), (name, lies.order)))
+        if read:
+            copied(name)
+        self.put(self.loops(order, depth), f"{here} = {there}" if read else f"{there} = {here}")
+        if not read:
+            copied(name)
 
     def loops(self, order: tuple[str, ...], depth: int) -> int:
         if order:
@@ -186,10 +216,18 @@ class RoleSteps(RolePlaces):
     def fetch(self, s: Step, depth: int, ahead: int) -> None:
         """Of so many chunks ahead; of the chunk at hand where that is the first. No row is left out, for then what is loaded
         would be waited for at once, to choose between that and a zero: of those past the sequence's end the last is loaded."""
+        to, back = self.fetched(s.node), self.scan.reverse
+        if not s.node.axes:
+            ahead_ = f"T.min({ahead}, chunks - 1 - i_{self.scan.axis})"
+            text, _ = where(s.node, {}, self.kernel, place_of=f"slot {'-' if back else '+'} {ahead_}" if ahead else "")
+            self.put(depth, f"{to}[0] = {text}")
+            return
         (axis,) = s.node.axes
-        row = f"{coordinate(axis)} + {ahead * self.kernel.chunk}" if ahead else coordinate(axis)
-        text, _ = where(s.node, {axis: f"T.min({row}, rows - 1)"}, self.kernel)
-        self.put(self.loops(s.node.axes, depth), f"{self.fetched(s.node)}[{coordinate(axis)}] = {text}")
+        row = f"{coordinate(axis)} {'-' if back else '+'} {ahead * self.kernel.chunk}" if ahead else coordinate(axis)
+        # backwards the next chunk is whole, or there is none
+        row = f"T.max({row}, first - t0)" if ahead and back else f"T.min({row}, rows - 1)"
+        text, _ = where(s.node, {axis: row}, self.kernel)
+        self.put(self.loops(s.node.axes, depth), f"{to}[{coordinate(axis)}] = {text}")
 
     def compute(self, s: Step, depth: int) -> None:
         """A value, element by element: into registers, its ring, or both; a matrix goes to its ring by way of registers. A sum
@@ -345,6 +383,15 @@ class RoleSteps(RolePlaces):
                 return self.laid.held[x], self.laid.held[bare], s.reads[-1].cell
         raise IRError(f"roles: {self.instance}: {s.event}: warps join an inverse, its columns scaled by what lies in a ring, "
                       "in bf16")
+
+
+# where an element of 16 x 8 blocks, transposed, lies: its thread, and its place among the registers of that
+ACROSS = ("lambda c, r: r // 16 * 32 + r % 8 * 4 + c % 8 // 2", "lambda c, r: c // 8 * 4 + r % 16 // 8 * 2 + c % 2")
+
+
+def across(name: str, shape: str) -> str:
+    """A line that says that a tile lies in registers so."""
+    return f"T.annotate_layout({{{name}: T.Fragment({shape}, forward_thread_fn={ACROSS[0]}, forward_index_fn={ACROSS[1]})}})"
 
 
 def zero(node: Node) -> str:

@@ -18,7 +18,7 @@ from gdn_ir.backends.linearize import listed
 from gdn_ir.backends.printer import INDENT
 from gdn_ir.backends.tilelang import warps
 from gdn_ir.backends.tilelang.role_places import PART, Lies
-from gdn_ir.backends.tilelang.role_steps import RoleSteps
+from gdn_ir.backends.tilelang.role_steps import RoleSteps, across
 from gdn_ir.backends.tilelang.rules import DTYPES, where
 from gdn_ir.backends.tilelang.statements import coordinate
 from gdn_ir.nodes import IRError, Node, Op
@@ -29,8 +29,6 @@ from gdn_ir.schedules.protocol import Sync, derive
 from gdn_ir.schedules.roles import REGISTERS, Role, Roles
 
 ROWS = 64                                                  # of a product of one warpgroup
-# where an element of 16 x 8 blocks, transposed, lies: its thread, and its place among the registers of that
-ACROSS = ("lambda c, r: r // 16 * 32 + r % 8 * 4 + c % 8 // 2", "lambda c, r: c // 8 * 4 + r % 16 // 8 * 2 + c % 2")
 
 
 def supports(kernel: Kernel, arch: str) -> Reason | None:
@@ -38,8 +36,8 @@ def supports(kernel: Kernel, arch: str) -> Reason | None:
     if arch != "sm_90":
         return Reason(f"roles are printed for sm_90, not for {arch}")
     scans = [s for s in kernel.program.scans() if not kernel.parallel or s is not kernel.parallel.node]
-    if kernel.splits or len(scans) != 1 or not scans[0]["carries"] or "idle" in dict(scans[0].attr):
-        return Reason("roles: one scan a kernel that carries something, and always runs, V whole; its segments may run at once")
+    if len(scans) != 1 or not scans[0]["carries"] or "idle" in dict(scans[0].attr):
+        return Reason("roles: one scan a kernel that carries something, and always runs; its segments may run at once")
     try:
         printer = RolePrinter(kernel)
         printer.check()
@@ -91,6 +89,11 @@ class RolePrinter(RoleSteps):
         """Of a segment its place; a block that has none has no chunks."""
         self.bind(f"slot_{scan.axis}", f"T.truncdiv(first, {self.span(scan)}) + n + i_{scan.axis}")
         return 2
+
+    def trip(self, scan: ScanView) -> str:
+        """Roles count chunks as they come, backwards too: by that they know slots and parities."""
+        at, counter = super().trip(scan), f"i_{scan.axis}"
+        return at if not scan.reverse else f"(chunks - 1 - {counter})".join(at.rsplit(counter, 1))
 
     def work(self, depth: int) -> None:
         chunks = f"T.ceildiv({self.length}, {self.kernel.chunk})"
@@ -163,7 +166,8 @@ class RolePrinter(RoleSteps):
         for s in fetches:
             text = self.linear.fresh(f"next_{s.event.value}" if s.event.early else s.event.value)
             self.registers[s.writes[0].cell] = text, s.node.axes
-            self.put(depth, f'{text} = T.alloc_fragment({listed(self.shape(s.node.axes, r))}, "{DTYPES[s.node.type.dtype]}")')
+            where_ = "T.alloc_fragment" if s.node.axes else "T.alloc_local"
+            self.put(depth, f'{text} = {where_}({listed(self.shape(s.node.axes, r) or ["1"])}, "{DTYPES[s.node.type.dtype]}")')
         for a in {a.cell: a for s in steps for a in (*s.reads, *s.writes) if not a.ring}.values():
             if a.cell not in self.registers:
                 self.allocate_registers(a.cell, a.value, depth)
@@ -229,7 +233,7 @@ class RolePrinter(RoleSteps):
 
     def allocate_registers(self, cell: str, name: str, depth: int) -> None:
         node, r = self.value(name), self.role
-        moved = name in self.laid.rings and self.crosses(name)
+        moved = name in self.laid.rings and self.crosses(name) and not self.multiplied(r, name)
         order = self.order_of(name) if moved else self.ordered(node, r)
         apart = r.copies > 1 and self.shared is None
         text = self.linear.fresh(self.laid.homes.get(name, name) + (f"_{self.part}" if apart else ""))
@@ -237,8 +241,7 @@ class RolePrinter(RoleSteps):
         where_ = "T.alloc_fragment" if order else "T.alloc_local"
         self.put(depth, f'{text} = {where_}({listed(self.shape(order, r) or ["1"])}, "{DTYPES[node.type.dtype]}")')
         if moved:
-            self.put(depth, f"T.annotate_layout({{{text}: T.Fragment({listed(self.shape(order, r))}, "
-                            f"forward_thread_fn={ACROSS[0]}, forward_index_fn={ACROSS[1]})}})")
+            self.put(depth, across(text, listed(self.shape(order, r))))
 
     def placed(self, s: Step) -> bool:
         """Whether a step must know its chunk's place, or where its sequence ends."""

@@ -106,10 +106,11 @@ def slot(chain: tuple[str, ...], inner: tuple[str, ...]) -> str:
     return f"slot_{chain[-1]}" if inner else "slot"
 
 
-def where(n: Node, at: At_, k: Kernel, whole: bool = False, first: str = "t0", rows: str = "rows") -> tuple[str, str]:
+def where(n: Node, at: At_, k: Kernel, whole: bool = False, first: str = "t0", rows: str = "rows", place_of: str = "") \
+        -> tuple[str, str]:
     """A LOAD's or STORE's element: the indices of its tensor, and the condition under which it exists ("" where always).
-    whole: whether the chunk has all of its rows; first and rows: its first token, and how many it has. Of several places,
-    the i-th."""
+    whole: whether the chunk has all of its rows; first and rows: its first token, and how many it has; place_of: its slot,
+    where that is not the one at hand. Of several places, the i-th."""
     indices, inside, members = [], [], counts(n, k)
     for term in n["index"]:
         match term:
@@ -124,7 +125,7 @@ def where(n: Node, at: At_, k: Kernel, whole: bool = False, first: str = "t0", r
                 if not single and not whole:
                     inside.append(f"{at[axis]} < {rows}")
             case Slot(chain, _, inner):
-                indices.append(slot(chain, inner))
+                indices.append(place_of or slot(chain, inner))
             case Turn(scan):
                 indices.append(f"i_{scan}")
             case Members(grid) if grid:

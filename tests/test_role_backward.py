@@ -1,0 +1,203 @@
+"""The backward's two scans as roles: their plans, their text, executed on the CPU against float64; what nvcc makes of it."""
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from gdn_ir.backends.base import SHARED, TORCH, Kernel
+from gdn_ir.backends.temporaries import launched, moments
+from gdn_ir.backends.tilelang.roles import RolePrinter
+from gdn_ir.backends.tilelang.runtime import lowered
+from gdn_ir.bench import gradients, role_backward as bench
+from gdn_ir.bench.errors import relative
+from gdn_ir.cache import load_source
+from gdn_ir.compiler import Unsupported, Variant, variant
+from gdn_ir.coverage import Cell, Layout
+from gdn_ir.nodes import IRError
+from gdn_ir.programs.gated_delta import Switches
+from gdn_ir.schedules.defaults import whole_scans
+from gdn_ir.schedules.execute import execute
+from gdn_ir.schedules.pipeline import IllegalStep
+from gdn_ir.schedules.role_backward import as_roles
+from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE, Event, Roles
+from gdn_ir.schedules.schedule import Schedule
+from gdn_ir.schedules.steps import apply
+from tests import emulated
+from tests.test_role_kernels import TILELANG, synchronised, spilled
+from tests.test_roles import unseen
+
+STATES = Switches(initial_state=True, final_state=True)
+SMALL = Cell("", STATES, "bf16", Layout((130, 0, 64, 1), True, 1, 2, 128, 128))
+EVERY = [(kernel, back, halves) for kernel, back in (("again", BACK), ("back", BACK), ("back", BACK_ALONE))
+         for halves in (False, True)]
+NAMES = [f"{kernel}{' alone' if back is BACK_ALONE else ''}{' in halves' if halves else ''}" for kernel, back, halves in EVERY]
+
+
+@lru_cache(maxsize=8)
+def served(cell: Cell, back: Roles = BACK, halves: bool = False, again: Roles = AGAIN) -> Variant:
+    instance = gradients.backward_of(cell)
+    base = whole_scans("sm_90", instance, 1, 32, "triton")[0]
+    return variant(instance, as_roles(base, again, back, halves), "triton", "sm_90")
+
+
+def kernel_of(name: str, back: Roles, halves: bool) -> Kernel:
+    return next(k for k in served(SMALL, back, halves).compiled.kernels if k.name == name)
+
+
+@pytest.mark.parametrize(("kernel", "back", "halves"), EVERY, ids=NAMES)
+def test_runs(kernel: str, back: Roles, halves: bool) -> None:
+    p = RolePrinter(kernel_of(kernel, back, halves)).plan
+    assert p.reverse == (kernel == "back")
+    for chunks in (0, 1, 2, 7):
+        for ragged in (False, True):
+            execute(p, chunks, ragged, seeds=10)
+
+
+# What follows from other synchronisation: rings that one role fills, in turn with others of no more slots, or whose reader
+# waits for what is made of them; a fence that a later one, before the same product, makes up for.
+IMPLIED = {
+    ("again", BACK): {"load: without wait A_free", "load: without wait k_free"},
+    ("back", BACK): {"load: without wait A_free", "load: without wait q_free", "load: without fence ragged"},
+    ("back", BACK_ALONE): {"load: without wait A_free", "load: without wait k_free", "load: without fence ragged",
+                           "state: without wait G_full", "state: without wait k_full", "state: without wait q_full"}}
+
+
+@pytest.mark.parametrize(("kernel", "back"), IMPLIED, ids=["again", "back", "back alone"])
+def test_nothing_derived_is_redundant(kernel: str, back: Roles) -> None:
+    """But for what is implied."""
+    assert unseen(RolePrinter(kernel_of(kernel, back, True)).plan) == IMPLIED[kernel, back]
+
+
+@pytest.mark.parametrize(("kernel", "back", "halves"), EVERY, ids=NAMES)
+def test_cuda(tmp_path: Path, kernel: str, back: Roles, halves: bool) -> None:
+    """It synchronises as planned, and nvcc leaves products asynchronous."""
+    made = kernel_of(kernel, back, halves)
+    source = TILELANG.emit(made, "sm_90")
+    function = getattr(load_source("tilelang", source.kernel, source.hash, source.text), source.kernel)
+    cuda, shared = lowered(function, "sm_90", TILELANG.flags(made))
+    assert shared <= SHARED["sm_90"]
+    synchronised(made, cuda)
+    assert spilled(tmp_path, cuda) <= (52 if back is BACK_ALONE and not halves else 0)    # addresses, of who loads and stores
+
+
+@pytest.mark.parametrize(("lengths", "H", "varlen", "states", "back", "halves", "late"), [
+    ((130, 0, 64, 1), 1, True, True, BACK, False, False), ((130, 0, 64, 1), 1, True, True, BACK_ALONE, True, True),
+    ((193, 65), 2, True, False, BACK_ALONE, False, False), ((128, 63), 1, True, False, BACK, True, True),
+    ((193, 193), 1, False, True, BACK, False, True), ((66,), 2, False, False, BACK_ALONE, True, False),
+    ((64, 0, 0), 1, True, True, BACK_ALONE, False, True)])
+def test_emitted_text_computes_gradients(lengths: tuple[int, ...], H: int, varlen: bool, states: bool, back: Roles,
+                                         halves: bool, late: bool) -> None:
+    """The emitted text of both scans, executed role by role among the other kernels by torch, against float64: ragged tails,
+    empty sequences, with and without states, value heads that share a key head or have their own; what is behind the last
+    sequence is NaN, and all that the scans write was."""
+    cell = Cell("", STATES if states else Switches(), "bf16", Layout(lengths, varlen, H, 2, 128, 128))
+    chosen = served(cell, back, halves)
+    made = chosen.compiled
+    assert {m.name for m in made.makers} == {"triton", "tilelang"}
+    assert ("local" in {k.name for k in made.kernels}) == (back is BACK)
+    x, rows, instance = gradients.make(cell), sum(lengths), chosen.instance
+    want = gradients.expected(cell, x, instance.grads)
+    if varlen:
+        for n in ("q", "k", "v", "g", "beta", "d_o"):
+            x[n][rows:] = float("nan")
+    call = chosen.call_of(x, len(lengths), x["cu_seqlens"] if varlen else None)
+    plain = variant(instance, Schedule("x", steps=chosen.schedule.steps), "torch", "torch").compiled.launches
+    for kernel, source, launch in zip(made.kernels, made.sources, plain, strict=True):
+        tensors = kernel.program.tensors()
+        if kernel.options.roles is None:
+            found = launch(x, {"scale": 128 ** -0.5}, call) or {}
+            x |= {n: t.to(TORCH[tensors[n].dtype]) for n, t in found.items() if n in tensors}
+            continue
+        x |= {n: torch.full(call.shape(kernel, tensors[n]), float("nan"), dtype=TORCH[tensors[n].dtype])
+              for n in kernel.program.written()}
+        emulated.run(kernel, source, x, 128 ** -0.5, call, late)
+    for n in instance.grads:
+        part = slice(None if n.endswith("state") else rows)
+        assert relative(x[f"d_{n}"][part], want[n][part]) < 5e-3, n
+
+
+def test_the_bench_has_candidates() -> None:
+    """As they serve for a shape, with roles for nothing but the scans, and those in no stream of another's."""
+    for lengths, _, HV in bench.SHAPES:
+        found = bench.candidates(bench.TIMED, len(lengths), HV)
+        assert list(found) == ["gathered", "gathered, in a row", *(f"roles{back}{half}{aside}" for back in ("", "-alone")
+                                                                   for half in ("", "-halves") for aside in ("", "-aside"))]
+        for name, s in found.items():
+            kernels = variant(bench.TIMED, s, "triton", "sm_90").compiled.kernels
+            assert [k.name for k in kernels if k.options.roles] == (["again", "back"] if "roles" in name else [])
+            assert [k.name for k in kernels if k.options.aside] == ["again"] * ("aside" in name)
+            assert [k.name for k in kernels if k.beside] == (["back", "inner", "grads"] if name == "gathered" else ["grads"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["roles", "roles-alone-aside", "roles-halves", "roles-alone-halves-aside"])
+def test_on_a_gpu(name: str) -> None:
+    """Ragged ends, an empty sequence, states in and out, over poison, against float64 and "gathered"."""
+    (cell, kind), made = bench.CHECKS[0], bench.candidates(gradients.backward_of(bench.CHECKS[0][0]), 6, 2)
+    want = gradients.expected(cell, gradients.make(cell, kind=kind), gradients.backward_of(cell).grads)
+    assert all(bench.checked((cell, kind), want, {n: made[n] for n in ("gathered", name)})["right"].values())
+
+
+def test_scans_in_two_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that runs again starts behind what is before it, the adjoint's beside it, and inner behind both; they share no
+    memory. Where they would meet, or something follows, it is refused; JSON keeps it."""
+    def made(base: Schedule) -> Variant:
+        return variant(bench.TIMED, base, "triton", "sm_90")
+    base = whole_scans("sm_90", bench.TIMED, 1, 32, "triton")[0]
+    schedule = as_roles(base, aside=True)
+    kernels, said = made(schedule).compiled.kernels, list[str]()
+    assert moments(kernels) == [1, 2, 3, 3, 4, 5, 5] and Schedule.from_json(schedule.to_json()) == schedule
+
+    class Stream:
+        device_index = 0
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            said.append(f"{self.name} waits for {other.name}")
+    here, there = Stream("here"), Stream("aside")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: here)
+    monkeypatch.setattr(torch.cuda, "stream", lambda s: nullcontext(said.append(f"in {s.name}")))
+    monkeypatch.setattr("gdn_ir.backends.temporaries.stream", lambda device: there)
+    launches = [lambda *_, name=k.name: said.append(name) for k in kernels]
+    launched(kernels, launches, {}, {}, None, True)        # type: ignore[arg-type]
+    assert said == ["solve", "local", "aside waits for here", "in aside", "again", "back", "here waits for aside", "inner",
+                    "heads", "grads"]
+    for kernel in ("solve", "back", "heads", "grads"):
+        options = {kernel: replace(schedule.options(kernel), aside=True)}
+        with pytest.raises(IRError, match=f"aside: {kernel} cannot run beside"):
+            made(as_roles(base).with_options(**options))
+    with pytest.raises(IRError, match="aside: again cannot run beside"):
+        made(base.with_options(again=replace(base.options("again"), aside=True)))
+
+
+def changed(roles: Roles, role: str, before: str, after: str) -> Roles:
+    """One event of a role replaced by another, or (after == "") left out."""
+    def events(found: tuple[Event, ...]) -> tuple[Event, ...]:
+        return tuple(Event.of(after) if str(e) == before else e for e in found if after or str(e) != before)
+    return replace(roles, roles=tuple(replace(r, events=events(r.events)) if r.name == role else r for r in roles.roles))
+
+
+@pytest.mark.parametrize(("again", "back", "why"), [
+    (changed(AGAIN, "state", "compute S16", ""), BACK, "store S_kept: no event of any role makes what is stored"),
+    (changed(AGAIN, "state", "write S16", "write R"), BACK, "write R: it is not computed here, or has no ring"),
+    (AGAIN, changed(BACK, "state", "issue QX", ""), "the carry d_S must end as x \\+ product"),
+    (AGAIN, changed(BACK, "sums", "fetch G early", "fetch q early"), "fetch q early: .* is not what one can fetch")])
+def test_declines(again: Roles, back: Roles, why: str) -> None:
+    with pytest.raises(Unsupported, match=why):
+        served(SMALL, back, True, again)
+
+
+def test_products_are_last() -> None:
+    """`accumulate` puts them there, and says so where there is nothing to add onto."""
+    p = gradients.backward_of(SMALL).program
+    (once,) = apply(p, (("accumulate", "d_S"),))
+    assert apply(once, (("accumulate", "d_S"),)) == (once,) and once != p
+    with pytest.raises(IllegalStep, match="accumulate: no scan carries 'x', a sum of products"):
+        apply(p, (("accumulate", "x"),))
