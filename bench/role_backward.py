@@ -42,7 +42,8 @@ from gdn_ir.schedules.role_backward import as_roles
 from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE
 from gdn_ir.schedules.schedule import Schedule
 
-SHAPES: list[Shape] = [([32768], 16, 32), ([32768], 8, 16), ([32768], 4, 8), ([4096] * 8, 16, 32)]
+SHAPES: list[Shape] = [([32768], 16, 32), ([32768], 8, 16), ([32768], 4, 8), ([4096] * 8, 16, 32), ([32768], 2, 4),
+                       ([8192], 16, 32)]
 RAGGED, DENSE = Layout((700, 0, 64, 129, 1, 63), True, 1, 2, 128, 128), Layout((330, 330), False, 2, 4, 128, 128)
 CHECKS = [(Cell("packed", FULL, "bf16", RAGGED), "model"), (Cell("dense", FULL, "bf16", DENSE), "model"),
           *((Cell("without states", Switches(), "bf16", RAGGED), kind) for kind in ("real", "no_decay", "strong_decay"))]
@@ -50,12 +51,18 @@ SECONDS = 0.2                                              # of timing, for each
 
 
 def candidates(instance: Instance, sequences: int, heads: int) -> dict[str, Schedule]:
-    """What serves, the same with nothing that follows a scan, and roles: a whole head to a block or half of one, u's gradient
-    by the outputs made before or among them, the scans in a row or beside each other."""
-    gathered = whole_scans(ARCH, instance, sequences, heads, "triton")[0]
+    """What serves, the same with nothing that follows a scan; one kernel for inner and grads, in two ways, each also with eight
+    warps; and roles, before each of these: a whole head to a block or half of one, u's gradient by the outputs made before or
+    among them, the scans in a row or beside each other."""
+    gathered, merged, turns = (whole_scans(ARCH, instance, sequences, heads, "triton", merges=m)[0]
+                               for m in ("", "gathered-merged", "gathered-turns"))
     row = replace(gathered, kernels=tuple((k, replace(o, follows=o.follows and k == "grads")) for k, o in gathered.kernels))
     roles = [as_roles(gathered, AGAIN, *way) for way in product((BACK, BACK_ALONE), (False, True), (False, True))]
-    return {"gathered": gathered, "gathered, in a row": row, **{s.name.removeprefix("backward-"): s for s in roles}}
+    roles += [as_roles(base, AGAIN, BACK_ALONE, *way) for base in (merged, turns) for way in product((False, True), repeat=2)]
+    one = {"merged": merged, "turns": turns}
+    one |= {f"{n}, 8 warps": s.with_options(grads=replace(s.options("grads"), num_warps=8)) for n, s in one.items()}
+    one |= {f"{n}, waits": s.with_options(grads=replace(s.options("grads"), follows=False)) for n, s in one.items()}
+    return {"gathered": gathered, "gathered, in a row": row, **one, **{s.name.removeprefix("backward-"): s for s in roles}}
 
 
 def build(job: tuple[Instance, Schedule]) -> str | None:
