@@ -28,7 +28,7 @@ import torch
 from gdn_ir.bench import gradients, inputs
 from gdn_ir.bench.adjoints import TIMED, near, spoil, wanted
 from gdn_ir.bench.backward import Tensors, kernels
-from gdn_ir.bench.cases import Shape, name_of
+from gdn_ir.bench.cases import Shape, name_of, parse
 from gdn_ir.bench.errors import bound, relative, worst
 from gdn_ir.bench.gradients import FULL, backward_of
 from gdn_ir.bench.plans import call
@@ -133,11 +133,12 @@ def main() -> None:
     p.add_argument("--out", required=True, type=Path)
     p.add_argument("--commit", required=True)
     p.add_argument("--only", choices=("checks", "times"), help="one half of the run")
+    p.add_argument("--shapes", default="", help="to be timed, as 8x1024:16/32, with commas between")
     p.add_argument("--plans", help="which candidates, besides gathered, with commas between; else all")
     p.add_argument("--processes", type=int, default=14, help="that compile")
     a = p.parse_args()
     checks = CHECKS if a.only != "times" else []
-    shapes = SHAPES if a.only != "checks" else []
+    shapes = (parse(a.shapes, "train") if a.shapes else SHAPES) if a.only != "checks" else []
     asked = a.plans.split(",") if a.plans else None
 
     def some(made: dict[str, Schedule]) -> dict[str, Schedule]:

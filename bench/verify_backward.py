@@ -16,12 +16,12 @@ import torch
 
 from gdn_ir.bench.gradients import FULL, backward_of, check, pipelines, sources
 from gdn_ir.bench.inputs import KINDS
-from gdn_ir.bench.verify import PACKED, PEERS, crowded
+from gdn_ir.bench.verify import DENSE, PACKED, PEERS, crowded
 from gdn_ir.backends import BACKENDS
 from gdn_ir.backends.triton.ptx import TritonPtx
 from gdn_ir.coverage import DTYPES, Cell, Layout, table
 from gdn_ir.schedules.adjoints import LENGTHS, can, in_segments
-from gdn_ir.schedules.defaults import whole_scans
+from gdn_ir.schedules.defaults import MULTIPROCESSORS, default, whole_scans
 from gdn_ir.schedules.plans import KEEP
 from gdn_ir.schedules.schedule import Schedule
 
@@ -29,18 +29,33 @@ SIZES = ((16, 16), (16, 128), (48, 96), (128, 64), (80, 112), (32, 32), (96, 128
          (64, 256))
 
 
-def shipped() -> Iterator[tuple[Cell, int | None, str, str, int]]:
+def shipped() -> Iterator[tuple[Cell, int | None, str, str, str]]:
     """What is checked: cells, how many scans (sequences x heads) to choose the default schedule for, kind of inputs, what is
-    kept of the forward, and chunks of a segment, where scans are cut whatever their number (0: as by default)."""
+    kept of the forward, and how the scans run, where that is not the default's choice ("": as by default): "segments of" so
+    many chunks, "roles" beside each other, or "roles in a row"."""
     for cell, scans, kind in recomputed():
-        yield cell, scans, kind, "nothing", 0
+        yield cell, scans, kind, "nothing", ""
     for keep in KEEP[1:]:
         for cell, scans, kind in recomputed(SIZES[::4]):
             if cell.switches.erase:                        # all that the op serves
-                yield replace(cell, name=f"{cell.name}, keeps {keep}"), scans, kind, keep, 0
+                yield replace(cell, name=f"{cell.name}, keeps {keep}"), scans, kind, keep, ""
     for n in LENGTHS:
         for cell, kind in cut(n):
-            yield cell, None, kind, "nothing", n
+            yield cell, None, kind, "nothing", f"segments of {n}"
+    for cell, kind, how in by_roles():
+        yield cell, None, kind, "nothing", how
+
+
+def by_roles() -> Iterator[tuple[Cell, str, str]]:
+    """Scans as roles; heads that share none, too; each kind of inputs."""
+    layouts = (replace(PACKED, lengths=(700, 0, 64, 129, 1, 63)), DENSE)
+    for cell in crowded("the backward's roles", *layouts):
+        yield cell, "model", "roles"
+    for lay, how in zip(layouts, ("packed", "dense")):
+        yield Cell(f"the backward's roles in a row, {how}, bf16", FULL, "bf16", lay), "model", "roles in a row"
+        yield Cell(f"the backward's roles, {how}, H = HV, bf16", FULL, "bf16", replace(lay, H=lay.HV)), "model", "roles"
+    for kind in KINDS:
+        yield Cell("accuracy of the backward's roles, bf16", replace(FULL, initial_state=False), "bf16", PEERS), kind, "roles"
 
 
 def cut(chunks: int) -> Iterator[tuple[Cell, str]]:
@@ -55,15 +70,24 @@ def cut(chunks: int) -> Iterator[tuple[Cell, str]]:
         yield Cell(f"accuracy of segments of {chunks}, bf16", replace(FULL, initial_state=False), "bf16", packed), kind
 
 
-def schedule_of(cell: Cell, chunks: int, arch: str) -> Schedule | None:
-    """Of a cell whose scans are cut; None where its default is wanted."""
+def schedule_of(cell: Cell, how: str, arch: str) -> Schedule | None:
+    """Of a cell whose scans run so; None where its default is wanted."""
     instance = backward_of(cell)
-    return in_segments(whole_scans(arch, instance, 1, 8, "triton")[0], instance, chunks) if chunks else None
+    if how.startswith("roles"):
+        few = MULTIPROCESSORS[arch] // 2                   # of which twice as many are beside each other
+        return default(arch, instance, 1, few if how == "roles" else few + 1, 4096, "tilelang")[0]
+    return in_segments(whole_scans(arch, instance, 1, 8, "triton")[0], instance, int(how.split()[-1])) if how else None
+
+
+def backend_of(how: str) -> str:
+    return "tilelang" if how.startswith("roles") else "triton"
 
 
 def recomputed(sizes: tuple[tuple[int, int], ...] = SIZES) -> Iterator[tuple[Cell, int | None, str]]:
     """What is checked where a backward is given nothing. sizes: K and V, besides those of the table."""
     for cell in table():
+        yield cell, None, "model"
+    for cell in crowded("128 x 128, in place of roles", PACKED, DENSE):
         yield cell, None, "model"
     for io in DTYPES:
         for size in (64, 128):
@@ -82,9 +106,9 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
     return (row["cell"], row["inputs"], row["arch"], *(tuple(sorted(row[n].items())) for n in ("sources", "launched")))
 
 
-def ahead(cell: Cell, scans: int | None, kind: str, keep: str, chunks: int, arch: str) -> dict[str, Any]:
+def ahead(cell: Cell, scans: int | None, kind: str, keep: str, how: str, arch: str) -> dict[str, Any]:
     """What a row will say of the sources that it ran."""
-    made = pipelines(cell, backward_of(cell, keep=keep), "triton", arch, scans, schedule_of(cell, chunks, arch))
+    made = pipelines(cell, backward_of(cell, keep=keep), backend_of(how), arch, scans, schedule_of(cell, how, arch))
     return {"cell": cell.name, "inputs": kind, "arch": arch, **sources(made)}
 
 
@@ -98,18 +122,20 @@ def main() -> None:
     p.add_argument("--resume", default="", help="a page of results: what it has of the very same sources is not run again")
     a = p.parse_args()
     known = {key(r) for r in json.loads(Path(a.resume).read_text())["rows"] if "failed" not in r} if a.resume else set()
-    backend = "triton" if a.arch == "sm_90" else "triton-ptx"
     BACKENDS["triton-ptx"] = TritonPtx()
     torch.use_deterministic_algorithms(True, warn_only=True)                  # torch.empty gives NaN: temporaries are poisoned
     part, parts = (int(i) for i in a.part.split("/"))
     rows: list[dict[str, Any]] = []
     only = a.only.split(";")
     wanted = (c for c in shipped() if any(name in c[0].name for name in only) and (not c[4] or a.arch == "sm_90"))
-    for i, (cell, scans, kind, keep, chunks) in enumerate(wanted):
-        if i % parts != part or (known and key(ahead(cell, scans, kind, keep, chunks, a.arch)) in known):
+    if known:
+        wanted = (c for c in list(wanted) if key(ahead(*c, a.arch)) not in known)
+    for i, (cell, scans, kind, keep, how) in enumerate(wanted):
+        if i % parts != part:
             continue
+        backend = backend_of(how) if a.arch == "sm_90" else "triton-ptx"
         try:
-            rows.append(check(cell, backend, a.arch, "cuda", kind, schedule_of(cell, chunks, a.arch), scans=scans, keep=keep))
+            rows.append(check(cell, backend, a.arch, "cuda", kind, schedule_of(cell, how, a.arch), scans=scans, keep=keep))
             torch.cuda.synchronize()
         except Exception as e:
             rows.append({"cell": cell.name, "backend": backend, "arch": a.arch, "inputs": kind,

@@ -72,12 +72,13 @@ class Option:
         return frozenset((self.backend, *made))
 
 
-def unseen(instance: Instance, backend: str, arch: str) -> str | None:
-    """Why a backend does not serve what it could, if so: no GPU has run all of it yet (bench/results has what one ran)."""
+def unseen(instance: Instance, backend: str, arch: str, roles: bool = False) -> str | None:
+    """Why a backend does not serve what it could, if so: no GPU has run all of it yet (bench/results has what one ran). roles:
+    whether it would with a schedule of roles."""
     if arch == "cpu" or backend not in ("triton", "tilelang"):
         return None
     part = None
-    if instance.grads and (backend, arch) != ("triton", "sm_90"):
+    if instance.grads and (backend, arch) != ("triton", "sm_90") and not (backend == "tilelang" and roles):
         part = "backward"
     elif instance.left and (backend, arch, instance.keep) not in KEEP_SEEN:
         part = f"{'backward that is given' if instance.grads else 'forward that leaves'} {instance.keep}"
@@ -116,9 +117,10 @@ def options(instance: Instance, arch: str, sequences: int, heads: int, tokens: i
     """Every backend's answer, the preferred one first. heads: HV; tokens: of all sequences together."""
     kind = "cpu" if arch == "cpu" else "cuda"
     found = []
+    roles = roles_fit(arch, instance, sequences, heads, tokens)
     for name in PREFERENCE[kind]:
         target = "torch" if name == "torch" else arch       # it has one schedule, wherever it runs
-        if (why := unseen(instance, name, arch)) and os.environ.get("GDN_IR_UNVERIFIED") != "1":
+        if (why := unseen(instance, name, arch, roles)) and os.environ.get("GDN_IR_UNVERIFIED") != "1":
             found.append(Option(name, None, f"{why} (GDN_IR_UNVERIFIED=1 lets it)"))
             continue
         try:
@@ -126,7 +128,6 @@ def options(instance: Instance, arch: str, sequences: int, heads: int, tokens: i
             found.append(Option(name, variant(instance, tuned.schedule, name, target), tuned.why, tuned.winner))
         except ValueError as e:                            # Unsupported, an illegal step, an architecture without a default
             found.append(Option(name, None, str(e)))
-    roles = roles_fit(arch, instance, sequences, heads, tokens)
     found.sort(key=lambda o: not (roles and has_roles(o) and can_be_had(o)))   # stable: the rest stays in order
     found = fastest_first(found)
     first: list[Option] = []

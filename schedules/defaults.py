@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from gdn_ir.schedules import adjoints
+from gdn_ir.schedules import adjoints, role_backward
 from gdn_ir.schedules.plans import CHUNK, Steps, backward_plan, narrow, plan
 from gdn_ir.schedules.roles import FUSED, SOLVED, Roles
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
@@ -23,6 +23,7 @@ SEGMENT = 64                                               # chunks of one
 ROLES_IN_SEGMENTS = True                                   # whether sequences are cut where roles can scan them
 BACK_IN_SEGMENTS = True                                    # and those of a backward (schedules/adjoints.py)
 ROLES_IN_ONE = True                                        # whether roles may make the inverses too
+TURNS = "gathered-turns"                                   # what serves a backward of whole scans on Hopper
 LENGTHS = (8, 16, 32, 64, 128)                             # chunks that a segment of roles may have
 FUSED_LENGTHS = (64, 128)                                  # and those of roles that make the inverses too
 LONG = 64                                                  # chunks of a sequence, on average, that is worth cutting
@@ -182,13 +183,15 @@ def roles_lack(arch: str, instance: Instance) -> str:
 
 
 def roles_can(arch: str, instance: Instance) -> bool:
-    """Whether the forward as roles can serve an instance."""
-    return not roles_lack(arch, instance)
+    """Whether roles can serve an instance."""
+    return not (role_backward.lacks if instance.grads else roles_lack)(arch, instance)
 
 
 def roles_fit(arch: str, instance: Instance, sequences: int, heads: int, tokens: int) -> bool:
     """Whether they should also be the fastest for a call: one block takes a whole sequence and head, so there must be enough of
     these to be busy beside each other; or sequences so long, in the mean, that they are worth cutting."""
+    if instance.grads:
+        return roles_can(arch, instance) and sequences * heads >= role_backward.MANY
     crowded, long = sequences * heads >= CROWDED, ROLES_IN_SEGMENTS and tokens >= LONG * 64 * sequences
     return roles_can(arch, instance) and (crowded or long)
 
@@ -253,14 +256,23 @@ def lean(arch: str, instance: Instance, backend: str) -> bool:
 def backward_default(arch: str, instance: Instance, sequences: int, heads: int, tokens: int, backend: str) \
         -> tuple[Schedule, str]:
     """The same for a backward: on Hopper in segments, where these should win."""
-    schedule, why = whole_scans(arch, instance, sequences, heads, backend)
+    if backend == "tilelang" and roles_fit(arch, instance, sequences, heads, tokens):
+        units, scans = MULTIPROCESSORS[arch], sequences * heads
+        base, _ = whole_scans(arch, instance, sequences, heads, "triton", merges=TURNS)
+        schedule = role_backward.served(base, sequences, heads, units)
+        how = "beside each other, on" if schedule.options("again").aside else "on"
+        return schedule, (f"{arch}: states again, and their adjoints in reverse, as roles in one block for each of {scans} "
+                          f"sequences and heads, {how} {units} multiprocessors; the rest for all chunks at once, by triton")
+    plain = whole_scans(arch, instance, sequences, heads, backend)
     if not (BACK_IN_SEGMENTS and lean(arch, instance, backend)):
-        return schedule, why
+        return plain
+    halves = instance.K == 128 and instance.switches.erase # of K, which the one kernel takes in turn
+    schedule, why = whole_scans(arch, instance, sequences, heads, backend, merges=TURNS) if halves else plain
     size = adjoints.segment_of(sequences, heads, tokens, MULTIPROCESSORS[arch])
     if size and not adjoints.can(instance):
         return schedule, f"{why}; segments of {size} chunks may be faster, but serve only what a GPU has run so: all five " \
             "gradients and no state's, value heads that share a key head, bf16, K x V of 128 x 128, nothing normalised or kept"
-    return (adjoints.in_segments(schedule, instance, size), (
+    return (adjoints.in_segments(plain[0], instance, size), (
         f"{arch}: {sequences * heads} serial scans each way would not fill {MULTIPROCESSORS[arch]} multiprocessors for "
         f"long; each is cut into segments of {size} chunks")) if size else (schedule, why)
 

@@ -2,9 +2,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from gdn_ir.schedules.roles import AGAIN, BACK, Roles, in_halves
+from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE, Roles, in_halves
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
+
+if TYPE_CHECKING:
+    from gdn_ir.compiler import Instance
+
+MANY = 24                                                  # sequences x heads from which roles win, a whole head to a block
 
 # what makes u's gradient by the outputs before the adjoint's scan, which then only adds it
 BEFORE = (("peel", "d_u", "d_u_o"), ("turn", "d_u_o"), ("hoist", "d_u_o", "io", "local"), ("move", "local", "again"))
@@ -26,3 +32,22 @@ def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: b
     name = next((x for n, x in kin.items() if n in base.name), "")
     name = f"backward-roles{name}{'-alone' if alone else ''}{'-halves' if halves else ''}{'-aside' if aside else ''}"
     return replace(base, name=name, steps=(*steps, ("accumulate", "d_S")), kernels=tuple(kept.items()))
+
+
+def served(base: Schedule, sequences: int, heads: int, units: int) -> Schedule:
+    """As it serves: what is of the outputs' gradient among the roles; the two scans beside each other, where the blocks of both
+    have a multiprocessor each; all else by Triton. base: "gathered-turns"."""
+    made = as_roles(base, AGAIN, BACK_ALONE, aside=2 * sequences * heads <= units)
+    return replace(made, kernels=tuple((k, replace(o, backend=o.backend or "triton")) for k, o in made.kernels))
+
+
+def lacks(arch: str, instance: Instance) -> str:
+    """What keeps roles from serving a backward; "" where nothing does."""
+    s = instance.switches
+    needs = {f"roles are of Hopper, not of {arch}": arch == "sm_90",
+             f"roles take bf16, not {instance.io} and beta {instance.beta}": (instance.io, instance.beta) == ("bf16", "bf16"),
+             f"roles take K x V of 128 x 128, not {instance.K} x {instance.V}": (instance.K, instance.V) == (128, 128),
+             f"roles are given nothing by a forward ({instance.keep} is)": instance.keep == "nothing",
+             "roles make all of the gradients of q, k, v, g and beta": {*instance.grads} >= {"q", "k", "v", "g", "beta"},
+             "roles need what erases": s.erase, "roles have states as [K, V], not [V, K]": not s.state_v_first}
+    return next((why for why, met in needs.items() if not met), "")

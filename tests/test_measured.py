@@ -62,10 +62,10 @@ def test_every_shipped_backward_was_measured(arch: str) -> None:
     """The same for gradients."""
     measured = {verify_backward.key(r): r["errors"] for r in records(arch, "backward") if "failed" not in r}
     missing, wrong = [], []
-    for cell, scans, kind, keep, chunks in verify_backward.shipped():
-        hopper = arch == "sm_90" or not chunks             # alone cuts scans
+    for cell, scans, kind, keep, how in verify_backward.shipped():
+        hopper = arch == "sm_90" or not how                # alone cuts scans, or has roles
         if kind == "model" and hopper and not unseen(backward_of(cell, keep=keep), "triton", arch):
-            errors = measured.get(verify_backward.key(verify_backward.ahead(cell, scans, kind, keep, chunks, arch)))
+            errors = measured.get(verify_backward.key(verify_backward.ahead(cell, scans, kind, keep, how, arch)))
             if errors is None:
                 missing.append(cell.name)
             elif not worst(errors.values()) <= bound(cell.io, True):
