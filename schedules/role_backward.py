@@ -12,12 +12,12 @@ HALF = 64                                                  # columns of V that a
 
 
 def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: bool = False, aside: bool = False) -> Schedule:
-    """The plan "gathered" of `base`, its scans as roles. back: BACK_ALONE needs no kernel local. halves: two blocks share a
-    head, each with its columns: for few heads. aside: the two run beside each other, in two streams. Nothing follows a scan of
-    roles yet: it counts no chunks."""
+    """The plan "gathered" of `base`, or "gathered-segments", its scans as roles. back: BACK_ALONE needs no kernel local (of
+    whole sequences). halves: two blocks share a head, each with its columns: for few heads. aside: the two run beside each
+    other, in two streams (likewise). Nothing follows a scan of roles yet: it counts no chunks."""
     alone = any(e.do == "issue" and e.value == "qk" for r in back.roles for e in r.events)
     steps = tuple(s for s in base.steps if not alone or s not in BEFORE)
-    kept = {k: o if k == "grads" else replace(o, follows=False) for k, o in base.kernels if not alone or k != "local"}
+    kept = {k: replace(o, follows=o.follows and k != "inner") for k, o in base.kernels if not alone or k != "local"}
     for name, roles in (("again", again), ("back", back)):
         kept[name] = KernelOptions(HALF if halves else None, roles=in_halves(roles) if halves else roles, backend="tilelang",
                                    aside=aside and name == "again")
