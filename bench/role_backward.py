@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -37,6 +38,7 @@ from gdn_ir.bench.timing import interleave, timer
 from gdn_ir.compiler import Instance, variant
 from gdn_ir.coverage import Cell, Layout
 from gdn_ir.programs.gated_delta import Switches
+from gdn_ir.schedules.adjoints import in_segments
 from gdn_ir.schedules.defaults import whole_scans
 from gdn_ir.schedules.role_backward import as_roles
 from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE
@@ -50,10 +52,10 @@ CHECKS = [(Cell("packed", FULL, "bf16", RAGGED), "model"), (Cell("dense", FULL, 
 SECONDS = 0.2                                              # of timing, for each candidate
 
 
-def candidates(instance: Instance, sequences: int, heads: int) -> dict[str, Schedule]:
-    """What serves, the same with nothing that follows a scan; one kernel for inner and grads, in two ways, each also with eight
+def candidates(instance: Instance, sequences: int, heads: int, segments: Sequence[int] = ()) -> dict[str, Schedule]:
+    """"gathered", the same with nothing that follows a scan; one kernel for inner and grads, in two ways, each also with eight
     warps; and roles, before each of these: a whole head to a block or half of one, u's gradient by the outputs made before or
-    among them, the scans in a row or beside each other."""
+    among them, the scans in a row or beside each other. segments: of so many chunks, by Triton and with roles."""
     gathered, merged, turns = (whole_scans(ARCH, instance, sequences, heads, "triton", merges=m)[0]
                                for m in ("", "gathered-merged", "gathered-turns"))
     row = replace(gathered, kernels=tuple((k, replace(o, follows=o.follows and k == "grads")) for k, o in gathered.kernels))
@@ -62,7 +64,12 @@ def candidates(instance: Instance, sequences: int, heads: int) -> dict[str, Sche
     one = {"merged": merged, "turns": turns}
     one |= {f"{n}, 8 warps": s.with_options(grads=replace(s.options("grads"), num_warps=8)) for n, s in one.items()}
     one |= {f"{n}, waits": s.with_options(grads=replace(s.options("grads"), follows=False)) for n, s in one.items()}
-    return {"gathered": gathered, "gathered, in a row": row, **one, **{s.name.removeprefix("backward-"): s for s in roles}}
+    found = {"gathered": gathered, "gathered, in a row": row, **one, **{s.name.removeprefix("backward-"): s for s in roles}}
+    for n, halves in product(segments, (False, True)):
+        cut = in_segments(gathered, instance, n)
+        made = as_roles(cut, halves=halves)
+        found |= {cut.name.removeprefix("backward-"): cut, f"{made.name.removeprefix('backward-')}, segments of {n}": made}
+    return found
 
 
 def build(job: tuple[Instance, Schedule]) -> str | None:
@@ -118,7 +125,7 @@ def timed(shape: Shape, made: dict[str, Schedule]) -> dict[str, Any]:
         if name == "gathered" or schedule.options("again").aside:              # each by itself: where they run in a row
             continue
         row["kernels"] = ms = kernels(chosen, run)
-        if "roles" in name:
+        if "roles" in name and "segments" not in name:
             blocks = len(lengths) * HV * (1 + ("halves" in name))
             waves = -(-blocks // torch.cuda.get_device_properties(0).multi_processor_count)
             row["us_per_chunk"] = {k: 1e3 * ms[k] / (waves * -(-max(lengths) // 64)) for k in ("again", "back")}
@@ -135,6 +142,7 @@ def main() -> None:
     p.add_argument("--only", choices=("checks", "times"), help="one half of the run")
     p.add_argument("--shapes", default="", help="to be timed, as 8x1024:16/32, with commas between")
     p.add_argument("--plans", help="which candidates, besides gathered, with commas between; else all")
+    p.add_argument("--segments", type=lambda t: [int(n) for n in t.split(",")], default=[], help="chunks of one: also these")
     p.add_argument("--processes", type=int, default=14, help="that compile")
     a = p.parse_args()
     checks = CHECKS if a.only != "times" else []
@@ -143,8 +151,8 @@ def main() -> None:
 
     def some(made: dict[str, Schedule]) -> dict[str, Schedule]:
         return {n: s for n, s in made.items() if n == "gathered" or not asked or n in asked}
-    small = [some(candidates(backward_of(c), len(c.layout.lengths), c.layout.HV)) for c, _ in checks]
-    large = [some(candidates(TIMED, len(lengths), HV)) for lengths, _, HV in shapes]
+    small = [some(candidates(backward_of(c), len(c.layout.lengths), c.layout.HV, a.segments)) for c, _ in checks]
+    large = [some(candidates(TIMED, len(lengths), HV, a.segments)) for lengths, _, HV in shapes]
     jobs = dict.fromkeys([(backward_of(c), s) for (c, _), made in zip(checks, small, strict=True) for s in made.values()]
                          + [(TIMED, s) for made in large for s in made.values()])
     jobs = {(i, s): None for i, s in jobs if not s.options("again").aside}             # the same kernels as in a row

@@ -52,7 +52,8 @@ def segment_of(sequences: int, heads: int, tokens: int, units: int) -> int:
     """Chunks of a segment, one of LENGTHS; 0 where sequences should stay whole. By what an H100 takes, in microseconds: both
     scans 5.6 a chunk where two blocks share a multiprocessor; what has not faded of transition and offset 1 a chunk and scan,
     composing 4 a segment; then the rest, which takes all chunks at once. Whole scans, beside each other, take 1.6 a chunk where
-    no two blocks share one, 3.4 where they do, and hide a seventh of the rest. Fitted to 4, 8, 16 and 32 heads."""
+    no two blocks share one, 3.4 where they do, and hide a seventh of the rest, of which one kernel for inner and grads spares
+    as much. Fitted to 4, 8, 16 and 32 heads."""
     chunks, scans, others = -(-tokens // (64 * sequences)), sequences * heads, 2.9e-3 * tokens * heads
 
     def takes(size: int) -> float:
@@ -60,6 +61,6 @@ def segment_of(sequences: int, heads: int, tokens: int, units: int) -> int:
         waves = -(-segments * scans * 4 // (2 * units))    # tiles of 32 columns
         return waves * 5.6 * size + 2 * (size + 4 * segments + 10) + others
     blocks = 2 * scans * 4                                 # of both
-    whole = chunks * (1.6 if blocks <= units else 3.4 * -(-blocks // (2 * units))) + 0.85 * others
+    whole = chunks * (1.6 if blocks <= units else 3.4 * -(-blocks // (2 * units))) + 0.7 * others
     best = min(LENGTHS, key=takes)
     return best if best < chunks and takes(best) < WORTH * whole else 0

@@ -182,7 +182,7 @@ def _affine(p: Program, n: Node, depends: dict[Node, frozenset[str]]) -> Affine:
 def accumulate(pipeline: Pipeline, carried: str) -> Pipeline:
     """x + dot(a, b) + dot(c, d), in whatever order a carry's next value has it, as (x + dot(a, b)) + dot(c, d): each product
     can then be added onto what there is before it."""
-    for i, p in enumerate(pipeline):
+    for i, p in reversed([*enumerate(pipeline)]):          # as `find` does: the last that has it
         for scan in (ScanView.of(s) for s in p.scans() if carried in s["carries"]):
             last = scan.nexts[scan.carries.index(carried)]
             parts = addends(last)

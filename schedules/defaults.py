@@ -191,7 +191,7 @@ def roles_fit(arch: str, instance: Instance, sequences: int, heads: int, tokens:
     """Whether they should also be the fastest for a call: one block takes a whole sequence and head, so there must be enough of
     these to be busy beside each other; or sequences so long, in the mean, that they are worth cutting."""
     if instance.grads:
-        return roles_can(arch, instance) and sequences * heads >= role_backward.MANY
+        return roles_can(arch, instance) and role_backward.fit(sequences, heads)
     crowded, long = sequences * heads >= CROWDED, ROLES_IN_SEGMENTS and tokens >= LONG * 64 * sequences
     return roles_can(arch, instance) and (crowded or long)
 

@@ -10,7 +10,7 @@ from gdn_ir.schedules.schedule import KernelOptions, Schedule
 if TYPE_CHECKING:
     from gdn_ir.compiler import Instance
 
-MANY = 24                                                  # sequences x heads from which roles win, a whole head to a block
+MANY = 32                                                  # sequences x heads from which roles win, a whole head to a block
 
 # what makes u's gradient by the outputs before the adjoint's scan, which then only adds it
 BEFORE = (("peel", "d_u", "d_u_o"), ("turn", "d_u_o"), ("hoist", "d_u_o", "io", "local"), ("move", "local", "again"))
@@ -18,13 +18,13 @@ HALF = 64                                                  # columns of V that a
 
 
 def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: bool = False, aside: bool = False) -> Schedule:
-    """The plan "gathered" (or one of its kin) of `base`, its scans as roles. back: BACK_ALONE needs no kernel local. halves:
-    two blocks share a head, each with half of its columns: for few heads. aside: the two run beside each other, in two streams.
-    Nothing follows a scan of roles yet: it counts no chunks."""
+    """The plan "gathered" of `base`, one of its kin, or "gathered-segments", its scans as roles. back: BACK_ALONE needs no
+    kernel local (of whole sequences). halves: two blocks share a head, each with half of its columns: for few heads. aside: the
+    two run beside each other, in two streams (likewise). Nothing follows a scan of roles yet: it counts no chunks."""
     alone = any(e.do == "issue" and e.value == "qk" for r in back.roles for e in r.events)
     steps = tuple(s for s in base.steps if not alone or s not in BEFORE)
-    inner = any(k == "inner" for k, _ in base.kernels)     # else grads takes its place, and follows the scans
-    kept = {k: replace(o, follows=o.follows and k == "grads" and inner) for k, o in base.kernels if not alone or k != "local"}
+    last = "inner" if "inner" in dict(base.kernels) else "grads"               # what follows both scans
+    kept = {k: replace(o, follows=o.follows and k != last) for k, o in base.kernels if not alone or k != "local"}
     for name, roles in (("again", again), ("back", back)):
         kept[name] = KernelOptions(HALF if halves else None, roles=in_halves(roles) if halves else roles, backend="tilelang",
                                    aside=aside and name == "again")
@@ -39,6 +39,11 @@ def served(base: Schedule, sequences: int, heads: int, units: int) -> Schedule:
     have a multiprocessor each; all else by Triton. base: "gathered-turns"."""
     made = as_roles(base, AGAIN, BACK_ALONE, aside=2 * sequences * heads <= units)
     return replace(made, kernels=tuple((k, replace(o, backend=o.backend or "triton")) for k, o in made.kernels))
+
+
+def fit(sequences: int, heads: int) -> bool:
+    """Whether roles should be the fastest. (Several sequences of few heads may be unequal: then a block has most of them.)"""
+    return sequences * heads >= (MANY if heads >= 16 else 2 * MANY)
 
 
 def lacks(arch: str, instance: Instance) -> str:

@@ -20,6 +20,7 @@ from gdn_ir.compiler import Unsupported, Variant, variant
 from gdn_ir.coverage import Cell, Layout
 from gdn_ir.nodes import IRError
 from gdn_ir.programs.gated_delta import Switches
+from gdn_ir.schedules.adjoints import in_segments
 from gdn_ir.schedules.defaults import whole_scans
 from gdn_ir.schedules.execute import execute
 from gdn_ir.schedules.pipeline import IllegalStep
@@ -39,9 +40,10 @@ NAMES = [f"{kernel}{' alone' if back is BACK_ALONE else ''}{' in halves' if halv
 
 
 @lru_cache(maxsize=8)
-def served(cell: Cell, back: Roles = BACK, halves: bool = False, again: Roles = AGAIN) -> Variant:
+def served(cell: Cell, back: Roles = BACK, halves: bool = False, again: Roles = AGAIN, segment: int = 0) -> Variant:
     instance = gradients.backward_of(cell)
     base = whole_scans("sm_90", instance, 1, 32, "triton")[0]
+    base = in_segments(base, instance, segment) if segment else base
     return variant(instance, as_roles(base, again, back, halves), "triton", "sm_90")
 
 
@@ -85,18 +87,19 @@ def test_cuda(tmp_path: Path, kernel: str, back: Roles, halves: bool) -> None:
     assert spilled(tmp_path, cuda) <= (52 if back is BACK_ALONE and not halves else 0)    # addresses, of who loads and stores
 
 
-@pytest.mark.parametrize(("lengths", "H", "varlen", "states", "back", "halves", "late"), [
-    ((130, 0, 64, 1), 1, True, True, BACK, False, False), ((130, 0, 64, 1), 1, True, True, BACK_ALONE, True, True),
-    ((193, 65), 2, True, False, BACK_ALONE, False, False), ((128, 63), 1, True, False, BACK, True, True),
-    ((193, 193), 1, False, True, BACK, False, True), ((66,), 2, False, False, BACK_ALONE, True, False),
-    ((64, 0, 0), 1, True, True, BACK_ALONE, False, True)])
+@pytest.mark.parametrize(("lengths", "H", "varlen", "states", "back", "halves", "late", "segment"), [
+    ((130, 0, 64, 1), 1, True, True, BACK, False, False, 0), ((130, 0, 64, 1), 1, True, True, BACK_ALONE, True, True, 0),
+    ((193, 65), 2, True, False, BACK_ALONE, False, False, 0), ((128, 63), 1, True, False, BACK, True, True, 0),
+    ((193, 193), 1, False, True, BACK, False, True, 0), ((66,), 2, False, False, BACK_ALONE, True, False, 0),
+    ((64, 0, 0), 1, True, True, BACK_ALONE, False, True, 0), ((330, 0, 64, 130), 1, True, False, BACK, False, False, 2),
+    ((193, 193), 1, False, True, BACK, True, True, 2)])
 def test_emitted_text_computes_gradients(lengths: tuple[int, ...], H: int, varlen: bool, states: bool, back: Roles,
-                                         halves: bool, late: bool) -> None:
+                                         halves: bool, late: bool, segment: int) -> None:
     """The emitted text of both scans, executed role by role among the other kernels by torch, against float64: ragged tails,
-    empty sequences, with and without states, value heads that share a key head or have their own; what is behind the last
-    sequence is NaN, and all that the scans write was."""
+    empty sequences, with and without states, value heads that share a key head or have their own; whole, or in segments; what
+    is behind the last sequence is NaN, and all that the scans write was."""
     cell = Cell("", STATES if states else Switches(), "bf16", Layout(lengths, varlen, H, 2, 128, 128))
-    chosen = served(cell, back, halves)
+    chosen = served(cell, back, halves, segment=segment)
     made = chosen.compiled
     assert {m.name for m in made.makers} == {"triton", "tilelang"}
     assert ("local" in {k.name for k in made.kernels}) == (back is BACK)
