@@ -263,18 +263,20 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
         how = "beside each other, on" if schedule.options("again").aside else "on"
         return schedule, (f"{arch}: states again, and their adjoints in reverse, as roles in one block for each of {scans} "
                           f"sequences and heads, {how} {units} multiprocessors; the rest for all chunks at once, by triton")
-    plain = whole_scans(arch, instance, sequences, heads, backend)
-    if not (BACK_IN_SEGMENTS and lean(arch, instance, backend)):
-        return plain
-    halves = instance.K == 128 and instance.switches.erase # of K, which the one kernel takes in turn
-    schedule, why = whole_scans(arch, instance, sequences, heads, backend, merges=TURNS) if halves else plain
-    size = adjoints.segment_of(sequences, heads, tokens, MULTIPROCESSORS[arch])
+    if not lean(arch, instance, backend):
+        return whole_scans(arch, instance, sequences, heads, backend)
+    halves = instance.K == 128 and instance.switches.erase # of K, which one kernel for inner and grads takes in turn
+    schedule, why = whole_scans(arch, instance, sequences, heads, backend, merges=TURNS if halves else "")
+    size = adjoints.segment_of(sequences, heads, tokens, MULTIPROCESSORS[arch]) if BACK_IN_SEGMENTS else 0
     if size and not adjoints.can(instance):
-        return schedule, f"{why}; segments of {size} chunks may be faster, but serve only what a GPU has run so: all five " \
-            "gradients and no state's, value heads that share a key head, bf16, K x V of 128 x 128, nothing normalised or kept"
-    return (adjoints.in_segments(plain[0], instance, size), (
-        f"{arch}: {sequences * heads} serial scans each way would not fill {MULTIPROCESSORS[arch]} multiprocessors for "
-        f"long; each is cut into segments of {size} chunks")) if size else (schedule, why)
+        why += f"; segments of {size} chunks may be faster, but serve only what a GPU has run so: all five gradients and no " \
+            "state's, value heads that share a key head, bf16, K x V of 128 x 128, nothing normalised or kept"
+    if not size or not adjoints.can(instance):
+        return schedule, why
+    plain, _ = whole_scans(arch, instance, sequences, heads, backend)
+    return adjoints.in_segments(plain, instance, size), (
+        f"{arch}: {sequences * heads} serial scans each way would not fill {MULTIPROCESSORS[arch]} multiprocessors for long; each "
+        f"is cut into segments of {size} chunks")
 
 
 def whole_scans(arch: str, instance: Instance, sequences: int, heads: int, backend: str, gathers: bool = True,

@@ -281,11 +281,11 @@ def test_where_scans_should_be_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few heads over many tokens; not where blocks fill the GPU, nor what no GPU has run."""
     schedule, why = default("sm_90", BF16, 1, 4, 32768)
     assert schedule.name == "backward-gathered-segments-32" and "segments of 32 chunks" in why
-    assert default("sm_90", BF16, 8, 32, 32768)[0].name == "backward-gathered-32"
-    assert default("sm_90", replace(BF16, keep="states"), 1, 4, 32768)[0].name == "backward-gathered-16, given states"
+    assert default("sm_90", BF16, 8, 32, 32768)[0].name == "backward-gathered-turns-32"
+    assert default("sm_90", replace(BF16, keep="states"), 1, 4, 32768)[0].name == "backward-gathered-turns-16, given states"
     assert default("sm_90", replace(BF16, grads=("q",)), 1, 4, 32768)[0].name == "backward-16"
-    assert default("sm_90", replace(BF16, io="f16", beta="f16"), 1, 4, 32768)[0].name == "backward-gathered-16"
+    assert default("sm_90", replace(BF16, io="f16", beta="f16"), 1, 4, 32768)[0].name == "backward-gathered-turns-16"
     assert default("sm_90", replace(BF16, io="f32", beta="f32"), 8, 32, 32768)[0].name == "backward-32"
     assert segment_of(1, 4, 32768, 132) and not segment_of(8, 8, 8192, 132) and not segment_of(1, 8, 32768, 132)
     monkeypatch.setattr(defaults, "BACK_IN_SEGMENTS", False)
-    assert default("sm_90", BF16, 1, 4, 32768)[0].name == "backward-gathered-16"
+    assert default("sm_90", BF16, 1, 4, 32768)[0].name == "backward-gathered-turns-16"

@@ -438,7 +438,8 @@ def test_what_no_gpu_has_run_is_not_served(monkeypatch: pytest.MonkeyPatch) -> N
 
     def served(instance: Instance, arch: str, tokens: int = 8192) -> list[str]:
         return [o.backend for o in registry.options(instance, arch, 1, 32, tokens) if o.variant is not None]
-    assert served(back, "sm_90") == ["triton", "torch"] and served(back, "sm_80") == ["torch"]
+    assert served(back, "sm_90") == ["tilelang", "triton", "torch"] and served(back, "sm_80") == ["torch"]
+    assert served(replace(back, io="f16", beta="f16"), "sm_90") == ["triton", "torch"]               # no roles
     assert served(one, "sm_90") == served(one, "sm_80") == ["triton", "torch"]
     assert served(rows, "sm_90") == served(rows, "sm_80") == ["triton", "tilelang", "torch"]
     first = registry.options(back, "sm_80", 1, 32, 8192)[0]

@@ -128,13 +128,18 @@ def test_the_bench_has_candidates() -> None:
     """As they serve for a shape, with roles for nothing but the scans, and those in no stream of another's."""
     for lengths, _, HV in bench.SHAPES:
         found = bench.candidates(bench.TIMED, len(lengths), HV)
-        assert list(found) == ["gathered", "gathered, in a row", *(f"roles{back}{half}{aside}" for back in ("", "-alone")
-                                                                   for half in ("", "-halves") for aside in ("", "-aside"))]
+        ways = [f"{half}{aside}" for half in ("", "-halves") for aside in ("", "-aside")]
+        roles = [f"roles{how}{way}" for how in ("", "-alone", "-merged-alone", "-turns-alone") for way in ways]
+        one = [f"{how}{way}" for way in ("", ", 8 warps", ", waits", ", 8 warps, waits") for how in ("merged", "turns")]
+        assert {*found} == {"gathered", "gathered, in a row", *one, *roles}
         for name, s in found.items():
             kernels = variant(bench.TIMED, s, "triton", "sm_90").compiled.kernels
             assert [k.name for k in kernels if k.options.roles] == (["again", "back"] if "roles" in name else [])
             assert [k.name for k in kernels if k.options.aside] == ["again"] * ("aside" in name)
-            assert [k.name for k in kernels if k.beside] == (["back", "inner", "grads"] if name == "gathered" else ["grads"])
+            last = ["inner", "grads"] if name == "gathered" else ["grads"] if "waits" not in name else []
+            some = name == "gathered" or name in one
+            apart = [] if "roles-merged" in name or "roles-turns" in name else ["grads"]
+            assert [k.name for k in kernels if k.beside] == (["back", *last] if some else apart)
 
 
 @pytest.mark.gpu
