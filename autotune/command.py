@@ -30,10 +30,10 @@ def arch_of(backend: str) -> str:
 
 
 def backends_here(op: str) -> tuple[str, ...]:
-    """Those that may be the fastest here: on Hopper a forward may be one of roles, by TileLang."""
+    """Those that may be the fastest here: on Hopper scans may be roles, by TileLang."""
     if not torch.cuda.is_available():
         return ("tilelang",)
-    return ("tilelang", "triton") if op == "forward" and arch_of("triton") == "sm_90" else ("triton",)
+    return ("tilelang", "triton") if op != "recurrent" and arch_of("triton") == "sm_90" else ("triton",)
 
 
 def tune(op: str, shapes: str, backends: str, budget: float, resume: bool, dtype: str, K: int, V: int, flags: str, dense: bool,

@@ -18,8 +18,8 @@ from gdn_ir.compiler import Instance, planned
 from gdn_ir.follow import can_follow
 from gdn_ir.program import Program
 from gdn_ir.schedules import adjoints
-from gdn_ir.schedules.defaults import (CROWDED, FUSED_LENGTHS, LENGTHS, default, lean, roles_can, segmented, whole_scans,
-                                       with_triton)
+from gdn_ir.schedules.defaults import (CROWDED, FUSED_LENGTHS, LENGTHS, MULTIPROCESSORS, backward_by_roles, default, lean,
+                                       roles_can, segmented, whole_scans, with_triton)
 from gdn_ir.schedules.plans import Steps, backward_plan, plan
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
@@ -31,7 +31,8 @@ class Frame:
     """All of a schedule but its kernels' options. block: rows that the triangular solve substitutes before it merges blocks by
     products; sums: whether the log decay's running sums are hoisted beside the solve; dot: what products' operands are rounded
     to; segment: chunks of a segment, in a plan that cuts sequences into such. The plan "roles" is "solve" ("cut", where it has
-    segments) with a scan as roles, which are not varied; "roles-fused", "fused" or "cut-fused", has the inverse among them."""
+    segments) with a scan as roles, which are not varied; "roles-fused", "fused" or "cut-fused", has the inverse among them. Of a
+    backward "roles" has both scans as roles, one after the other, "roles-aside" beside each other."""
     plan: str
     chunk: int = 64
     block: int = 16
@@ -42,12 +43,12 @@ class Frame:
     def steps(self, instance: Instance) -> Steps:
         if self.plan == "recurrent":
             return ()
+        if self.plan.startswith("roles"):
+            return self.roles(instance).steps
         if instance.grads:
             norm = self.gathers and instance.switches.l2norm
             return backward_plan(self.plan, instance.program, instance.io, self.chunk, self.block, beta=instance.beta,
                                  segment=self.segment, norm=norm)
-        if self.plan.startswith("roles"):
-            return self.roles(instance).steps
         sums = self.sums and instance.switches.decay != "none"
         return plan(self.plan, instance.switches.erase, instance.io, self.chunk, self.block, sums, self.segment)
 
@@ -58,6 +59,9 @@ class Frame:
 
     def roles(self, instance: Instance) -> Schedule:
         """The schedule of roles that a frame of these is."""
+        if instance.grads:                                 # so few heads that both have a multiprocessor each, or so many
+            heads = 1 if self.plan == "roles-aside" else MULTIPROCESSORS["sm_90"]
+            return backward_by_roles(instance, 1, heads)
         return with_triton(instance, self.segment, self.plan == "roles-fused")
 
     def __str__(self) -> str:
@@ -107,6 +111,8 @@ def space_of(backend: str, arch: str, instance: Instance) -> Space:
         chunked = [Frame(p, c) for p in (("states", "naive") if back else ("fused", "naive", "states")) for c in (16, 32, 64)]
         return Space(((Frame("recurrent", 1),) if not back else ()) + tuple(chunked), v_tile=(None, 16, 32, 64))
     if backend == "tilelang" and roles_can(arch, instance):            # without roles it takes half again what Triton does
+        if back:
+            return Space((Frame("roles-aside"), Frame("roles")), (None, 64), (1, 2, 4, 8), (1, 2))
         ways = (("roles", (0, *LENGTHS)), ("roles-fused", (0, *FUSED_LENGTHS)))
         roles = tuple(Frame(name, segment=n) for name, lengths in ways for n in lengths)
         return Space((*roles, Frame("states")), (None, 32, 64), (1, 2, 4, 8), (1, 2, 3))
@@ -115,7 +121,7 @@ def space_of(backend: str, arch: str, instance: Instance) -> Space:
     frames += [Frame(p, sums=False) for p in ("states", "wy") if not back and instance.switches.decay != "none"]
     frames += [Frame(p) for p in ("inside", "merged") if back and backend == "triton"]
     if back and backend == "triton":                       # first what serves whole scans: the first frame is searched whole
-        whole = ("gathered", "grouped") if lean(arch, instance, backend) else ()
+        whole = ("gathered-turns", "gathered", "gathered-merged", "grouped") if lean(arch, instance, backend) else ()
         frames = [*map(Frame, whole), *frames, *([] if whole else [Frame("grouped")])]
     if back and lean(arch, instance, backend) and adjoints.can(instance):
         frames += [Frame(p, segment=n) for p in ("gathered-segments", "segments") for n in adjoints.LENGTHS]
@@ -139,7 +145,7 @@ def widened(frame: Frame, space: Space, backend: str, arch: str, instance: Insta
         kept = base.options(kernel)
         follows = kept.follows
         for options in space.options() if not kept.roles else ():
-            varied = replace(options, follows=follows, backend=kept.backend)
+            varied = replace(kept, v_tile=options.v_tile, num_warps=options.num_warps, num_stages=options.num_stages)
             yield Candidate(base.with_options(**{kernel: varied}), frame, kernel)
         if follows:
             yield Candidate(base.with_options(**{kernel: replace(base.options(kernel), follows=False)}), frame, kernel)
@@ -167,7 +173,8 @@ def based(frame: Frame, backend: str, arch: str, instance: Instance, heads: int)
     if arch not in ("cpu", "torch"):
         try:
             few = min(heads, CROWDED - 1) if backend == "tilelang" else heads              # roles have frames of their own
-            best = whole_scans(arch, instance, 1, heads, backend, frame.gathers)[0] if instance.grads else \
+            merges = frame.plan if frame.plan in ("gathered-turns", "gathered-merged") else ""
+            best = whole_scans(arch, instance, 1, heads, backend, frame.gathers, merges)[0] if instance.grads else \
                 default(arch, instance, 1, few, 64, backend)[0]
             if instance.grads and frame.segment:
                 best = adjoints.in_segments(best, instance, frame.segment, frame.gathers)

@@ -257,16 +257,15 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
         -> tuple[Schedule, str]:
     """The same for a backward: on Hopper in segments, where these should win."""
     if backend == "tilelang" and roles_fit(arch, instance, sequences, heads, tokens):
-        units, scans = MULTIPROCESSORS[arch], sequences * heads
-        base, _ = whole_scans(arch, instance, sequences, heads, "triton", merges=TURNS)
-        schedule = role_backward.served(base, sequences, heads, units)
+        units, scans, schedule = MULTIPROCESSORS[arch], sequences * heads, backward_by_roles(instance, sequences, heads)
         how = "beside each other, on" if schedule.options("again").aside else "on"
         return schedule, (f"{arch}: states again, and their adjoints in reverse, as roles in one block for each of {scans} "
                           f"sequences and heads, {how} {units} multiprocessors; the rest for all chunks at once, by triton")
     if not lean(arch, instance, backend):
         return whole_scans(arch, instance, sequences, heads, backend)
-    halves = instance.K == 128 and instance.switches.erase # of K, which one kernel for inner and grads takes in turn
-    schedule, why = whole_scans(arch, instance, sequences, heads, backend, merges=TURNS if halves else "")
+    # one kernel for inner and grads takes halves of K in turn, and is for all that they make
+    one = instance.K == 128 and instance.switches.erase and {*instance.grads} >= {"q", "k", "v", "g", "beta"}
+    schedule, why = whole_scans(arch, instance, sequences, heads, backend, merges=TURNS if one else "")
     size = adjoints.segment_of(sequences, heads, tokens, MULTIPROCESSORS[arch]) if BACK_IN_SEGMENTS else 0
     if size and not adjoints.can(instance):
         why += f"; segments of {size} chunks may be faster, but serve only what a GPU has run so: all five gradients and no " \
@@ -275,8 +274,14 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
         return schedule, why
     plain, _ = whole_scans(arch, instance, sequences, heads, backend)
     return adjoints.in_segments(plain, instance, size), (
-        f"{arch}: {sequences * heads} serial scans each way would not fill {MULTIPROCESSORS[arch]} multiprocessors for long; each "
-        f"is cut into segments of {size} chunks")
+        f"{arch}: {sequences * heads} serial scans each way would not fill {MULTIPROCESSORS[arch]} multiprocessors for long; "
+        f"each is cut into segments of {size} chunks")
+
+
+def backward_by_roles(instance: Instance, sequences: int, heads: int) -> Schedule:
+    """The scans as roles, the rest by Triton."""
+    base, _ = whole_scans("sm_90", instance, sequences, heads, "triton", merges=TURNS)
+    return role_backward.served(base, sequences, heads, MULTIPROCESSORS["sm_90"])
 
 
 def whole_scans(arch: str, instance: Instance, sequences: int, heads: int, backend: str, gathers: bool = True,

@@ -353,9 +353,9 @@ def test_default_compiles_without_a_gpu(arch: str, size: int) -> None:
     cell = Cell("x", FULL, "bf16", replace(LAYOUTS["varlen"], H=1, HV=2, K=size, V=size))
     instance = backward_of(cell)
     chosen = variant(instance, default(arch, instance, 1, 32, 8192)[0], "triton", arch)
-    gathered = ["solve", "local", "again", "back", "inner", "heads", "grads"]
+    turns = ["solve", "local", "again", "back", "grads"]
     states = ["solve", "again", "local", "back", "inner", "grads", "heads", *(["tiles"] if size > 128 else [])]
-    assert [s.kernel for s in chosen.sources] == (gathered if (arch, size) == ("sm_90", 128) else states)
+    assert [s.kernel for s in chosen.sources] == (turns if (arch, size) == ("sm_90", 128) else states)
     for kernel, source in zip(chosen.compiled.kernels, chosen.sources, strict=True):
         built = cross_compile(kernel, source, arch)
         assert built.metadata.shared <= {"sm_80": 166912, "sm_90": 232448}[arch]
@@ -383,7 +383,7 @@ def test_what_sharing_saves() -> None:
 def test_sparing_holds_less() -> None:
     """The same statements in another order: the sums that a tile is for follow it, and what is read once is read late."""
     instance = Instance(Switches(), 128, 128, "bf16", "bf16", True, GRADS)
-    base = default("sm_90", instance, 1, 32, 8192)[0]
+    base = whole_scans("sm_90", instance, 1, 32, "triton")[0]
     schedule, sparing = (base.with_options(**{k: replace(o, sparing=x) for k, o in base.kernels}) for x in (False, True))
     for a, b in zip(*(variant(instance, s, "triton", "sm_90").sources for s in (schedule, sparing)), strict=True):
         lines = [[x for x in s.text.splitlines() if x.startswith("    ") and "#" not in x] for s in (a, b)]

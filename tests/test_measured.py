@@ -75,8 +75,8 @@ def test_every_shipped_backward_was_measured(arch: str) -> None:
     # is kept is what would have been computed again, and two of these are as far off with it.
     both = "gated delta rule, bf16, GVA", "128 x 128, in place of roles, packed, negative eigenvalues, bf16"
     known = ["96 x 128, bf16", "the backward's roles, dense, H = HV, bf16",
-             *(f"{cell}{kept}" for cell in both for kept in ("", ", keeps inverse", ", keeps states"))] if arch == "sm_90" else []
-    assert sorted(wrong) == sorted(known)
+             *(f"{cell}{kept}" for cell in both for kept in ("", ", keeps inverse", ", keeps states"))]
+    assert sorted(wrong) == (sorted(known) if arch == "sm_90" else [])
 
 
 def test_nothing_failed_on_the_gpu() -> None:
