@@ -31,8 +31,8 @@ class Frame:
     """All of a schedule but its kernels' options. block: rows that the triangular solve substitutes before it merges blocks by
     products; sums: whether the log decay's running sums are hoisted beside the solve; dot: what products' operands are rounded
     to; segment: chunks of a segment, in a plan that cuts sequences into such. The plan "roles" is "solve" ("cut", where it has
-    segments) with a scan as roles, which are not varied; "roles-fused", "fused" or "cut-fused", has the inverse among them. Of a
-    backward "roles" has both scans as roles, one after the other, "roles-aside" beside each other."""
+    segments) with a scan as roles, which are not varied; "roles-fused", "fused" or "cut-fused", has the inverse among them.
+    Of a backward "roles" has both scans as roles, one after the other, "roles-aside" beside each other."""
     plan: str
     chunk: int = 64
     block: int = 16
