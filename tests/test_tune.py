@@ -33,7 +33,8 @@ from gdn_ir.compiler import Instance, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.registry import options
 from gdn_ir.schedules import adjoints
-from gdn_ir.schedules.defaults import FUSED_LENGTHS, LENGTHS, roles_fit, roles_in_one, way_of_roles, whole_scans, with_triton
+from gdn_ir.schedules.defaults import (FUSED_LENGTHS, LENGTHS, default, roles_fit, roles_in_one, way_of_roles, whole_scans,
+                                       with_triton)
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 SMALL = Instance(Switches(final_state=True), 16, 16, "f32", "f32", True)
@@ -127,16 +128,22 @@ def test_the_backward_s_segments_are_in_the_space() -> None:
     """Where they may serve, each length, as it would."""
     train = Instance(Switches(), 128, 128, "bf16", "bf16", True, ("q", "k", "v", "g", "beta"), True)
     frames = space_of("triton", "sm_90", train).frames
-    assert [f.plan for f in frames[:2]] == ["gathered", "grouped"]
+    assert [f.plan for f in frames[:4]] == ["gathered-turns", "gathered", "gathered-merged", "grouped"]
     for gathers, plan in ((True, "gathered-segments"), (False, "segments")):
         found = [f for f in frames if f.plan == plan]
         assert [f.segment for f in found] == [*adjoints.LENGTHS]
         whole, _ = whole_scans("sm_90", train, 1, 4, "triton", gathers)
-        served = {frames[not gathers]: whole} | {f: adjoints.in_segments(whole, train, f.segment, gathers) for f in found}
+        cut = {f: adjoints.in_segments(whole, train, f.segment, gathers) for f in found}
+        served = {frames[1 if gathers else 3]: whole} | cut
         for f, schedule in served.items():
             mine, theirs = (variant(train, s, "triton", "sm_90") for s in (based(f, "triton", "sm_90", train, 4), schedule))
             assert [(s.kernel, s.hash, k.options) for k, s in zip(mine.compiled.kernels, mine.sources, strict=True)] == \
                 [(s.kernel, s.hash, k.options) for k, s in zip(theirs.compiled.kernels, theirs.sources, strict=True)]
+    turns, served_whole = based(frames[0], "triton", "sm_90", train, 8), default("sm_90", train, 1, 8, 32768)[0]
+    assert all(turns.options(k) == o for k, o in served_whole.kernels if k != "*") and served_whole.options("grads").k_tile
+    roles = space_of("tilelang", "sm_90", train).frames
+    assert [f.plan for f in roles] == ["roles-aside", "roles"]
+    assert [based(f, "tilelang", "sm_90", train, 32).options("again").aside for f in roles] == [True, False]
     wide = replace(train, io="f16", beta="f16")
     assert all("segments" not in f.plan for f in space_of("triton", "sm_90", wide).frames)
 
