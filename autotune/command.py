@@ -20,6 +20,8 @@ from gdn_ir.autotune.tune import Limits, Task, Tuner
 from gdn_ir.backends import BACKENDS
 from gdn_ir.bench.results import slug
 from gdn_ir.calls import instances, listed, shapes_of
+from gdn_ir.compiler import Instance
+from gdn_ir.schedules.defaults import roles_can
 
 def arch_of(backend: str) -> str:
     """What a backend is tuned for here."""
@@ -29,18 +31,18 @@ def arch_of(backend: str) -> str:
     return architecture(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def backends_here(op: str) -> tuple[str, ...]:
+def backends_here(instance: Instance) -> tuple[str, ...]:
     """Those that may be the fastest here: on Hopper scans may be roles, by TileLang."""
     if not torch.cuda.is_available():
         return ("tilelang",)
-    return ("tilelang", "triton") if op != "recurrent" and arch_of("triton") == "sm_90" else ("triton",)
+    return ("tilelang", "triton") if roles_can(arch_of("triton"), instance) else ("triton",)
 
 
 def tune(op: str, shapes: str, backends: str, budget: float, resume: bool, dtype: str, K: int, V: int, flags: str, dense: bool,
          records: Path | None, workers: int, console: Console | None = None) -> bool:
     """Tune. False where Ctrl-C ended it: all that was measured is kept."""
     console = console or Console()
-    names = [b.strip() for b in (backends or ",".join(backends_here(op))).split(",")]
+    names = listed(backends)
     for name in names:
         if name not in BACKENDS:
             raise ValueError(f"--backends: got {name!r}; accepts {', '.join(BACKENDS)}")
@@ -51,7 +53,7 @@ def tune(op: str, shapes: str, backends: str, budget: float, resume: bool, dtype
     dtype = dtype or ("bf16" if torch.cuda.is_available() else "f32")
     kept = Records(records or default_path())
     found = instances(op, shapes_of(shapes), dtype, K, V, flags, dense)
-    work = [(i, some, name) for i, some in found.items() for name in names]
+    work = [(i, some, name) for i, some in found.items() for name in names or backends_here(i)]
     count = min(workers, max(1, (os.cpu_count() or 1) - 2) if torch.cuda.is_available() else (os.cpu_count() or 1))
     done: list[Winner] = []
     try:

@@ -64,7 +64,8 @@ def find(target: str, instance: Instance, sequences: int, heads: int, tokens: in
 
 
 def ranked(target: str, instance: Instance, shape: tuple[int, int, int], backend: str) -> Iterator[tuple[str, Winner]]:
-    """What was tuned for such a call, the best match first."""
+    """What was tuned for such a call, the best match first: for its very shape; or for one near it that the heuristic takes by
+    the same plan, whatever won there if it is close, and only with that plan if not."""
     if os.environ.get("GDN_IR_TUNED") == "0":
         return
     here = device_here(target)

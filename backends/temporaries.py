@@ -146,18 +146,20 @@ def launched(kernels: Sequence[Kernel], launches: Sequence[Launch], memory: Mapp
     for kernel, launch in zip(kernels, launches, strict=True):
         if kernel.options.aside and cuda:
             here = torch.cuda.current_stream()
-            aside = stream(here.device_index)
+            aside = stream(here.device_index, here.cuda_stream)
             aside.wait_stream(here)
             with torch.cuda.stream(aside):
                 launch(memory, params, call)
             continue
-        launch(memory, params, call)
-        if aside is not None:
-            torch.cuda.current_stream().wait_stream(aside)
-            aside = None
+        try:
+            launch(memory, params, call)
+        finally:                                           # whatever became of it: memory that is given back is at rest
+            if aside is not None:
+                torch.cuda.current_stream().wait_stream(aside)
+                aside = None
 
 
 @lru_cache(maxsize=64)
-def stream(device: int) -> torch.cuda.Stream:
-    """What runs aside on a device. Calls share it: each waits for its own part."""
+def stream(device: int, beside: int) -> torch.cuda.Stream:
+    """What runs aside of one stream of a device."""
     return torch.cuda.Stream(device)

@@ -19,9 +19,9 @@ REPRESENTATIVE = ("1x2048:2/8,1x8192:2/8,1x32768:2/8,1x2048:4/16,1x8192:4/16,1x3
 
 
 def instances(op: str, shapes: Iterable[Shape], dtype: str, K: int, V: int, flags: str, dense: bool,
-              beta: str = "", grads: str = "", keep: str = "nothing") -> dict[Instance, list[Shape]]:
+              beta: str = "", grads: str = "", keep: str = "nothing", said: str = "--shapes") -> dict[Instance, list[Shape]]:
     """The instances that an operation on shapes takes, each with its shapes. beta: its dtype, where it is another; grads: those
-    of a backward, separated by commas. Raises ValueError naming what is wrong."""
+    of a backward, separated by commas; said: what the user calls shapes. Raises ValueError naming what is wrong."""
     if op not in OPS:
         raise ValueError(f"--op: got {op!r}; accepts {', '.join(OPS)}")
     known = [n for n, f in Switches.__dataclass_fields__.items() if f.type == "bool"]
@@ -40,7 +40,7 @@ def instances(op: str, shapes: Iterable[Shape], dtype: str, K: int, V: int, flag
     found: dict[Instance, list[Shape]] = {}
     for s in shapes:
         if dense and len(set(s.lengths)) > 1:
-            raise ValueError(f"--shapes: got {s} with --dense; accepts sequences of one length there")
+            raise ValueError(f"{said}: got {s} with --dense; accepts sequences of one length there")
         wanted = (named or every) if op == "backward" else ()
         i = Instance(switches, K, V, dtype, beta or dtype, not dense, wanted, not wanted or s.HV > s.H, op == "recurrent", keep)
         found.setdefault(i, []).append(s)

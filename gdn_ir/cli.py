@@ -59,7 +59,7 @@ def emit(shape: Annotated[str, typer.Argument(help=f"a call: {words.SHAPE}; the 
     if len(asked) > 1:
         raise ValueError(f"shape: got {shape}; accepts one call")
     ((instance, (one,)),) = instances(op or ("backward" if grads else "forward"), asked, dtype, K, V, flags, dense, grads=grads,
-                                      keep=keep).items()
+                                      keep=keep, said="shape").items()
     made = chosen(instance, one, backend, arch, schedule)
     if json:
         print(made.schedule.to_json())
@@ -92,7 +92,8 @@ def explain(shapes: Annotated[Optional[list[str]], typer.Argument(help=f"calls: 
     from gdn_ir.registry import architecture_here, explained, named
     said = []
     for s in shapes_of(",".join(shapes or [words.ONE]), "shapes"):
-        for i in instances(op or ("backward" if grads else "forward"), [s], dtype, K, V, flags, dense, grads=grads, keep=keep):
+        for i in instances(op or ("backward" if grads else "forward"), [s], dtype, K, V, flags, dense, grads=grads, keep=keep,
+                           said="shapes"):
             said.append(explained(i, named(arch or architecture_here()), len(s.lengths), s.H, s.HV, s.tokens))
     print(dumps([s.data() for s in said], indent=1) if json else "\n".join(map(str, said)))
 

@@ -140,7 +140,10 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
         if makers[p.name].splits_grid and tile is not None and axis and tile < whole[p.name][base(axis)]:
             (split if axis == "V" else turned)[p.name] = tile
     turns = {p.name: tile for p in pipeline if (tile := schedule.options(p.name).k_tile) and makers[p.name].splits_grid
-             and "K" in tile_axes(p) and whole[p.name]["K"] > tile and extents["K"] % tile == 0}       # K stepped through
+             and "K" in tile_axes(p) and whole[p.name]["K"] > tile}            # K stepped through
+    for name, tile in turns.items():
+        if extents["K"] % tile:
+            raise steps.IllegalStep(f"kernels: {name}.k_tile: got {tile}; accepts a divisor of K = {extents['K']}, or None")
     pipeline = parts(pipeline, "V", split)
     pipeline = tuple(split_axis(p, str(columns(p, tokens))) if p.name in turned else p for p in pipeline)
     pipeline = tuple(in_turn(p, "K") if p.name in turns else p for p in pipeline)
@@ -172,8 +175,12 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
         p = pad(p, frozenset(padded))
         whole_tiles = {j: -(-extents["V"] // kernels[j].columns) * kernels[j].columns for j in followed.get(i, ())}
         awaits = tuple((t, whole_tiles[j], bool(pipeline[j].roots[0]["reverse"])) for j, t in followed.get(i, {}).items())
+        turn = turns_of(p) if b.in_turn else {}
+        if turn and not options.around and len({backwards for _, _, backwards in awaits}) == 2:
+            raise steps.IllegalStep(f"kernels: {p.name}.around: got false where it follows two scans, its blocks in turns, "
+                                    "who would wait for others that start later; accepts true")
         kernels.append(Kernel(p.name, p, extents, tiles, options, varlen, origin, counting.get(i), awaits,
-                              cleared.get(i), i in followed, i + 1 in followed, turns=turns_of(p) if b.in_turn else {}))
+                              cleared.get(i), i in followed, i + 1 in followed, turns=turn))
     return swept(tuple(kernels), backend)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gdn_ir import policy
 from gdn_ir.autotune.keys import Shape
 from gdn_ir.autotune.lookup import find
 from gdn_ir.backends import BACKENDS
@@ -19,6 +20,8 @@ def chosen(instance: Instance, shape: Shape, backend: str, arch: str, schedule: 
     "default", a plan, "roles", "roles-fused" or a JSON file. Raises ValueError naming what is wrong."""
     if backend and backend not in BACKENDS:
         raise ValueError(f"--backend: got {backend!r}; accepts {', '.join(BACKENDS)}")
+    from gdn_ir.registry import named as known_as
+    arch = known_as(arch)
     if schedule == "default" and not backend:
         return serving(instance, shape, arch)
     wanted = None if schedule == "default" else named(schedule, instance)
@@ -36,11 +39,11 @@ def chosen(instance: Instance, shape: Shape, backend: str, arch: str, schedule: 
 
 def serving(instance: Instance, shape: Shape, arch: str) -> Variant:
     """The one that `explain` says is chosen, of our backends."""
-    from gdn_ir.registry import options
+    from gdn_ir.registry import first, options
     every = options(instance, arch, *shape.key)
-    for o in every:
-        if isinstance(o.variant, Variant):
-            return o.variant
+    found = first(every, policy.asked())
+    if found is not None and isinstance(found.variant, Variant):
+        return found.variant
     raise ValueError(f"--arch: got {arch}: " + "; ".join(f"{o.backend} cannot: {o.reason}" for o in every))
 
 

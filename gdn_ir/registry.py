@@ -74,7 +74,7 @@ class Option:
 
 def unseen(instance: Instance, backend: str, arch: str, roles: bool = False) -> str | None:
     """Why a backend does not serve what it could, if so: no GPU has run all of it yet (bench/results has what one ran). roles:
-    whether it would with a schedule of roles."""
+    whether its schedule is one of roles."""
     if arch == "cpu" or backend not in ("triton", "tilelang"):
         return None
     part = None
@@ -120,11 +120,12 @@ def options(instance: Instance, arch: str, sequences: int, heads: int, tokens: i
     roles = roles_fit(arch, instance, sequences, heads, tokens)
     for name in PREFERENCE[kind]:
         target = "torch" if name == "torch" else arch       # it has one schedule, wherever it runs
-        if (why := unseen(instance, name, arch, roles)) and os.environ.get("GDN_IR_UNVERIFIED") != "1":
-            found.append(Option(name, None, f"{why} (GDN_IR_UNVERIFIED=1 lets it)"))
-            continue
         try:
             tuned = find(target, instance, sequences, heads, tokens, name)
+            why = unseen(instance, name, arch, any(o.roles for _, o in tuned.schedule.kernels))
+            if why and os.environ.get("GDN_IR_UNVERIFIED") != "1":
+                found.append(Option(name, None, f"{why} (GDN_IR_UNVERIFIED=1 lets it)"))
+                continue
             found.append(Option(name, variant(instance, tuned.schedule, name, target), tuned.why, tuned.winner))
         except ValueError as e:                            # Unsupported, an illegal step, an architecture without a default
             found.append(Option(name, None, str(e)))
@@ -185,9 +186,9 @@ def serving(device: torch.device, io: torch.dtype, beta: torch.dtype, K: int, V:
 def keeps(device: torch.device, io: torch.dtype, beta: torch.dtype, K: int, V: int, H: int, HV: int, varlen: bool, decay: bool,
           l2norm: bool, beta_sigmoid: bool, neg_eigval: bool, initial_state: bool, final_state: bool, state_v_first: bool,
           asked: str, keep: str) -> str:
-    """What a forward keeps for its backward where `keep` is asked for: that, if the backend that would serve the backward
-    without serves forward and backward with it; else nothing, with one warning. (Whether it can is no matter of how many tokens
-    there are.)"""
+    """What a forward keeps for its backward where `keep` is asked for: that, if a backend that has a part in the backward that
+    would serve without serves forward and backward with it; else nothing, with one warning. (Whether it can is no matter of how
+    many tokens there are.)"""
     arch = architecture(device)
     switches = Switches("scalar" if decay else "none", True, l2norm, beta_sigmoid, neg_eigval, initial_state, final_state,
                         state_v_first)
@@ -196,14 +197,18 @@ def keeps(device: torch.device, io: torch.dtype, beta: torch.dtype, K: int, V: i
     forward = Instance(switches, K, V, NAMES[io], NAMES[beta], varlen, keep=keep)
     backward = replace(forward, grads=grads, grouped=H < HV)
     without = first(options(replace(backward, keep="nothing"), arch, 1, HV, CHUNK), asked)
-    for instance in (backward, forward):
-        every = options(instance, arch, 1, HV, CHUNK)
-        mine = next((o for o in every if without is not None and o.backend == without.backend), None)
-        if mine is None or mine.variant is None:
-            why = mine.reason if mine else f"{without.backend if without else 'no backend'} leaves nothing to a backward"
-            _warn_kept(keep, why)
-            return "nothing"
-    return keep
+    if without is None:
+        _warn_kept(keep, "no backend serves the backward")
+        return "nothing"
+    reasons = []
+    for name in sorted(without.by, key=lambda b: b != without.backend):        # of roles, Triton has a part
+        both = [next((o for o in options(i, arch, 1, HV, CHUNK) if o.backend == name), None) for i in (backward, forward)]
+        if all(o is not None and o.variant is not None for o in both):
+            return keep
+        missing = next(o for o in both if o is None or o.variant is None)
+        reasons.append(missing.reason if missing else f"{name} leaves nothing to a backward")
+    _warn_kept(keep, "; ".join(reasons))
+    return "nothing"
 
 
 prepared: dict[Hashable, Any] = {}                         # what the ops made of decisions: a warm call looks here alone
@@ -278,7 +283,9 @@ def explained(instance: Instance, arch: str, sequences: int, H: int, HV: int, to
         elif o.variant is None:
             choices.append(Choice(o.backend, "cannot", o.reason))
         else:
+            timed = {x.backend for x in every if x.winner and o.winner and x.winner.shape == o.winner.shape}
             why = "gdn_ir.use or GDN_IR_BACKEND asks for it" if o is chosen and wanted else \
+                f"the fastest of those tuned for {o.winner.shape}" if o is chosen and o.winner and len(timed) > 1 else \
                 f"first that can serve on {arch}" if o is chosen else \
                 f"{wanted} is asked for" if wanted else f"ranks {rank + 1} of {len(every)} on {arch}"
             choices.append(Choice(o.backend, "chosen" if o is chosen else "not chosen", why,

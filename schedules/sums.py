@@ -362,9 +362,9 @@ def _sums_with(fs: tuple[Node, ...], tile: Node) -> list[Node]:
     return [q for x in sums if is_elem(x, "mul") for q in x.args]
 
 
-def _place(terms: list[Term], part: Term, q: Node) -> tuple[int, int, Counter[Node]] | None:
-    """Of a part of a sum of tiles: which of the terms has the sum of q * its tile, and by what more than that part's other
-    factors this is multiplied."""
+def _place(terms: list[Term], part: Term, q: Node) -> tuple[int, int, Counter[Node], str] | None:
+    """Of a part of a sum of tiles: which of the terms has the sum of q * its tile, by what more than that part's other factors
+    this is multiplied, and along which axis it is."""
     sign, fs = part
     for i, (s, gs) in enumerate(terms):
         for f in gs:
@@ -372,7 +372,7 @@ def _place(terms: list[Term], part: Term, q: Node) -> tuple[int, int, Counter[No
                 x = f.args[0].args[1] if f.args[0].args[0] is q else f.args[0].args[0]
                 others, more = Counter(fs) - Counter([x]), Counter(gs) - Counter([f])
                 if x in fs and others <= more and f["over"] in x.axes:
-                    return i, s * sign, more - others
+                    return i, s * sign, more - others, f["over"]
     return None
 
 
@@ -386,8 +386,7 @@ def _alike(parts: list[Term], terms: list[Term], q: Node, tile: Node) -> tuple[i
 def _with_one(terms: list[Term], parts: list[Term], q: Node, own: Node) -> Node:
     """A sum along rows in which the terms of some parts are one: of the parts' sum."""
     places = [place for part in parts if (place := _place(terms, part, q))]
-    over = next(a for a in own.axes if a not in terms[places[0][0]][1][0].axes and a in q.axes)
-    gone, (_, sign, more) = {i for i, *_ in places}, places[0]
+    gone, (_, sign, more, over) = {i for i, *_ in places}, places[0]
     left = [(s, multiply(fs)) for i, (s, fs) in enumerate(terms) if i not in gone]
     return total([*left, (sign, multiply([reduce_sum(q * own, over), *more.elements()]))])
 
@@ -428,7 +427,11 @@ def chain(pipeline: Pipeline, kernel: str) -> Pipeline:
         """-(e * x) as (-e) * x, e along rows: a product is added to it, and not it taken away from a product."""
         t, fs = factors(x)
         row = next((f for f in fs if f.axes != x.axes), None)
-        return (sign, x) if sign * t > 0 or row is None else (1, multiply(-f if f is row else f for f in fs))
+        if sign * t > 0 or row is None:
+            return sign, x
+        rest = list(fs)
+        rest.remove(row)                                   # once: it may be there twice
+        return 1, multiply([-row, *rest])
     memo: dict[Node, Node] = {}
 
     def change(old: Node, args: tuple[Node, ...]) -> Node:

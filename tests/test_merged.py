@@ -15,7 +15,7 @@ from gdn_ir.backends.temporaries import uncleared
 from gdn_ir.backends.triton import cross_compile
 from gdn_ir.compiler import Instance, Unsupported, variant
 from gdn_ir.interp import Sizes, run, run_pipeline
-from gdn_ir.nodes import IRError, Op
+from gdn_ir.nodes import IRError, Op, Tensor
 from gdn_ir.printer import dump, evaluate
 from gdn_ir.program import ScanView, tile_axes
 from gdn_ir.programs.gated_delta import Switches, build
@@ -24,6 +24,7 @@ from gdn_ir.schedules.defaults import whole_scans
 from gdn_ir.schedules.plans import backward_plan
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 from gdn_ir.split import in_turn
+from tests.programs import Case, tracer
 from tests.test_backward import AXES, CU, FAMILY, GRADS, STATES, in_f64, interpreted, memory, spilled
 
 BF16 = Instance(Switches(), 128, 128, "bf16", "bf16", True, GRADS)
@@ -57,6 +58,32 @@ def test_what_no_loop_over_parts_can_do() -> None:
     for taken in (("trade", "inner2"), ("collect", "inner2"), ("chain", "inner2")):
         with pytest.raises(steps.IllegalStep, match=f"{taken[0]}: no kernel is named 'inner2'; there are solve, local"):
             steps.apply(p, (*backward_plan("gathered", p), taken))
+
+
+def test_what_no_kernel_may_have() -> None:
+    """Parts of K that Triton miscompiles, or that do not make K; turns whose blocks would wait for others that start later."""
+    made = whole_scans("sm_90", BF16, 1, 32, "triton", merges=PLANS[1])[0]
+    for more, io, why in (({"k_tile": 32}, BF16, "Triton miscompiles 16-bit products narrower than 64"),
+                          ({"around": False}, BF16, "grads.around: got false where it follows two scans"),
+                          ({}, replace(BF16, K=96), r"grads.k_tile: got 64; accepts a divisor of K = 96")):
+        schedule = made.with_options(grads=replace(made.options("grads"), **more))
+        with pytest.raises(ValueError, match=why):
+            variant(io, schedule, "triton", "sm_90")
+
+
+def test_chain_keeps_signs() -> None:
+    """Of a difference whose tile is multiplied twice by the same along rows."""
+    t = tracer("twice")
+
+    def body() -> None:
+        x, e = t.load(Tensor("x", ("T", "HV", "V"))), t.load(Tensor("e", ("T", "HV")))
+        t.store(Tensor("y", ("T", "HV", "V")), x - (x * e) * e)
+    with t.recording():
+        t.scan(body)
+    case = Case(t.program(), {"V": 3})
+    given, (chained,) = case.inputs(), steps.apply(case.program, (("chain", "twice"),))
+    got, want = (run(p, given, case.sizes(), {})["y"] for p in (chained, case.program))
+    assert chained != case.program and float((got - want).abs().max()) < 1e-12
 
 
 def test_what_the_steps_save() -> None:

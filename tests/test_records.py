@@ -117,13 +117,13 @@ def test_a_neighbour_of_another_kind_does_not_serve(records: Records, monkeypatc
     not."""
     monkeypatch.setattr(lookup, "device_here", lambda target: H100)
     train = replace(BF16, switches=Switches(), grads=("q", "k", "v", "g", "beta"))
-    names = {n: default("sm_90", train, 1, 4, n)[0].name for n in (8192, 12000, 16384)}
-    assert names == {8192: "backward-gathered-16", **dict.fromkeys((12000, 16384), "backward-gathered-segments-16")}
-    mine = default("sm_90", train, 1, 4, 12000)[0].with_options(grads=KernelOptions(None, 8, 1))
+    names = {n: default("sm_90", train, 1, 4, n)[0].name for n in (8192, 14000, 16384)}
+    assert names == {8192: "backward-gathered-turns-16", **dict.fromkeys((14000, 16384), "backward-gathered-segments-16")}
+    mine = default("sm_90", train, 1, 4, 14000)[0].with_options(grads=KernelOptions(None, 8, 1))
     sources = tuple((s.kernel, s.hash) for s in variant(train, mine, "triton", "sm_90").sources)
     subject = replace(winner().subject, instance=train)
-    keep(records, replace(winner(), subject=subject, shape=Shape((12000,), 2, 4), schedule=mine, sources=sources))
-    assert {n: found(1, 4, n, train).level for n in names} == {8192: "heuristic", 12000: "exact", 16384: "near"}
+    keep(records, replace(winner(), subject=subject, shape=Shape((14000,), 2, 4), schedule=mine, sources=sources))
+    assert {n: found(1, 4, n, train).level for n in names} == {8192: "heuristic", 14000: "exact", 16384: "near"}
 
 
 def test_kernels_cut_otherwise_serve_near_by_alone(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gdn_ir import registry
 from gdn_ir.backends.base import SHARED, TORCH, Kernel
 from gdn_ir.backends.temporaries import launched, moments
 from gdn_ir.backends.tilelang.roles import RolePrinter
@@ -40,7 +41,7 @@ NAMES = [f"{kernel}{' alone' if back is BACK_ALONE else ''}{' in halves' if halv
 
 
 @lru_cache(maxsize=8)
-def served(cell: Cell, back: Roles = BACK, halves: bool = False, again: Roles = AGAIN, segment: int = 0) -> Variant:
+def made_of(cell: Cell, back: Roles = BACK, halves: bool = False, again: Roles = AGAIN, segment: int = 0) -> Variant:
     instance = gradients.backward_of(cell)
     base = whole_scans("sm_90", instance, 1, 32, "triton")[0]
     base = in_segments(base, instance, segment) if segment else base
@@ -48,7 +49,7 @@ def served(cell: Cell, back: Roles = BACK, halves: bool = False, again: Roles = 
 
 
 def kernel_of(name: str, back: Roles, halves: bool) -> Kernel:
-    return next(k for k in served(SMALL, back, halves).compiled.kernels if k.name == name)
+    return next(k for k in made_of(SMALL, back, halves).compiled.kernels if k.name == name)
 
 
 @pytest.mark.parametrize(("kernel", "back", "halves"), EVERY, ids=NAMES)
@@ -99,7 +100,7 @@ def test_emitted_text_computes_gradients(lengths: tuple[int, ...], H: int, varle
     empty sequences, with and without states, value heads that share a key head or have their own; whole, or in segments; what
     is behind the last sequence is NaN, and all that the scans write was."""
     cell = Cell("", STATES if states else Switches(), "bf16", Layout(lengths, varlen, H, 2, 128, 128))
-    chosen = served(cell, back, halves, segment=segment)
+    chosen = made_of(cell, back, halves, segment=segment)
     made = chosen.compiled
     assert {m.name for m in made.makers} == {"triton", "tilelang"}
     assert ("local" in {k.name for k in made.kernels}) == (back is BACK)
@@ -143,12 +144,29 @@ def test_the_bench_has_candidates() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["roles", "roles-alone-aside", "roles-halves", "roles-alone-halves-aside"])
+@pytest.mark.parametrize("name", ["roles", "roles-alone-aside", "roles-halves", "roles-alone-halves-aside", "roles-turns-alone",
+                                  "roles-turns-alone-aside"])
 def test_on_a_gpu(name: str) -> None:
     """Ragged ends, an empty sequence, states in and out, over poison, against float64 and "gathered"."""
     (cell, kind), made = bench.CHECKS[0], bench.candidates(gradients.backward_of(bench.CHECKS[0][0]), 6, 2)
     want = gradients.expected(cell, gradients.make(cell, kind=kind), gradients.backward_of(cell).grads)
     assert all(bench.checked((cell, kind), want, {n: made[n] for n in ("gathered", name)})["right"].values())
+
+
+@pytest.mark.parametrize(("sequences", "heads", "aside"), [(1, 32, True), (2, 33, True), (8, 32, False), (1, 16, None),
+                                                           (4, 8, None)])
+def test_what_serves(sequences: int, heads: int, aside: bool | None) -> None:
+    """One kernel after both scans; these beside each other where both have a multiprocessor for each block; with few heads
+    none of it."""
+    option = registry.options(bench.TIMED, "sm_90", sequences, heads, 4096)[0]
+    assert isinstance(option.variant, Variant) and (option.backend == "triton") == (aside is None)
+    kernels = option.variant.compiled.kernels
+    assert [k.name for k in kernels] == (["solve", "local", "again", "back", "grads"] if aside is None else
+                                         ["solve", "again", "back", "grads"])
+    assert [k.name for k in kernels if k.options.aside] == ["again"] * bool(aside)
+    turns = whole_scans("sm_90", bench.TIMED, sequences, heads, "triton", merges="gathered-turns")[0]
+    wanted = turns if aside is None else as_roles(turns, AGAIN, BACK_ALONE, aside=aside)
+    assert [s.hash for s in option.variant.sources] == [s.hash for s in variant(bench.TIMED, wanted, "triton", "sm_90").sources]
 
 
 def test_scans_in_two_streams(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +180,7 @@ def test_scans_in_two_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     assert moments(kernels) == [1, 2, 3, 3, 4, 5, 5] and Schedule.from_json(schedule.to_json()) == schedule
 
     class Stream:
-        device_index = 0
+        device_index, cuda_stream = 0, 0
 
         def __init__(self, name: str) -> None:
             self.name = name
@@ -172,11 +190,18 @@ def test_scans_in_two_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     here, there = Stream("here"), Stream("aside")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: here)
     monkeypatch.setattr(torch.cuda, "stream", lambda s: nullcontext(said.append(f"in {s.name}")))
-    monkeypatch.setattr("gdn_ir.backends.temporaries.stream", lambda device: there)
+    monkeypatch.setattr("gdn_ir.backends.temporaries.stream", lambda *_: there)
     launches = [lambda *_, name=k.name: said.append(name) for k in kernels]
     launched(kernels, launches, {}, {}, None, True)        # type: ignore[arg-type]
     assert said == ["solve", "local", "aside waits for here", "in aside", "again", "back", "here waits for aside", "inner",
                     "heads", "grads"]
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no launch")
+    breaks = [broken if k.name == "back" else x for k, x in zip(kernels, launches, strict=True)]
+    with pytest.raises(RuntimeError, match="no launch"):   # what runs aside is waited for all the same
+        launched(kernels, breaks, {}, {}, None, True)      # type: ignore[arg-type]
+    assert said[-2:] == ["again", "here waits for aside"]
     for kernel in ("solve", "back", "heads", "grads"):
         options = {kernel: replace(schedule.options(kernel), aside=True)}
         with pytest.raises(IRError, match=f"aside: {kernel} cannot run beside"):
@@ -199,7 +224,7 @@ def changed(roles: Roles, role: str, before: str, after: str) -> Roles:
     (AGAIN, changed(BACK, "sums", "fetch G early", "fetch q early"), "fetch q early: .* is not what one can fetch")])
 def test_declines(again: Roles, back: Roles, why: str) -> None:
     with pytest.raises(Unsupported, match=why):
-        served(SMALL, back, True, again)
+        made_of(SMALL, back, True, again)
 
 
 def test_products_are_last() -> None:

@@ -18,11 +18,11 @@ from typing import Any
 
 from gdn_ir.autotune.keys import Device
 from gdn_ir.autotune.records import Winner
-from gdn_ir.schedules.roles import FUSED, SOLVED
+from gdn_ir.schedules.roles import AGAIN, BACK_ALONE, FUSED, SOLVED
 
 Json = dict[str, Any]
 FOLDER = Path(__file__).parent
-ROLES = {"SOLVED": SOLVED.data(), "FUSED": FUSED.data()}
+ROLES = {n: r.data() for n, r in (("SOLVED", SOLVED), ("FUSED", FUSED), ("AGAIN", AGAIN), ("BACK_ALONE", BACK_ALONE))}
 
 
 @lru_cache(maxsize=1)

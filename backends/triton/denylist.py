@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from gdn_ir.backends.base import Kernel, Reason
 from gdn_ir.nodes import Node, Op
+from gdn_ir.program import ScanView
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,10 @@ class Entry:
 
 
 def narrow(kernel: Kernel) -> int:
-    """Columns of the narrowest tile that a product makes of a split axis; a large number where none is split."""
-    return min((kernel.tile(a) for a in kernel.splits), default=1 << 30)
+    """Columns of the narrowest tile that a product makes of an axis that is split, or stepped through in parts; a large number
+    where none is."""
+    parts = {v.parts for s in kernel.program.scans() if (v := ScanView.of(s)).parts}
+    return min((kernel.tile(a) for a in (*kernel.splits, *parts)), default=1 << 30)
 
 
 def half(kernel: Kernel) -> bool:
