@@ -62,7 +62,7 @@ def compile_(target: Annotated[str, typer.Option(help="sm_80, sm_90a, cpu (this 
              K: int = 128, V: int = 128,
              flags: Annotated[str, typer.Option(help=FLAGS)] = "",
              dense: Annotated[bool, typer.Option("--dense", help=DENSE)] = False,
-             backends: Annotated[str, typer.Option(help="separated by commas (triton; tilelang for cpu)")] = "",
+             backends: Annotated[str, typer.Option(help="separated by commas (those that serve)")] = "",
              beta: Annotated[str, typer.Option(help="beta's dtype, where it is not that of q")] = "",
              grads: Annotated[str, typer.Option(help=GRADS)] = "",
              workers: Annotated[int, typer.Option(help="processes that compile")] = 14) -> None:

@@ -169,7 +169,7 @@ def compile_ahead(targets: str, shapes: str, op: str, dtype: str, K: int, V: int
     for t in dict.fromkeys(wanted):
         io = dtype or ("f32" if t == "cpu" else "bf16")
         work = instances(op, shapes_of(shapes), io, K, V, flags, dense, beta, grads)
-        planned += plan_entries([t], work, list(named) or ["tilelang" if t == "cpu" else "triton"])
+        planned += plan_entries([t], work, named)
     jobs: dict[str, Json] = {}
     for entry, _ in planned:
         for i, key in enumerate(entry.keys):

@@ -8,7 +8,7 @@ from gdn_ir.autotune.keys import Shape
 from gdn_ir.autotune.lookup import find
 from gdn_ir.backends import BACKENDS
 from gdn_ir.compiler import Instance, Variant, variant
-from gdn_ir.schedules.defaults import of_roles, roles_in_one
+from gdn_ir.schedules.defaults import of_roles, roles_in_one, roles_lack
 from gdn_ir.schedules.plans import PLANS, backward_plan, plan
 from gdn_ir.schedules.schedule import Schedule
 
@@ -50,6 +50,10 @@ def serving(instance: Instance, shape: Shape, arch: str) -> Variant:
 def named(schedule: str, instance: Instance) -> Schedule:
     """A schedule as a user names it."""
     s, back = instance.switches, bool(instance.grads)
+    if instance.recurrent and not Path(schedule).is_file():
+        raise ValueError(f"--schedule: got {schedule!r} with --op recurrent; accepts default, or a JSON file that exists")
+    if schedule in ROLES and not back and (why := roles_lack("sm_90", instance)):
+        raise ValueError(f"--schedule {schedule}: {why}")
     known = PLANS["backward" if back else "forward"]
     if Path(schedule).is_file():
         try:

@@ -18,6 +18,7 @@ from gdn_ir.artifacts import Damaged, Store, digest
 from gdn_ir.autotune import lookup
 from gdn_ir.autotune.keys import Shape, distance, of_instance, of_schedule, program_hash, to_instance, to_schedule
 from gdn_ir.compiler import Instance, Variant, variant
+from gdn_ir.schedules.defaults import roles_fit
 from gdn_ir.schedules.schedule import Schedule
 
 Json = dict[str, Any]
@@ -112,13 +113,15 @@ def unload_packs() -> None:
 
 def plan_entries(targets: Iterable[str], work: dict[Instance, list[Shape]], backends: Iterable[str]) \
         -> list[tuple[Entry, Variant]]:
-    """What a pack of these will hold: for each target and shape the schedule that would serve there. Raises ValueError with the
-    reason of the first that cannot be served."""
-    found = []
+    """What a pack of these will hold: for each target and shape the schedule that would serve there. backends: none for those
+    that may serve a call: the one that takes any, and of roles TileLang. Raises ValueError with the reason of the first that
+    cannot be served."""
+    found, named = [], tuple(backends)
     for target in targets:
-        for backend in backends:
-            for instance, shapes in work.items():
-                for s in shapes:
+        anything = "tilelang" if target == "cpu" else "triton"
+        for instance, shapes in work.items():
+            for s in shapes:
+                for backend in named or (anything, *(("tilelang",) if roles_fit(target, instance, *s.key) else ())):
                     f = lookup.find(target, instance, *s.key, backend)
                     made = variant(instance, f.schedule, backend, target)
                     found.append((Entry(target, instance, backend, s, f.schedule, keys_of(made), f.why), made))
@@ -135,9 +138,9 @@ def write_pack(out: Path, planned: list[tuple[Entry, Variant]]) -> int:
         store, held = Store(temporary / "artifacts", own=False), set()
         for entry, made in planned:
             c = made.compiled
-            for key, kernel, source in zip(entry.keys, c.kernels, c.sources, strict=True):
+            for key, maker, kernel, source in zip(entry.keys, c.makers, c.kernels, c.sources, strict=True):
                 if key not in held:
-                    store.copy(artifacts.obtain(c.backend, kernel, source, entry.target), key)
+                    store.copy(artifacts.obtain(maker, kernel, source, entry.target), key)
                     held.add(key)
         data = {"format": FORMAT, "entries": [e.json() for e, _ in planned]}
         (temporary / MANIFEST).write_text(json.dumps(data | {"sha256": digest(data)}, indent=1) + "\n")

@@ -18,7 +18,7 @@ from gdn_ir.autotune.records import Winner
 from gdn_ir.compiler import NAMES, Instance, Unsupported, Variant, variant
 from gdn_ir.explanation import Choice, Explanation
 from gdn_ir.policy import forbid, use
-from gdn_ir.schedules.defaults import roles_fit
+from gdn_ir.schedules.defaults import roles_fit, roles_want
 from gdn_ir.schedules.plans import CHUNK
 from gdn_ir.providers import Offered
 from gdn_ir.programs.gated_delta import Switches
@@ -124,6 +124,8 @@ def options(instance: Instance, arch: str, sequences: int, heads: int, tokens: i
             tuned = find(target, instance, sequences, heads, tokens, name)
             why = unseen(instance, name, arch, any(o.roles for _, o in tuned.schedule.kernels))
             if why and os.environ.get("GDN_IR_UNVERIFIED") != "1":
+                if instance.grads and name == "tilelang":
+                    why = f"{roles_want(arch, instance, sequences, heads)}; without them {why}"
                 found.append(Option(name, None, f"{why} (GDN_IR_UNVERIFIED=1 lets it)"))
                 continue
             found.append(Option(name, variant(instance, tuned.schedule, name, target), tuned.why, tuned.winner))

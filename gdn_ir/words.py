@@ -6,5 +6,5 @@ SHAPES = f"{SHAPE}, or the index of a row of the suite forward, separated by com
 OP = "forward, backward or recurrent (one token at a time)"
 FLAGS = "of the op, separated by commas, e.g. l2norm,initial_state,no-final_state,no-decay (a forward has final_state)"
 DENSE = "not packed: all sequences of one length"
-GRADS = "of a backward: gradients, separated by commas (all)"
+GRADS = "of a backward: gradients, separated by commas, such as q,k,v,g,beta,initial_state (all)"
 KEEP = "what a forward leaves to its backward, or a backward is given: nothing, inverse or states"

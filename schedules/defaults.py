@@ -187,6 +187,13 @@ def roles_can(arch: str, instance: Instance) -> bool:
     return not (role_backward.lacks if instance.grads else roles_lack)(arch, instance)
 
 
+def roles_want(arch: str, instance: Instance, sequences: int, heads: int) -> str:
+    """Why roles do not serve a backward."""
+    few = f"roles want {role_backward.MANY} sequences x heads, twice as many where a sequence has fewer than 16 heads, not " \
+        f"{sequences} x {heads}"
+    return role_backward.lacks(arch, instance) or few
+
+
 def roles_fit(arch: str, instance: Instance, sequences: int, heads: int, tokens: int) -> bool:
     """Whether they should also be the fastest for a call: one block takes a whole sequence and head, so there must be enough of
     these to be busy beside each other; or sequences so long, in the mean, that they are worth cutting."""

@@ -54,5 +54,6 @@ def lacks(arch: str, instance: Instance) -> str:
              f"roles take K x V of 128 x 128, not {instance.K} x {instance.V}": (instance.K, instance.V) == (128, 128),
              f"roles are given nothing by a forward ({instance.keep} is)": instance.keep == "nothing",
              "roles make all of the gradients of q, k, v, g and beta": {*instance.grads} >= {"q", "k", "v", "g", "beta"},
-             "roles need what erases": s.erase, "roles have states as [K, V], not [V, K]": not s.state_v_first}
+             "roles need a decay": s.decay == "scalar", "roles need what erases": s.erase,
+             "roles have states as [K, V], not [V, K]": not s.state_v_first}
     return next((why for why, met in needs.items() if not met), "")

@@ -353,6 +353,8 @@ def test_emit_takes_a_schedule_file(command: Callable[..., tuple[int, str, str]]
     (("emit", "--grads", "q", "--op", "forward"), "--grads: got 'q' with --op forward; accepts"),
     (("explain", "--grads", "o"), "grads: got o; accepts"),
     (("emit", "--backend", "cuda"), "--backend: got 'cuda'; accepts triton, tilelang, torch"),
+    (("emit", "--op", "recurrent", "--schedule", "states"), "--schedule: got 'states' with --op recurrent; accepts default"),
+    (("emit", "--schedule", "roles", "--flags", "no-decay"), "--schedule roles: roles need a decay"),
     (("emit", "--arch", "hopper"), "arch: got 'hopper'; accepts cpu and GPUs'"),
     (("emit", "2000+3000:1/2", "--dense"), "shape: got 2000+3000:1/2 with --dense"),
     (("emit", "--arch", "sm_70", "--backend", "triton"), "arch: got 'sm_70'; accepts cpu, sm_80, sm_90"),
