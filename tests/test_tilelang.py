@@ -57,7 +57,7 @@ def lowered_of(kernel: Kernel, arch: str) -> str:
 def test_defaults_compile_without_a_gpu(arch: str) -> None:
     """Products on matrix units, for Hopper by warp groups; the scan's tiles copied ahead."""
     i = Instance(FULL, 128, 128, "bf16", "bf16", True)
-    schedule = default(arch, i, 1, 8, 4096, "tilelang")[0]
+    schedule = default(arch, i, 1, 8, 2048, "tilelang")[0]               # no roles
     for kernel in lower(program_of(FULL), schedule, TILELANG, arch, i.sizes, i.dtypes, True):
         cuda = cuda_of(kernel, arch)
         assert ("wgmma" in cuda) == (arch == "sm_90") and "mma" in cuda
@@ -70,7 +70,7 @@ def test_the_backward_lowers_without_a_gpu(arch: str, name: str, io: str) -> Non
     """Sums along products' sums, which other threads hold; as far as CUDA (nvcc takes half a minute for each)."""
     cell = Cell("x", FULL, io, replace(LAYOUTS["varlen"], H=1, HV=2, K=128, V=128))
     instance = backward_of(cell)
-    chosen = variant(instance, default(arch, instance, 1, 32, 8192, "tilelang")[0], "tilelang", arch)
+    chosen = variant(instance, default(arch, instance, 1, 8, 8192, "tilelang")[0], "tilelang", arch)         # no roles
     assert [s.kernel for s in chosen.sources] == ["solve", "again", "local", "back", "inner", "grads", "heads"]
     source = next(s for s in chosen.sources if s.kernel == name)
     cuda, shared = lowered(getattr(load_source("tilelang", name, source.hash, source.text), name), arch)

@@ -41,7 +41,7 @@ def slow(device: torch.device, K: int, V: int, dtype: torch.dtype, beta: torch.d
         return None
     arch = registry.architecture(device)
     for instance in _instances(K, V, NAMES[dtype], NAMES[beta], train, recurrent):
-        every = registry.options(instance, arch, 1, 16, 1 if instance.recurrent else 4096)
+        every = registry.options(instance, arch, 1, 16, 1 if instance.recurrent else 2048)
         chosen = registry.first(every, asked)
         if chosen is None or chosen.backend == "torch":
             out = policy.forbidden(asked)
