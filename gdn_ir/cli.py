@@ -10,6 +10,14 @@ from rich.console import Console
 from gdn_ir import words
 from gdn_ir.autotune import cli as tuning
 
+# what emit and explain are told of a call
+Op = Annotated[str, typer.Option(help=f"{words.OP}; a backward where --grads names some")]
+Flags = Annotated[str, typer.Option(help=words.FLAGS)]
+Dtype = Annotated[str, typer.Option(help="of q, k, v and beta: bf16, f16, f32 or f64")]
+Dense = Annotated[bool, typer.Option("--dense", help=words.DENSE)]
+Grads = Annotated[str, typer.Option(help=words.GRADS)]
+Keep = Annotated[str, typer.Option(help=words.KEEP)]
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="The chunkwise gated delta rule, written once and compiled.")
 for command in (tuning.tune, tuning.show, tuning.export, tuning.verify):
@@ -37,13 +45,13 @@ def emit(shape: Annotated[str, typer.Argument(help=f"a call: {words.SHAPE}; the 
          backend: Annotated[str, typer.Option(help="triton, tilelang or torch (the one that serves the call, as `explain` "
                                                    "says)")] = "",
          arch: Annotated[str, typer.Option(help="sm_80 or sm_90; of tilelang also cpu (torch has one source)")] = "sm_90",
-         op: Annotated[str, typer.Option(help=f"{words.OP}; a backward where --grads names some")] = "",
-         flags: Annotated[str, typer.Option(help=words.FLAGS)] = "",
-         dtype: Annotated[str, typer.Option(help="of q, k, v and beta: bf16, f16, f32 or f64")] = "bf16",
+         op: Op = "",
+         flags: Flags = "",
+         dtype: Dtype = "bf16",
          K: int = 128, V: int = 128,
-         dense: Annotated[bool, typer.Option("--dense", help=words.DENSE)] = False,
-         grads: Annotated[str, typer.Option(help=words.GRADS)] = "",
-         keep: Annotated[str, typer.Option(help=words.KEEP)] = "nothing",
+         dense: Dense = False,
+         grads: Grads = "",
+         keep: Keep = "nothing",
          schedule: Annotated[str, typer.Option(help="default (what serves the call); a plan with modest options, such as naive "
                                                     "or states (any other word lists them); roles or roles-fused (tilelang, "
                                                     "sm_90); or a JSON file")] = "default",
@@ -77,13 +85,13 @@ def emit(shape: Annotated[str, typer.Argument(help=f"a call: {words.SHAPE}; the 
 @app.command()
 def explain(shapes: Annotated[Optional[list[str]], typer.Argument(help=f"calls: {words.SHAPES} ({words.ONE})")] = None,
             arch: Annotated[str, typer.Option(help="cpu, sm_80 or sm_90 (this machine's)")] = "",
-            op: Annotated[str, typer.Option(help=f"{words.OP}; a backward where --grads names some")] = "",
-            flags: Annotated[str, typer.Option(help=words.FLAGS)] = "",
-            dtype: Annotated[str, typer.Option(help="of q, k, v and beta: bf16, f16, f32 or f64")] = "bf16",
+            op: Op = "",
+            flags: Flags = "",
+            dtype: Dtype = "bf16",
             K: int = 128, V: int = 128,
-            dense: Annotated[bool, typer.Option("--dense", help=words.DENSE)] = False,
-            grads: Annotated[str, typer.Option(help=words.GRADS)] = "",
-            keep: Annotated[str, typer.Option(help=words.KEEP)] = "nothing",
+            dense: Dense = False,
+            grads: Grads = "",
+            keep: Keep = "nothing",
             json: Annotated[bool, typer.Option("--json", help="as data: a list, an entry for each call")] = False) -> None:
     """Say which variant serves a call, and why: where its schedule comes from, too."""
     from json import dumps

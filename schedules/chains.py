@@ -17,7 +17,7 @@ from gdn_ir.nodes import Node, Op, twin
 from gdn_ir.program import Program, substitute, uses
 from gdn_ir.rewrite import constant, simplify
 from gdn_ir.schedules.pipeline import Pipeline, named, put, step
-from gdn_ir.schedules.sums import Nodes, everywhere, terms_along
+from gdn_ir.schedules.sums import Nodes, everywhere, terms_along, without_products
 from gdn_ir.schedules.terms import Term, addends, factors, is_elem, multiply, total
 
 # ---- trade ------------------------------------------------------------------------------------------------------------------
@@ -30,14 +30,7 @@ def trade(pipeline: Pipeline, kernel: str) -> Pipeline:
     products is then added up, and to what needs it, as soon as it is there, and no tile [C, C'] but P is held."""
     at = named(pipeline, kernel, "trade")
     p = everywhere(pipeline[at], lambda n, _: _rows_out(n))
-    for d in [n for n in p.nodes() if n.op is Op.DOT]:
-        nodes = dict.fromkeys(p.nodes())
-        if d in nodes:
-            def change(old: Node, args: tuple[Node, ...], d: Node = d, nodes: Nodes = nodes) -> Node | None:
-                return _traded(old, d, nodes) if args == old.args else None
-            new = simplify(p.rebuild(change))
-            p = new if d not in set(new.nodes()) else p
-    return put(pipeline, at, p)
+    return put(pipeline, at, without_products(p, _traded))
 
 
 def _rows_out(n: Node) -> Node | None:

@@ -203,6 +203,11 @@ SOLVED = Roles.of({
               {"values": ["P"], "depth": 2}, {"values": ["o16"], "depth": 1}],
 })
 
+# One warp of both of the backward's scans: what decays, of sums that were made before.
+DECAYS = {"name": "sums", "registers": 80, "events": [
+    "compute G", "compute gamma", "compute rest", "compute whole", "compute beta", "fetch total early", "fetch G early",
+    "fetch beta early"]}
+
 # The backward's two scans, of the plan "gathered". The one that runs again: each chunk's entering state and its u go to memory,
 # by way of rings, under the products that read the same registers.
 AGAIN = Roles.of({
@@ -211,9 +216,7 @@ AGAIN = Roles.of({
               "written": "k . W"},
     "roles": [
         {"name": "load", "registers": 80, "events": ["load k", "load A", "load v"]},
-        {"name": "sums", "registers": 80, "events": [
-            "compute G", "compute gamma", "compute rest", "compute whole", "compute beta", "fetch total early", "fetch G early",
-            "fetch beta early"]},
+        DECAYS,
         {"name": "store_state", "registers": 80, "events": ["store S_kept"]},
         {"name": "store", "registers": 80, "events": ["store u"]},
         {"name": "state", "copies": 2, "rows": "V", "warps": 4, "registers": 208, "events": [
@@ -231,9 +234,7 @@ BACK = Roles.of({
               "Y": "bf16(neg(d_v) * gamma)", "KY": "Y . k", "decayed": "d_S * whole"},
     "roles": [
         {"name": "load", "registers": 80, "events": ["load k", "load q", "load d_o", "load d_u_o", "load A"]},
-        {"name": "sums", "registers": 80, "events": [
-            "compute G", "compute gamma", "compute rest", "compute whole", "compute beta", "fetch total early", "fetch G early",
-            "fetch beta early"]},
+        DECAYS,
         {"name": "store_state", "registers": 80, "events": ["store d_S"]},
         {"name": "store", "registers": 80, "events": ["store d_r"]},
         {"name": "state", "copies": 2, "rows": "V", "warps": 4, "registers": 208, "events": [

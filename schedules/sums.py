@@ -108,15 +108,16 @@ def _part_of(sign: int, part: Node, D: Node, whole: Node, nodes: Nodes) -> tuple
 def exchange(pipeline: Pipeline) -> Pipeline:
     """sum_V(x * dot(a, S, over K)) -> sum_K(a * dot(x, S, over V)), where the program has dot(x, S, over V) already and nothing
     reads dot(a, S) afterwards: that product is gone."""
-    return tuple(_exchange(p) for p in pipeline)
+    return tuple(without_products(p, _exchanged) for p in pipeline)
 
 
-def _exchange(p: Program) -> Program:
+def without_products(p: Program, rule: Callable[[Node, Node, Nodes], Node | None]) -> Program:
+    """The program without each product that no sum needs any more, once `rule` (sum, product, nodes) makes these of others."""
     for d in [n for n in p.nodes() if n.op is Op.DOT]:
         nodes = dict.fromkeys(p.nodes())
         if d in nodes:
             def change(old: Node, args: tuple[Node, ...], d: Node = d, nodes: Nodes = nodes) -> Node | None:
-                return _exchanged(old, d, nodes) if args == old.args else None
+                return rule(old, d, nodes) if args == old.args else None
             new = simplify(p.rebuild(change))
             if d not in set(new.nodes()):
                 p = new
