@@ -124,7 +124,7 @@ def space_of(backend: str, arch: str, instance: Instance) -> Space:
         whole = ("gathered-turns", "gathered", "gathered-merged", "grouped") if lean(arch, instance, backend) else ()
         frames = [*map(Frame, whole), *frames, *([] if whole else [Frame("grouped")])]
     if back and lean(arch, instance, backend) and adjoints.can(instance):
-        frames += [Frame(p, segment=n) for p in ("gathered-segments", "segments") for n in adjoints.LENGTHS]
+        frames += [Frame(p, segment=n) for p in adjoints.PLANS for n in adjoints.LENGTHS]
     frames += [Frame("states", dot="tf32")] if f32 else []
     frames += [Frame("segments", segment=n) for n in (16, 32, 64) if not back and backend == "triton" and instance.K <= 128]
     return Space(tuple(frames), (None, 16, 32, 64, 128), (1, 2, 4, 8), (1, 2, 3, 4))
@@ -173,11 +173,12 @@ def based(frame: Frame, backend: str, arch: str, instance: Instance, heads: int)
     if arch not in ("cpu", "torch"):
         try:
             few = min(heads, CROWDED - 1) if backend == "tilelang" else heads              # roles have frames of their own
-            merges = frame.plan if frame.plan in ("gathered-turns", "gathered-merged") else ""
+            whole = frame.plan.removesuffix("-segments")
+            merges = whole if whole in ("gathered-turns", "gathered-merged") else ""
             best = whole_scans(arch, instance, 1, heads, backend, frame.gathers, merges)[0] if instance.grads else \
                 default(arch, instance, 1, few, 64, backend)[0]
             if instance.grads and frame.segment:
-                best = adjoints.in_segments(best, instance, frame.segment, frame.gathers)
+                best = adjoints.in_segments(best, instance, frame.segment, frame.plan)
             known = dict(best.kernels)
         except ValueError:
             known = {}

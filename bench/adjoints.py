@@ -27,7 +27,7 @@ import torch
 
 from gdn_ir.bench import gradients, inputs
 from gdn_ir.bench.backward import GRADS, Tensors, kernels
-from gdn_ir.bench.cases import Shape, name_of
+from gdn_ir.bench.cases import Shape, name_of, parse
 from gdn_ir.bench.errors import bound, relative
 from gdn_ir.bench.gradients import FULL, backward_of
 from gdn_ir.bench.plans import call
@@ -36,7 +36,7 @@ from gdn_ir.bench.timing import interleave, timer
 from gdn_ir.compiler import Instance, variant
 from gdn_ir.coverage import Cell, Layout
 from gdn_ir.programs.gated_delta import Switches
-from gdn_ir.schedules.adjoints import in_segments
+from gdn_ir.schedules.adjoints import PLANS, in_segments
 from gdn_ir.schedules.defaults import whole_scans
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
@@ -60,7 +60,7 @@ def candidates(instance: Instance, lengths: list[int], changes: list[tuple[str, 
         -> dict[str, Schedule]:
     """"grouped", "gathered" and, with one kernel for inner and grads, "gathered-merged" and "gathered-turns" (both also
     with 8 warps; the first with all of K at once, and with its chunks in the order of "gathered"); "segments" and
-    "gathered-segments" with each number of chunks; and each change of a kernel's options, which does what it did beside
+    its kin with each number of chunks; and each change of a kernel's options, which does what it did beside
     others. The scans' options of those in segments do not depend on the shape."""
     both = grouped(instance, shape, True)
     back, inner = both.options("back"), both.options("inner")
@@ -74,7 +74,8 @@ def candidates(instance: Instance, lengths: list[int], changes: list[tuple[str, 
     for what, o in (("8 warps", replace(grads, num_warps=8)), ("all K at once", replace(grads, k_tile=None)),
                     ("over all sequences", replace(grads, around=False))):
         merged[f"gathered-merged, {what}"] = merged["gathered-merged"].with_options(grads=o)
-    cut = [in_segments(grouped(instance, SHAPES[0]), instance, n, gathers) for n, gathers in product(lengths, (False, True))]
+    bases = [merged["gathered-turns"], both, grouped(instance, shape)]
+    cut = [in_segments(base, instance, n, plan) for n, (plan, base) in product(lengths, zip(PLANS, bases, strict=True))]
     for name, s in {"gathered": both, **merged, **{s.name: s for s in cut}}.items():
         found[name] = s
         for kernel, o in ((k, o) for k, o in changes if k in dict(s.kernels)):
@@ -157,13 +158,19 @@ def main() -> None:
     p.add_argument("--set", type=change, action="append", default=[], metavar="KERNEL=TILE,WARPS,STAGES")
     p.add_argument("--only", choices=("checks", "times"), help="one half of the run")
     p.add_argument("--l2norm", action="store_true", help="of what is timed: the op normalises q and k")
-    p.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes are timed")
+    p.add_argument("--shapes", default="", help="to be timed, as 8x1024:16/32, with commas between")
+    p.add_argument("--plans", default="", help="which candidates, besides grouped, by how they begin, with commas between")
     a = p.parse_args()
     checks = CHECKS if a.only != "times" else []
-    shapes = SHAPES[:a.shapes] if a.only != "checks" else []
-    small = [candidates(backward_of(c), a.segments, [], (list(c.layout.lengths), c.layout.H, c.layout.HV)) for c, _ in checks]
+    shapes = (parse(a.shapes, "train") if a.shapes else SHAPES) if a.only != "checks" else []
+    plans = tuple(a.plans.split(","))
+
+    def some(made: dict[str, Schedule]) -> dict[str, Schedule]:
+        return {n: s for n, s in made.items() if n == "grouped" or n.startswith(plans)}
+    small = [some(candidates(backward_of(c), a.segments, [], (list(c.layout.lengths), c.layout.H, c.layout.HV)))
+             for c, _ in checks]
     this, wide = (replace(i, switches=replace(i.switches, l2norm=a.l2norm)) for i in (TIMED, WIDE))
-    large = [candidates(this, a.segments, a.set, shape) for shape in shapes]
+    large = [some(candidates(this, a.segments, a.set, shape)) for shape in shapes]
     jobs = dict.fromkeys([(backward_of(c), s) for (c, _), made in zip(checks, small, strict=True) for s in made.values()]
                          + [(this, s) for made in large for s in made.values()]
                          + [(wide, grouped(wide, shape)) for shape in shapes])

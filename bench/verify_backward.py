@@ -20,8 +20,8 @@ from gdn_ir.bench.verify import DENSE, PACKED, PEERS, crowded
 from gdn_ir.backends import BACKENDS
 from gdn_ir.backends.triton.ptx import TritonPtx
 from gdn_ir.coverage import DTYPES, Cell, Layout, table
-from gdn_ir.schedules.adjoints import LENGTHS, can, in_segments
-from gdn_ir.schedules.defaults import MULTIPROCESSORS, default, whole_scans
+from gdn_ir.schedules.adjoints import LENGTHS, PLANS, can, in_segments
+from gdn_ir.schedules.defaults import MULTIPROCESSORS, TURNS, default, whole_scans
 from gdn_ir.schedules.plans import KEEP
 from gdn_ir.schedules.schedule import Schedule
 
@@ -76,7 +76,8 @@ def schedule_of(cell: Cell, how: str, arch: str) -> Schedule | None:
     if how.startswith("roles"):
         few = MULTIPROCESSORS[arch] // 2                   # of which twice as many are beside each other
         return default(arch, instance, 1, few if how == "roles" else few + 1, 4096, "tilelang")[0]
-    return in_segments(whole_scans(arch, instance, 1, 8, "triton")[0], instance, int(how.split()[-1])) if how else None
+    whole = whole_scans(arch, instance, 1, 8, "triton", merges=TURNS)[0]
+    return in_segments(whole, instance, int(how.split()[-1]), PLANS[0]) if how else None
 
 
 def backend_of(how: str) -> str:

@@ -10,18 +10,18 @@ from gdn_ir.schedules.schedule import KernelOptions, Schedule
 if TYPE_CHECKING:
     from gdn_ir.compiler import Instance
 
+PLANS = ("gathered-turns-segments", "gathered-segments", "segments")
 LENGTHS = (16, 32)                                         # chunks that a segment may have (64 gains 1.4% at most)
 WORTH = 0.9                                                # of the time of whole scans
 
 
-def in_segments(base: Schedule, instance: Instance, segment: int, gathers: bool = True) -> Schedule:
-    """The plan "segments", with that many chunks to a segment, and for the kernels that "grouped" has too the options of
-    `base`. Segments are stored beside each other, so that nothing follows their scans. Wide tiles, for there are blocks enough,
-    and two stages of the adjoint's loads, so that two blocks have a multiprocessor. gathers: the plan
-    "gathered-segments", whose kernels run beside those before them where they read nothing of these."""
-    plan = "gathered-segments" if gathers else "segments"
+def in_segments(base: Schedule, instance: Instance, segment: int, plan: str = "gathered-segments") -> Schedule:
+    """The plan "segments" or a kin of it, with that many chunks to a segment, and for the kernels that `base` has too (of whole
+    scans, its last kernels the same) the options of that. Segments are stored beside each other, so that nothing follows their
+    scans. Wide tiles, for there are blocks enough, and two stages of the adjoint's loads, so that two blocks have a
+    multiprocessor. What is gathered runs beside the kernels before it where it reads nothing of these."""
     steps = backward_plan(plan, instance.program, instance.io, keep=instance.keep, beta=instance.beta, segment=segment,
-                          norm=gathers and instance.switches.l2norm)
+                          norm=plan != "segments" and instance.switches.l2norm)
     chosen = {k: replace(o, follows=False) for k, o in base.kernels}
     moves = instance.switches.erase or instance.switches.decay != "none"           # a state, but for what is added to it
     for prefix in (str(s[4]) for s in steps if s[0] == "segment"):

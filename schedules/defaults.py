@@ -279,8 +279,7 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
             "state's, value heads that share a key head, bf16, K x V of 128 x 128, nothing normalised or kept"
     if not size or not adjoints.can(instance):
         return schedule, why
-    plain, _ = whole_scans(arch, instance, sequences, heads, backend)
-    return adjoints.in_segments(plain, instance, size), (
+    return adjoints.in_segments(schedule, instance, size, adjoints.PLANS[0]), (
         f"{arch}: {sequences * heads} serial scans each way would not fill {MULTIPROCESSORS[arch]} multiprocessors for long; "
         f"each is cut into segments of {size} chunks")
 

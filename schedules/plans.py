@@ -37,6 +37,7 @@ The derived backward has plans of its own (`backward_plan`), of the same steps:
               memory: there is no heads
     gathered-segments  the same of segments: what leads to back between what leads to again, each beside one that it reads
               nothing of
+    gathered-turns-segments  the same, with one kernel for inner and grads as in gathered-turns
 
 A forward may leave values that its kernels store anyway (LEFT), which its backward then reads instead of computing them again:
 
@@ -58,7 +59,7 @@ from gdn_ir.program import Program, ScanView, toposort
 Steps = tuple[tuple[str | int, ...], ...]
 PLANS = {"forward": ("naive", "fused", "solve", "states", "wy", "segments", "cut", "cut-fused"),
          "backward": ("naive", "fused", "states", "grouped", "inside", "merged", "segments", "gathered", "gathered-segments",
-                      "gathered-merged", "gathered-turns")}
+                      "gathered-merged", "gathered-turns", "gathered-turns-segments")}
 KEEP = ("nothing", "inverse", "states")                    # each with what those before it leave
 WIDENS = PLANS["backward"][3:]                              # scans read a float32 beta
 CHUNK = 64                                                 # tokens of a chunk of which something is left
@@ -137,6 +138,7 @@ def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64
     if name not in PLANS["backward"]:
         raise ValueError(f"plan: got {name!r}; accepts {', '.join(PLANS['backward'])}")
     back = scans[-1]["carries"] == ("d_S",)
+    turns = name.startswith("gathered-turns")
     merges = {"f64": "f64", "f32": "tf32x3"}.get(io, "tf32")
     solves = [n for n in ("u_again", "d_r") if n in named]
     known = set(left(keep, "G" in named, bool(solves)))
@@ -157,7 +159,7 @@ def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64
     if name == "fused":
         return (*steps, *LESS, ("move_scales",), *heads)
     steps += [("turn", "d_u")] if "d_u" in named and "d_r" not in named else []
-    steps += [s for s in LESS if s != ("symmetric",) or name not in ("gathered-merged", "gathered-turns")]
+    steps += [s for s in LESS if s != ("symmetric",) or not (turns or name == "gathered-merged")]
     if "A" not in known:
         steps += [("invert", n, "A") for n in solves]
         steps += [("merge", "A", chunk, block, merges), ("hoist", "A", "io", "solve")] if solves else []
@@ -178,7 +180,7 @@ def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64
         steps += [("peel", "d_G", "d_G_o"), ("hoist", "d_G_o", "f32", "local")] if "d_G" in named else []
     late = [n for n in ("d_k", "d_g", "d_beta", "d_v", *(("d_q",) if gathers else ())) if n in out]
     steps += [("sink", ",".join(late), "d_r" if "d_r" in named else "", "grads")] if late else []
-    merges_all = name in ("merged", "gathered-merged", "gathered-turns")
+    merges_all = turns or name in ("merged", "gathered-merged")
     if late and "d_r" in named and "d_k" in out and not merges_all:            # all at once strains a block's registers
         steps += [("peel", "d_k", "d_k_r", "d_S"), ("hoist", "d_k_r", "f32" if name == "states" else "io", "inner")]
         steps += [("peel", "d_G", "d_G_r", "d_S"), ("hoist", "d_G_r", "f32", "inner")] if "d_g" in out else []
@@ -188,12 +190,12 @@ def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64
         steps += [("trade", "grads"), ("collect", "grads"), ("share", "grads"), ("chain", "grads")]
     steps += [("move_scales",)]
     if heads and name != "states":
-        owned = {"inside": ("d_q", "d_k"), "merged": (), "gathered-merged": (), "gathered-turns": ()}.get(name, ("d_k",))
+        owned = () if merges_all else {"inside": ("d_q", "d_k")}.get(name, ("d_k",))
         k = "k_kept" if norm else "k"                      # held for all value heads, it would strain grads' registers
         anew = (k,) if gathers and "d_g" in out else ()
         steps += [("sum_inside", "local")] if "d_q" in {*owned} & out else []
         steps += [("sum_inside", "grads", *anew)] if "d_k" in {*owned} & out else []
-        heads = (("sum_after", "heads", "io"),) if {"d_q", "d_k"} & out - set(owned) and name != "gathered-turns" else ()
+        heads = (("sum_after", "heads", "io"),) if {"d_q", "d_k"} & out - set(owned) and not turns else ()
     again = len(scans) == 2 and "S" not in known
     if not name.endswith("segments"):
         early: Steps = (("move", "local", "again"),) if gathers and again else ()

@@ -87,7 +87,7 @@ def of_backward(cell: Cell, tile: int | None = None, plan: str = "", heads: tupl
         cell = replace(cell, layout=replace(cell.layout, lengths=(tokens, 0, 1)))
     steps = backward_plan(plan or "states", backward_of(cell).program, cell.io, segment=segment)
     scans = [f"{s}{x}" for s in ("again", "back") for x in ("_transition", "_offset", "_compose", "")]
-    split = scans if plan in ("segments", "gathered-segments") else ["*"]
+    split = scans if plan.endswith("segments") else ["*"]
     schedule = Schedule("x", 64, steps).with_options(**{"*": KernelOptions(None, sparing=sparing)}) \
         .with_options(**dict.fromkeys(split, KernelOptions(tile, sparing=sparing)))
     schedule = schedule.with_options(grads=KernelOptions(sparing=True, k_tile=turns, around=True)) if turns else schedule

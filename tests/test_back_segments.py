@@ -19,7 +19,7 @@ from gdn_ir.interp import Sizes, run_pipeline
 from gdn_ir.program import Program
 from gdn_ir.programs.gated_delta import Switches, build
 from gdn_ir.schedules import defaults, steps
-from gdn_ir.schedules.adjoints import in_segments as cut, segment_of
+from gdn_ir.schedules.adjoints import PLANS, in_segments as cut, segment_of
 from gdn_ir.schedules.defaults import default, whole_scans
 from gdn_ir.schedules.forget import FADED
 from gdn_ir.schedules.plans import Steps, backward_plan
@@ -59,7 +59,7 @@ def in_segments(p: Program, io: str = "f64", keep: str = "nothing", name: str = 
 
 @pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("states", [True, False])
-@pytest.mark.parametrize("name", ["segments", "gathered-segments"])
+@pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize(("decay", "erase"), [("scalar", True), ("none", True), ("scalar", False), ("none", False)])
 def test_exact(decay: str, erase: bool, name: str, states: bool, tiles: bool) -> None:
     """Without states the first segment's transition is not used, nor what the last does; in reverse, the other way round."""
@@ -98,7 +98,7 @@ def fading(norm: float = 1.0) -> tuple[Cell, dict[str, torch.Tensor]]:
     return cell, x
 
 
-@pytest.mark.parametrize("name", ["segments", "gathered-segments"])
+@pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("norm", [1.0, 2.0])
 def test_what_has_faded_is_left_out(norm: float, name: str) -> None:
     """From the end that each scan reaches: of a segment's last chunks, and in reverse of its first; not where keys stretch."""
@@ -133,7 +133,7 @@ def test_it_looks_from_the_right_end() -> None:
 
 def test_what_leads_to_the_adjoint_lies_between() -> None:
     """Of the plan "gathered-segments": each kernel, and whether it runs beside the one before it."""
-    schedule = cut(whole_scans("sm_90", BF16, 1, 4, "triton", gathers=True)[0], BF16, 32, gathers=True)
+    schedule = cut(whole_scans("sm_90", BF16, 1, 4, "triton", gathers=True)[0], BF16, 32)
     kernels = {k.name: k.beside for k in variant(BF16, schedule, "triton", "sm_90").compiled.kernels}
     assert [("beside " if x else "") + n for n, x in kernels.items()] == [
         "solve", "again_reach", "beside back_reach", "again_transition", "beside again_offset", "beside back_transition",
@@ -141,6 +141,10 @@ def test_what_leads_to_the_adjoint_lies_between() -> None:
         "beside grads"]
     local = next(k for k in steps.apply(BF16.program, schedule.steps) if k.name == "local")
     assert set(local.read()) == {"G", "q", "k", "d_o"} and set(local.written()) == {"d_u_o"}
+    turns = cut(whole_scans("sm_90", BF16, 1, 4, "triton", merges="gathered-turns")[0], BF16, 32, "gathered-turns-segments")
+    made = variant(BF16, turns, "triton", "sm_90").compiled.kernels
+    assert [k.name for k in made] == [n for n in kernels if n not in ("inner", "heads")]
+    assert [k.beside for k in made[:-1]] == [x for n, x in kernels.items()][:len(made) - 1] and made[-1].turns
 
 
 @pytest.mark.parametrize(("taken", "why"), [
@@ -183,7 +187,7 @@ def test_kernels_of_one_name_are_refused() -> None:
 SMALL = Layout((200, 0, 1, 129), True, 1, 3, 16, 16)
 
 
-@pytest.mark.parametrize("name", ["segments", "gathered-segments"])
+@pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("given", ["model", "strong_decay"])
 def test_by_torch(given: str, name: str) -> None:
     for io in ("f64", "f32"):
@@ -194,7 +198,7 @@ def test_by_torch(given: str, name: str) -> None:
         assert worst(found.values()) < {"f64": 1e-8, "f32": 1e-4}[io], found
 
 
-@pytest.mark.parametrize("name", ["segments", "gathered-segments"])
+@pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("keep", ["inverse", "states"])
 def test_what_is_given(keep: str, name: str) -> None:
     """With the states given the adjoint's scan alone is cut."""
@@ -211,9 +215,10 @@ def test_by_triton() -> None:
     4e-5 under any plan.)"""
     found = interpreted([*(["backward", cell, 32, name, [1, 2], False, 2]
                            for cell, name in (("initial state, f32", "segments"), ("no final state, f32", "segments"),
-                                              ("no final state, f32", "gathered-segments"))),
+                                              ("no final state, f32", "gathered-segments"),
+                                              ("no final state, f32", "gathered-turns-segments"))),
                          *(["backward", "initial state, f32", 32, name, [1, 2], False, 3, 500, "strong_decay"]
-                           for name in ("segments", "gathered-segments"))])
+                           for name in PLANS)])
     assert all(float(str(v.get("error", "nan"))) < (1e-4 if "strong_decay" in n else 1e-5) for n, v in found.items()), found
 
 
@@ -222,7 +227,8 @@ def test_compiles_without_a_gpu(switches: Switches, gathers: bool) -> None:
     """Every kernel around the two scans, with shared memory for two blocks to a multiprocessor, and without a spill, but for 8
     bytes of what composes."""
     instance = replace(BF16, switches=switches)
-    schedule = cut(default("sm_90", instance, 1, 4, 32768)[0], instance, 32, gathers)
+    plan = PLANS[1] if gathers else PLANS[2]
+    schedule = cut(whole_scans("sm_90", instance, 1, 4, "triton", gathers)[0], instance, 32, plan)
     chosen = variant(instance, schedule, "triton", "sm_90")
     scans = [f"{s}{x}" for s in ("again", "back") for x in ("_reach", "_transition", "_offset", "_compose", "")]
     if not gathers:
@@ -252,7 +258,8 @@ def test_as_near_as_whole_scans(kind: str) -> None:
     """Rounded as bf16 kernels round: in the mean hardly farther from the truth than the plan that cuts nothing. (A single d_g,
     a sum of differences, errs by half to twice the mean under either.)"""
     errors: dict[str, list[dict[str, float]]] = {"grouped": [], "segments": [], "gathered": [], "gathered-segments": [],
-                                                 "gathered-merged": [], "gathered-turns": []}
+                                                 "gathered-merged": [], "gathered-turns": [],
+                                                 "gathered-turns-segments": []}
     for length in (500, 440, 380, 320):
         cell = Cell("x", FULL, "bf16", Layout((length, 0, 12), True, 1, 2, 32, 32))
         program = backward_of(cell).program
@@ -270,7 +277,7 @@ def test_the_bench_has_candidates_of_each_plan() -> None:
         found = bench.candidates(bench.TIMED, [16], [change, ("back_compose", KernelOptions(32, 8, 2))], shape)
         assert {n.split(",")[0] for n in found} == \
             {"grouped", "gathered", "gathered-merged", "gathered-turns", "backward-segments-16",
-             "backward-gathered-segments-16"}
+             "backward-gathered-segments-16", "backward-gathered-turns-segments-16"}
         made = {n: variant(bench.TIMED, s, "triton", "sm_90").compiled.kernels for n, s in found.items()}
         changed = [k for n, ks in made.items() if n.startswith("backward-gathered-segments-16, again ")
                    for k in ks if k.name == "again"]
@@ -280,7 +287,7 @@ def test_the_bench_has_candidates_of_each_plan() -> None:
 def test_where_scans_should_be_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few heads over many tokens; not where blocks fill the GPU, nor what no GPU has run."""
     schedule, why = default("sm_90", BF16, 1, 4, 32768)
-    assert schedule.name == "backward-gathered-segments-32" and "segments of 32 chunks" in why
+    assert schedule.name == "backward-gathered-turns-segments-32" and "segments of 32 chunks" in why
     assert default("sm_90", BF16, 8, 32, 32768)[0].name == "backward-gathered-turns-32"
     assert default("sm_90", replace(BF16, keep="states"), 1, 4, 32768)[0].name == "backward-gathered-turns-16, given states"
     assert default("sm_90", replace(BF16, grads=("q",)), 1, 4, 32768)[0].name == "backward-16"

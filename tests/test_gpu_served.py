@@ -41,7 +41,8 @@ GRADS = ("q", "k", "v", "g", "beta")
 
 
 @pytest.mark.parametrize(("grads", "plan"), [((), ""), (GRADS, ""), (GRADS, "gathered"), (GRADS, "gathered-segments"),
-                                               (GRADS, "gathered-merged"), (GRADS, "gathered-turns")])
+                                               (GRADS, "gathered-merged"), (GRADS, "gathered-turns"),
+                                               (GRADS, "gathered-turns-segments")])
 def test_followers_wait_for_their_chunks(grads: tuple[str, ...], plan: str) -> None:
     """Over more chunks than are counted as one, ragged: to the bit what the same kernels do in a row, from a graph too."""
     if torch.cuda.get_device_capability()[0] != 9:
@@ -52,10 +53,11 @@ def test_followers_wait_for_their_chunks(grads: tuple[str, ...], plan: str) -> N
     instance = Instance(Switches(final_state=not grads), 128, 128, "bf16", "bf16", True, grads)
     follows = default("sm_90", instance, len(lengths), 8, sum(lengths))[0]
     if plan:
-        merges = plan if plan in ("gathered-merged", "gathered-turns") else ""
+        whole = plan.removesuffix("-segments")
+        merges = whole if whole in ("gathered-merged", "gathered-turns") else ""
         follows = whole_scans("sm_90", instance, len(lengths), 8, "triton", gathers=True, merges=merges)[0]
-    if plan == "gathered-segments":
-        follows = in_segments(follows, instance, 16, gathers=True)
+    if plan.endswith("segments"):
+        follows = in_segments(follows, instance, 16, plan)
     plain = follows.with_options(**{n: replace(o, follows=False) for n, o in follows.kernels if n != "*"})
     assert follows != plain
 

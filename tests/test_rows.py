@@ -28,7 +28,8 @@ CELL = Cell("normalised", NORMALISED, "f64", Layout((0, 50, 1, 33), True, 1, 3, 
 WRAP = ("wrap", "q,k", "io", "norm", "unnorm")
 
 
-@pytest.mark.parametrize("name", ["naive", "states", "grouped", "gathered", "gathered-segments", "gathered-merged"])
+@pytest.mark.parametrize("name", ["naive", "states", "grouped", "gathered", "gathered-segments", "gathered-merged",
+                                  "gathered-turns-segments"])
 @pytest.mark.parametrize("H", [1, 3])
 def test_exact(name: str, H: int) -> None:
     """In all plans, where value heads share a key head and where each has its own."""
@@ -41,7 +42,7 @@ def test_exact(name: str, H: int) -> None:
     assert kernels[0].name == "norm" and kernels[-1].name == "unnorm" and set(kernels[-1].written()) == {"d_q", "d_k"}
     assert not {"q", "k"} & {t for k in kernels[1:-1] for t in k.read()}
     got, want = by_interpreter(cell, x, p, plan), expected(cell, x, (*GRADS, "initial_state"))
-    assert all(inputs.error(got[f"d_{n}"], w) < (1e-8 if name == "gathered-segments" else 1e-12) for n, w in want.items())
+    assert all(inputs.error(got[f"d_{n}"], w) < (1e-8 if name.endswith("segments") else 1e-12) for n, w in want.items())
 
 
 def test_the_rest_is_as_if_nothing_were_normalised() -> None:

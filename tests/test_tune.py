@@ -129,12 +129,12 @@ def test_the_backward_s_segments_are_in_the_space() -> None:
     train = Instance(Switches(), 128, 128, "bf16", "bf16", True, ("q", "k", "v", "g", "beta"), True)
     frames = space_of("triton", "sm_90", train).frames
     assert [f.plan for f in frames[:4]] == ["gathered-turns", "gathered", "gathered-merged", "grouped"]
-    for gathers, plan in ((True, "gathered-segments"), (False, "segments")):
+    for i, (gathers, plan) in enumerate(((True, "gathered-turns-segments"), (True, "gathered-segments"), (False, "segments"))):
         found = [f for f in frames if f.plan == plan]
         assert [f.segment for f in found] == [*adjoints.LENGTHS]
-        whole, _ = whole_scans("sm_90", train, 1, 4, "triton", gathers)
-        cut = {f: adjoints.in_segments(whole, train, f.segment, gathers) for f in found}
-        served = {frames[1 if gathers else 3]: whole} | cut
+        whole, _ = whole_scans("sm_90", train, 1, 4, "triton", gathers, "" if i else "gathered-turns")
+        cut = {f: adjoints.in_segments(whole, train, f.segment, plan) for f in found}
+        served = {frames[(0, 1, 3)[i]]: whole} | cut
         for f, schedule in served.items():
             mine, theirs = (variant(train, s, "triton", "sm_90") for s in (based(f, "triton", "sm_90", train, 4), schedule))
             assert [(s.kernel, s.hash, k.options) for k, s in zip(mine.compiled.kernels, mine.sources, strict=True)] == \
