@@ -3,7 +3,8 @@
 A temporary lives from the first kernel that touches it to the last. Kernels run one after another, and what is counted is when:
 a follower runs beside the kernel before it, so that both are one moment. The largest temporary is placed first, each at the
 lowest place that nothing alive at one of its moments has: in the memory of an output that is first written later, if it fits
-there, and else in the one block that a call allocates. What came out is kept for the next call of these sizes.
+there, and else in the one block that a call allocates. A temporary's last reader may also write something over it
+(`overwritten`). What came out is kept for the next call of these sizes.
 """
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from typing import NamedTuple
 import torch
 
 from gdn_ir.backends.base import STORED, Call, Kernel, Launch
-from gdn_ir.nodes import Tensor
+from gdn_ir.nodes import Node, Op, Tensor
+from gdn_ir.program import toposort
 
 APART = 256                                                # bytes: temporaries start at multiples, as torch's own tensors do
 BLOCK = ""                                                 # where temporaries lie that lie in no output: the block of a call
@@ -88,8 +90,61 @@ def outputs(kernels: Sequence[Kernel]) -> dict[str, Life]:
     return found
 
 
-def placed(temps: Mapping[str, Span], hosts: Mapping[str, Span]) -> tuple[dict[str, Place], int]:
-    """Where each temporary lies, and how large the block is. hosts: outputs in whose memory they may lie until those begin."""
+def overwritten(kernels: Sequence[Kernel]) -> dict[str, str]:
+    """Of temporaries, the tensor that their last reader may write in their place: where a block stores the one it has read the
+    other, and nobody else reads that by then."""
+    found: dict[str, str] = {}
+    when, lives = moments(kernels), temporaries(kernels)
+    begins = {n: life.first for n, life in (lives | outputs(kernels)).items()}
+    for now, k in zip(when, kernels, strict=True):
+        nodes = k.program.nodes()
+        new = [n for n, at in begins.items() if at == now and n not in k.turns]
+        stores = [n for n in nodes if n.op is Op.STORE and n["tensor"].name in new]
+        for name in (n for n in k.program.read() if n in lives and lives[n].last == now):
+            readers = [x for t, x in zip(when, kernels, strict=True) if t == now and name in x.program.read()]
+            loads = [n for n in nodes if n.op is Op.LOAD and n["tensor"].name == name]
+            places = [s["tensor"].name for s in stores if len(readers) == len(loads) == 1 and _in_place(loads[0], s)]
+            if places and places[0] not in found.values():
+                found[name] = places[0]
+    return found
+
+
+def _in_place(load: Node, store: Node) -> bool:
+    """Whether a store is to where a load was from, of what is made of that element by element, each by the thread that has it,
+    or by way of a product, of which all operands must be there."""
+    a, b = load["tensor"], store["tensor"]
+    if (a.dims, STORED[a.dtype], load["index"]) != (b.dims, STORED[b.dtype], store["index"]) or store["sum"]:
+        return False
+    own, whole = {load}, set[Node]()
+    for n in toposort([store.args[0]]):
+        from_it = [x for x in n.args if x in own | whole]
+        if (n.op is Op.DOT and from_it) or (from_it and all(x in whole for x in from_it)):
+            whole.add(n)
+        elif from_it and n.op in (Op.ELEM, Op.CAST, Op.SELECT) and n.axes == load.axes:
+            own.add(n)
+    return store.args[0] in own | whole
+
+
+def in_chains(temps: Mapping[str, Span], hosts: Mapping[str, Span], over: Mapping[str, str]) \
+        -> tuple[dict[str, Span], dict[str, Span], dict[str, str]]:
+    """Temporaries and outputs, what is written over each other as one of them, needed from when the first is; and of the others
+    which one."""
+    spans, part_of = {**temps, **hosts}, dict[str, str]()
+    for name in temps:
+        end = name
+        while over.get(end) in spans:
+            end = over[end]
+        if end != name:
+            part_of[name] = end
+            spans[end] = spans[end]._replace(first=min(spans[end].first, temps[name].first))
+    return {n: spans[n] for n in temps if n not in part_of}, {n: spans[n] for n in hosts}, part_of
+
+
+def placed(temps: Mapping[str, Span], hosts: Mapping[str, Span], over: Mapping[str, str] = {}) \
+        -> tuple[dict[str, Place], int]:
+    """Where each temporary lies, and how large the block is. hosts: outputs in whose memory they may lie until those begin.
+    over: what is written in whose place."""
+    temps, hosts, part_of = in_chains(temps, hosts, over)
     found: dict[str, Place] = {}
     ends = {n: -(-s.size // APART) * APART for n, s in temps.items()}
     for name in sorted(temps, key=lambda n: -temps[n].size):                   # in the pipeline's order where they are equal
@@ -104,21 +159,25 @@ def placed(temps: Mapping[str, Span], hosts: Mapping[str, Span]) -> tuple[dict[s
             if where == BLOCK or at + size <= hosts[where].size:
                 found[name] = Place(where, at)
                 break
-    return found, max((p.at + ends[n] for n, p in found.items() if p.where == BLOCK), default=0)
+    size = max((p.at + ends[n] for n, p in found.items() if p.where == BLOCK), default=0)
+    return found | {n: Place(end, 0) if end in hosts else found[end] for n, end in part_of.items()}, size
 
 
-def in_order(kernels: Sequence[Kernel], launches: Sequence[Launch]) -> Launch:
-    """A pipeline's launches one after another, their temporaries parts of one block."""
+def in_order(kernels: Sequence[Kernel], launches: Sequence[Launch], hosted: bool = False) -> Launch:
+    """A pipeline's launches one after another, their temporaries parts of one block; hosted: or of outputs, and over each
+    other, where kernels are made of blocks that read and write their own (on a GPU)."""
     temps, unset = temporaries(kernels), uncleared(kernels)
+    hosts, over = (outputs(kernels), overwritten(kernels)) if hosted else ({}, {})
 
-    def planned(call: Call) -> tuple[int, list[tuple[str, torch.dtype, tuple[int, ...], tuple[int, ...], int]]]:
-        """Bytes of the block, and of each temporary its name, dtype, shape, strides and first element."""
-        places, total = placed({n: life.span(call) for n, life in temps.items()}, {})
+    def planned(call: Call) -> tuple[int, list[tuple[str, str, torch.dtype, tuple[int, ...], tuple[int, ...], int]]]:
+        """Bytes of the block, and of each temporary its name, what it lies in, its dtype, shape, strides and first element."""
+        spans, free = ({n: life.span(call) for n, life in some.items()} for some in (temps, hosts))
+        places, total = placed(spans, free, over)
         views = []
         for name, (kernel, t, *_) in temps.items():
             shape, dtype = call.shape(kernel, t), STORED[t.dtype]
             strides = tuple(math.prod(shape[i + 1:]) for i in range(len(shape)))
-            views.append((name, dtype, shape, strides, places[name].at // dtype.itemsize))
+            views.append((name, places[name].where, dtype, shape, strides, places[name].at // dtype.itemsize))
         return total, views
 
     def run(memory: Mapping[str, torch.Tensor], params: Mapping[str, float], call: Call) -> None:
@@ -128,9 +187,11 @@ def in_order(kernels: Sequence[Kernel], launches: Sequence[Launch]) -> Launch:
         total, views = plan
         every = dict(memory)
         if views:
-            block = torch.empty(total, dtype=torch.uint8, device=device)
-            typed = {dtype: block.view(dtype) for dtype in {view[1] for view in views}}
-            every |= {name: typed[dtype].as_strided(shape, strides, at) for name, dtype, shape, strides, at in views}
+            bases = {BLOCK: torch.empty(total, dtype=torch.uint8, device=device)}
+            bases |= {name: memory[name].view(-1).view(torch.uint8) for name in {view[1] for view in views} - {BLOCK}}
+            typed = {(where, dtype): bases[where].view(dtype) for where, dtype in {view[1:3] for view in views}}
+            every |= {name: typed[where, dtype].as_strided(shape, strides, at)
+                      for name, where, dtype, shape, strides, at in views}
         for name in unset:
             every[name].zero_()
         elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()

@@ -267,7 +267,9 @@ class Compiled:
     def joined(self) -> Launch:
         """All launches as one."""
         alike = all(b is self.backend for b in self.makers) and not any(k.options.aside for k in self.kernels)
-        return self.backend.join(self.kernels, self.launches) if alike else in_order(self.kernels, self.launches)
+        if alike:
+            return self.backend.join(self.kernels, self.launches)
+        return in_order(self.kernels, self.launches, hosted=self.arch != "cpu")
 
     @cached_property
     def tails(self) -> tuple[str, ...]:

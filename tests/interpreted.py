@@ -130,6 +130,22 @@ def of_lifetimes(cell: Cell, plan: str) -> dict[str, Any]:
     return {"error": worst(errors), "unseen": unseen, "temporaries": len(lives)}
 
 
+def of_hosted(cell: Cell, plan: str) -> dict[str, Any]:
+    """A backward whose temporaries lie in outputs and over each other."""
+    from gdn_ir.backends.temporaries import in_order, overwritten
+    instance, lay = backward_of(cell), cell.layout
+    steps = backward_plan(plan, instance.program, instance.io)
+    turns = {"grads": KernelOptions(sparing=True, k_tile=16)} if plan == "gathered-turns" else {}
+    compiled = variant(instance, Schedule("x", 64, steps).with_options(**turns), BACKEND, ARCH).compiled
+    x = make(cell, tail=0)
+    found = {f"d_{n}": torch.full_like(x[n], float("nan")) for n in instance.grads}
+    call = Call(len(lay.lengths), sum(lay.lengths), sum(lay.lengths), {"H": lay.H, "HV": lay.HV}, x["cu_seqlens"])
+    in_order(compiled.kernels, compiled.launches, hosted=True)({**x, **found}, {"scale": lay.K ** -0.5}, call)
+    want = expected(cell, x, instance.grads)
+    return {"error": worst([inputs.error(t, want[n[2:]].double()) for n, t in found.items()]),
+            "over": overwritten(compiled.kernels)}
+
+
 def of_mutant(i: int) -> dict[str, Any]:
     p = mutants.mutant(i)
     want = run(p, mutants.inputs(), Sizes(mutants.AXES, mutants.CU), {"scale": 0.7})
@@ -150,7 +166,7 @@ def main() -> None:
     """Cases: ["program", name], ["cell", name], ["recurrent", cell's name], ["backward", cell's name] (also: V in tiles of a
     number, a plan's name, heads, whether sparing, chunks of a segment, tokens, kind of inputs, columns of K that grads
     steps through),
-    ["lifetimes", cell's name, plan's name],
+    ["lifetimes", cell's name, plan's name], ["hosted", cell's name, plan's name],
     ["kept", cell's name, what is kept], ["plan", plan's name, cell's name, chunk] (also: chunks of a segment, and V in tiles of
     a number), ["mutant", number] or ["correlated", plan's name, top of beta]."""
     cells = {c.name: c for c in table()}
@@ -172,6 +188,8 @@ def main() -> None:
                 found[json.dumps(case)] = {"error": worst(errors)}
             elif case[0] == "lifetimes":
                 found[json.dumps(case)] = of_lifetimes(cells[case[1]], case[2])
+            elif case[0] == "hosted":
+                found[json.dumps(case)] = of_hosted(cells[case[1]], case[2])
             elif case[0] == "mutant":
                 found[json.dumps(case)] = of_mutant(case[1])
             elif case[0] == "correlated":
