@@ -101,12 +101,17 @@ class Machine:
     def cell(self, a: Access, chunk: int) -> Cell:
         return self.cells.setdefault((a.cell, chunk % self.depth[a.cell] if a.ring else 0), Cell())
 
-    def touch(self, actor: str, clock: Clock, step: Step, chunk: int, proxy: str) -> None:
+    def beside(self, a: Access, chunk: int, role: str) -> bool:
+        """Whether a role's warps read what others of them wrote."""
+        by = self.cell(a, chunk).by
+        return a.ring and not a.own and by is not None and by[0] == role
+
+    def touch(self, actor: str, clock: Clock, step: Step, chunk: int, proxy: str, role: str) -> None:
         clock[actor] = clock.get(actor, 0) + 1
         for a in step.reads:
             c = self.cell(a, chunk)
-            beside = a.ring and not a.own and proxy == "threads" and c.by is not None and c.by[0] == actor
-            if not self.knows(clock, (apart(actor), c.by[1]) if beside and c.by else c.by):
+            beside = self.beside(a, chunk, role)
+            if not self.knows(clock, (apart(role), c.by[1]) if beside and c.by else c.by):
                 raise Fault(f"race: {actor} reads {a.cell} in chunk {chunk} ({step}) while {c.by} may still write it")
             if c.holds != (a.value, chunk + a.ahead):
                 found = "nothing yet: it is made or waited for too late" if c.holds is None else \
@@ -114,7 +119,7 @@ class Machine:
                 raise Fault(f"stale: {actor} reads {a.cell} in chunk {chunk} ({step}) and finds {found}")
             if a.ring and proxy in ASYNC and c.proxy == "threads" and (c.fenced is None or not self.knows(clock, c.fenced)):
                 raise Fault(f"not visible: {actor} reads {a.cell} in chunk {chunk} ({step}) without a fence after its write")
-            c.reads[apart(actor) if beside else actor] = clock[actor]
+            c.reads[apart(role) if beside and proxy == "threads" else actor] = clock[actor]
         for a in step.writes:
             c = self.cell(a, chunk)
             if not all(self.knows(clock, x) for x in [c.by, *c.reads.items()]):
@@ -155,13 +160,13 @@ class Machine:
         self.at[role] += 1
         clock = self.clocks[role]
         if isinstance(x, Step):
-            if x.engine == "tensor" or (x.engine == "copy" and chunk != self.short):
+            if x.engine == "tensor" or (x.engine == "copy" and not (x.ragged and chunk == self.short)):
                 name = f"{role}'s {x} {chunk}" + ("" if x.part is None else f" part {x.part}")
                 self.flights[role].append(Flight(name, role, x, chunk, dict(clock)))
                 for a in x.writes if x.engine == "copy" else ():
                     self.count(self.full[a.cell], chunk % self.depth[a.cell], {}, 0, 1)
             else:
-                self.touch(role, clock, x, chunk, "threads")
+                self.touch(role, clock, x, chunk, "threads", role)
         elif x.kind == "wait":
             join(clock, self.barriers[x.barrier, chunk % self.plan.barriers[x.barrier].slots].seen)
         elif x.kind == "arrive":
@@ -176,6 +181,9 @@ class Machine:
             for f in self.waited(role, x.engine, x.most):
                 join(clock, f.clock)
                 self.flights[role].remove(f)
+                for a in f.step.reads:                     # each warp waits for its own part of a product
+                    if self.beside(a, f.chunk, role):
+                        self.cell(a, f.chunk).reads[apart(role)] = clock[role]
         clock[role] += 1
 
     def land(self, f: Flight) -> None:
@@ -184,7 +192,7 @@ class Machine:
             for before in self.flights[f.role]:
                 if by is not None and before.landed and before.name == by[0]:
                     join(f.clock, before.clock)
-        self.touch(f.name, f.clock, f.step, f.chunk, f.step.engine)
+        self.touch(f.name, f.clock, f.step, f.chunk, f.step.engine, f.role)
         f.landed = True
         if f.step.engine == "copy" and f.step.writes:
             self.flights[f.role].remove(f)

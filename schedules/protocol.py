@@ -104,8 +104,9 @@ def wire(laid: Laid) -> Plan:
             rings[ch.name] = (ch.depth, cells[ch.name])
             mine = cells[ch.name]
             by_threads = all(s.engine == "threads" for s in steps[writer] for a in s.writes if a.cell in mine)
+            short = by_threads or any(s.ragged for s in steps[writer] for a in s.writes if a.cell in mine)
             engines = {s.engine for r in ch.readers for s in steps[r] for a in s.reads if a.cell in mine}
-            if engines & ({"tensor", "copy"} if by_threads else {"tensor"}):      # a tail is stored by threads
+            if short and engines & ({"tensor", "copy"} if by_threads else {"tensor"}):          # a tail is stored by threads
                 after.setdefault((writer, last), []).append(Sync("fence", late=steps[writer][last].late,
                                                                  ragged=not by_threads))
         after.setdefault((writer, last), []).append(Sync("arrive", full, 0, steps[writer][last].late))
@@ -170,7 +171,7 @@ def laid_out(steps: tuple[Step, ...], role: str, before: Mapping[tuple[str, int]
             yield s
         if s.event.do == "issue":
             running.append(s.event.value)
-        if s.event.do == "store":
+        if s.event.do == "store" and s.engine == "copy":
             yield Sync("drain", late=s.late, engine="copy")
         mine = after.get((role, i), ())                    # one fence serves all that follow it
         yield from dict.fromkeys(x for x in mine if x.kind == "fence")

@@ -104,12 +104,21 @@ def test_emitted_text_computes_gradients(lengths: tuple[int, ...], H: int, varle
     made = chosen.compiled
     assert {m.name for m in made.makers} == {"triton", "tilelang"}
     assert ("local" in {k.name for k in made.kernels}) == (back is BACK)
-    x, rows, instance = gradients.make(cell), sum(lengths), chosen.instance
+    found, want = executed(chosen, cell, late)
+    for n, x in found.items():
+        assert relative(x, want[n]) < 5e-3, n
+
+
+def executed(chosen: Variant, cell: Cell, late: bool) -> tuple[gradients.Tensors, gradients.Tensors]:
+    """Gradients by the emitted text of kernels of roles, each executed role by role among the others by torch, and by float64;
+    of rows that sequences own."""
+    made, lay = chosen.compiled, cell.layout
+    x, rows, instance = gradients.make(cell), sum(lay.lengths), chosen.instance
     want = gradients.expected(cell, x, instance.grads)
-    if varlen:
+    if lay.varlen:
         for n in ("q", "k", "v", "g", "beta", "d_o"):
             x[n][rows:] = float("nan")
-    call = chosen.call_of(x, len(lengths), x["cu_seqlens"] if varlen else None)
+    call = chosen.call_of(x, len(lay.lengths), x["cu_seqlens"] if lay.varlen else None)
     plain = variant(instance, Schedule("x", steps=chosen.schedule.steps), "torch", "torch").compiled.launches
     for kernel, source, launch in zip(made.kernels, made.sources, plain, strict=True):
         tensors = kernel.program.tensors()
@@ -120,9 +129,8 @@ def test_emitted_text_computes_gradients(lengths: tuple[int, ...], H: int, varle
         x |= {n: torch.full(call.shape(kernel, tensors[n]), float("nan"), dtype=TORCH[tensors[n].dtype])
               for n in kernel.program.written()}
         emulated.run(kernel, source, x, 128 ** -0.5, call, late)
-    for n in instance.grads:
-        part = slice(None if n.endswith("state") else rows)
-        assert relative(x[f"d_{n}"][part], want[n][part]) < 5e-3, n
+    parts = {n: slice(None if n.endswith("state") else rows) for n in instance.grads}
+    return {n: x[f"d_{n}"][part] for n, part in parts.items()}, {n: want[n][part] for n, part in parts.items()}
 
 
 def test_the_bench_has_candidates() -> None:

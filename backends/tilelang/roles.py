@@ -36,8 +36,9 @@ def supports(kernel: Kernel, arch: str) -> Reason | None:
     if arch != "sm_90":
         return Reason(f"roles are printed for sm_90, not for {arch}")
     scans = [s for s in kernel.program.scans() if not kernel.parallel or s is not kernel.parallel.node]
-    if len(scans) != 1 or not scans[0]["carries"] or "idle" in dict(scans[0].attr):
-        return Reason("roles: one scan a kernel that carries something, and always runs; its segments may run at once")
+    if len(scans) != 1 or "idle" in dict(scans[0].attr):
+        return Reason("roles: one scan a kernel, whose iterations come one after another and always run; its segments, or what "
+                      "else a block takes, may run at once")
     try:
         printer = RolePrinter(kernel)
         printer.check()
