@@ -25,7 +25,7 @@ class IllegalRoles(IRError):
 
 @dataclass(frozen=True)
 class Access:
-    """A cell and the value that is in it: of this chunk, or (ahead: 1) of the next. ring: the cell is a ring's. own: each warp
+    """A cell and the value that is in it: of this chunk, or (ahead: 1) of the next, or (-1) of the one before. ring: the cell is a ring's. own: each warp
     reads only what it wrote there itself."""
     cell: str
     value: str
@@ -344,12 +344,22 @@ class Laid:
                         reads = tuple(source(n, part, own=n not in self.across(node)) for n in self.inputs(node))
                         reads += (self.registers(instance, self.onto[e.value]),) if e.value in self.onto else ()
                         reads += tuple(self.fetches(instance, n) for n in dict.fromkeys(self.taken(r, node)))
+                        reads += tuple(self.before(instance, node, across) for s in self.stores.values() if s["sum"]
+                                       and s.args[0] is node and e.do == "compute")[:1]
                         later = self.written(r, e.value)
                         writes = (*((across,) if e.value in self.rings and not later else ()),
                                   *((kept,) if self.keeps(e.value, again or later) else ()))
                         if e.do == "issue":
                             writes = (kept if e.value not in self.carry else Access(kept.cell, self.carry[e.value], False, 1),)
                         yield Step(e, node, "tensor" if e.do == "issue" else "threads", reads, writes, part)
+
+    def before(self, instance: str, node: Node, ring: Access) -> Access:
+        """What is stored summed over the members of a group: the sum of those before lies in the ring's only slot, where each
+        thread adds to what it wrote."""
+        name = self.held[node]
+        if node.op is not Op.CAST or name not in self.rings or self.rings[name].depth != 1 or self.split(name) > 1:
+            raise IllegalRoles(f"{instance}: {name} is stored summed: it must be rounded, and have a ring of one slot")
+        return replace(ring, ahead=-1, own=True)
 
     def check(self, instance: str) -> None:
         """What a chunk issues it must complete, and compute of what it fetches."""

@@ -113,7 +113,7 @@ class Machine:
             beside = self.beside(a, chunk, role)
             if not self.knows(clock, (apart(role), c.by[1]) if beside and c.by else c.by):
                 raise Fault(f"race: {actor} reads {a.cell} in chunk {chunk} ({step}) while {c.by} may still write it")
-            if c.holds != (a.value, chunk + a.ahead):
+            if c.holds != (a.value, chunk + a.ahead) and chunk + a.ahead >= 0:
                 found = "nothing yet: it is made or waited for too late" if c.holds is None else \
                     f"{c.holds}, of another chunk: what makes that comes too early" if c.holds[0] == a.value else f"{c.holds}"
                 raise Fault(f"stale: {actor} reads {a.cell} in chunk {chunk} ({step}) and finds {found}")

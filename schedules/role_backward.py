@@ -14,7 +14,7 @@ MANY = 32                                                  # sequences x heads f
 
 # what makes u's gradient by the outputs before the adjoint's scan, which then only adds it
 BEFORE = (("peel", "d_u", "d_u_o"), ("turn", "d_u_o"), ("hoist", "d_u_o", "io", "local"), ("move", "local", "again"))
-WALK = 16                                                  # chunks of a sequence that a block goes through
+WALK = 8                                                   # chunks of a sequence that a block goes through
 HALF = 64                                                  # columns of V that a block owns where two share a head
 
 
@@ -36,10 +36,11 @@ def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: b
 
 
 def inner_as_roles(base: Schedule, inner: Roles = INNER, chunks: int = WALK) -> Schedule:
-    """The plan "gathered-merged" of `base`, or that with its scans as roles, and what follows them as roles too: each block
-    walks through so many chunks of a sequence. What is of rows alone is made after it, by Triton, of the sums that it stores."""
-    if "merged" not in base.name:
-        raise ValueError(f"inner_as_roles: got {base.name}; accepts a schedule of the plan gathered-merged")
+    """The plan "gathered-merged" or "gathered-turns" of `base`, or one of these with its scans as roles, and what follows them
+    as roles too: each block walks through so many chunks of a sequence, with turns of all value heads of a key head, so that
+    none waits for another. What is of rows alone is made after it, by Triton, of the sums that it stores."""
+    if "merged" not in base.name and "turns" not in base.name:
+        raise ValueError(f"inner_as_roles: got {base.name}; accepts a schedule of the plans gathered-merged and gathered-turns")
     kernels = {k: o for k, o in base.kernels if k != "grads"}
     kernels |= {"grads": KernelOptions(None, roles=inner, backend="tilelang"),
                 "rows": KernelOptions(None, 1, 1, backend=base.options("solve").backend)}

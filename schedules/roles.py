@@ -265,8 +265,8 @@ BACK_ALONE = Roles.of({
               {"values": ["d_r16"], "depth": 1}],
 })
 
-# What follows both scans, of all chunks at once, of which a block walks through several: the plan "gathered-merged" with what is
-# of rows alone apart. dq and dk have a product's rows each, in registers, and their left operands from shared memory, but for
+# What follows both scans, of all chunks at once, of which a block walks through several: the plans "gathered-merged" and
+# "gathered-turns" with what is of rows alone apart. dq and dk have a product's rows each, in registers, and their left operands from shared memory, but for
 # what they made of products; P and d_kk lie in rings, for they are read lying across. values has what needs no product.
 INNER = Roles.of({
     "names": {"gamma": "exp(G)", "rest": "exp(total - G)", "OU": "d_o . u", "P": "bf16(d_qk)", "OS": "d_o . S",
@@ -278,21 +278,20 @@ INNER = Roles.of({
               "by_k": "(written + PTq) + MTk", "k_sum": "reduce(k * by_k)", "d_k16": "bf16(d_k)",
               "v_sum": "reduce(d_r * v)", "S_sum": "reduce(d_S * S)", "d_v16": "bf16(d_v)"},
     "roles": [
-        {"name": "load", "registers": 32, "events": ["load u", "load d_o", "load k", "load q"]},
-        {"name": "load_values", "registers": 32, "events": ["load d_r", "load S", "load d_S", "load v"]},
-        {"name": "sums", "registers": 32, "events": [
-            "compute G", "compute gamma", "compute rest", "compute beta", "fetch total early", "fetch G early",
-            "fetch beta early"]},
-        {"name": "store", "registers": 32, "events": ["store d_q", "store d_k"]},
+        {"name": "load", "registers": 40, "events": ["load u", "load d_o", "load k", "load q"]},
+        {"name": "load_values", "registers": 40, "events": ["load d_r", "load S", "load d_S", "load v"]},
+        {"name": "sums", "registers": 40, "events": [
+            "fetch total", "fetch G", "fetch beta", "compute G", "compute gamma", "compute rest", "compute beta"]},
+        {"name": "store", "registers": 40, "events": ["store d_q", "store d_k"]},
         {"name": "dq", "rows": "C", "warps": 4, "registers": 168, "events": [
             "issue OU", "issue OS", "complete OU", "compute P", "complete OS", "compute entering", "issue Pk", "complete Pk",
-            "compute d_q16", "compute q_sum", "store row1"]},
+            "compute q_sum", "compute d_q16", "store row1"]},
         {"name": "dk", "rows": "C", "warps": 4, "registers": 208, "events": [
-            "issue RU", "issue RS", "complete RU", "compute M", "compute M16", "compute d_kk16", "complete RS", "compute erased",
-            "issue Mk", "issue US", "complete Mk", "compute r_sum", "complete US", "compute u_sum", "compute written",
+            "issue RU", "issue RS", "complete RU", "compute M", "compute M16", "compute d_kk16", "complete RS",
+            "compute erased", "issue Mk", "issue US", "complete Mk", "compute r_sum", "complete US", "compute u_sum", "compute written",
             "issue PTq", "issue MTk", "complete MTk", "compute k_sum", "compute d_k16", "store row0", "store row3",
             "store row2"]},
-        {"name": "values", "warps": 4, "registers": 104, "events": [
+        {"name": "values", "warps": 4, "registers": 96, "events": [
             "compute d_v16", "store d_v", "compute v_sum", "store row5", "compute S_sum", "store row4"]}],
     "rings": [*({"values": [n], "depth": 1} for n in ("u", "d_o", "k", "q", "d_r", "S", "d_S", "v")),
               {"values": ["G", "gamma", "rest", "beta"], "depth": 2}, {"values": ["P"], "depth": 1},

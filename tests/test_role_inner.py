@@ -1,4 +1,5 @@
-"""What follows the backward's scans as roles: its plan, its text, executed on the CPU against float64; what nvcc makes of it."""
+"""What follows the backward's scans as roles: its plan, its text, executed on the CPU against float64; what nvcc makes of it.
+"""
 from __future__ import annotations
 
 from functools import lru_cache
@@ -27,9 +28,9 @@ SMALL = Cell("", STATES, "bf16", Layout((130, 0, 64, 1), True, 1, 2, 128, 128))
 
 
 @lru_cache(maxsize=8)
-def made_of(cell: Cell, chunks: int = 16) -> Variant:
+def made_of(cell: Cell, plan: str = "turns", chunks: int = 16) -> Variant:
     instance = gradients.backward_of(cell)
-    base = whole_scans("sm_90", instance, 1, 32, "triton", merges="gathered-merged")[0]
+    base = whole_scans("sm_90", instance, 1, 32, "triton", merges=f"gathered-{plan}")[0]
     return variant(instance, inner_as_roles(base, chunks=chunks), "triton", "sm_90")
 
 
@@ -52,13 +53,14 @@ def test_nothing_derived_is_redundant() -> None:
     assert unseen(RolePrinter(kernel_of()).plan) == IMPLIED
 
 
-@pytest.mark.parametrize(("lengths", "H", "varlen", "states", "late", "chunks"), [
-    ((130, 0, 64, 1), 1, True, True, False, 2), ((193, 65), 2, True, False, True, 16), ((193, 193), 1, False, True, True, 2),
-    ((330, 0, 64, 130), 1, True, False, False, 2), ((66,), 2, False, False, True, 2)])
-def test_emitted_text_computes_gradients(lengths: tuple[int, ...], H: int, varlen: bool, states: bool, late: bool,
+@pytest.mark.parametrize(("lengths", "H", "varlen", "states", "late", "plan", "chunks"), [
+    ((130, 0, 64, 1), 1, True, True, False, "turns", 2), ((193, 65), 2, True, False, True, "turns", 16),
+    ((193, 193), 1, False, True, True, "turns", 2), ((330, 0, 64, 130), 1, True, False, False, "merged", 2),
+    ((66,), 2, False, False, True, "merged", 2), ((66, 0, 64), 1, True, False, True, "turns", 2)])
+def test_emitted_text_computes_gradients(lengths: tuple[int, ...], H: int, varlen: bool, states: bool, late: bool, plan: str,
                                          chunks: int) -> None:
     cell = Cell("", STATES if states else Switches(), "bf16", Layout(lengths, varlen, H, 2, 128, 128))
-    found, want = executed(made_of(cell, chunks), cell, late)
+    found, want = executed(made_of(cell, plan, chunks), cell, late)
     for n, x in found.items():
         assert relative(x, want[n]) < 5e-3, n
 

@@ -175,6 +175,9 @@ class RoleSteps(RolePlaces):
     def store(self, s: Step, i: int, depth: int) -> None:
         """By TMA where the chunk is whole, else row by row to the end of the sequence. T.copy waits until the slot is read."""
         ring = self.rings[s.reads[0].cell]
+        if s.node["sum"]:                                  # after the last member of a group
+            self.put(depth, f"if {self.member()} == members - 1:")
+            depth += 1
         whole = not s.ragged                               # however many rows a chunk has
         if not whole:
             self.put(depth, f"if rows >= {self.kernel.chunk}:")
@@ -183,6 +186,10 @@ class RoleSteps(RolePlaces):
             return
         inside, text = self.row_by_row(s.node, ring.order, depth)
         self.put(inside + 1, f"{text} = {ring.element(i, self.c, self.here(ring.order))}")
+
+    def member(self) -> str:
+        """Which of a group's members is at hand."""
+        return f"T.truncmod({self.c}, members)"
 
     def store_elements(self, s: Step, depth: int) -> None:
         """What a role's threads have in registers, each its part; whole chunks without asking of each row whether it is one."""
@@ -265,7 +272,14 @@ class RoleSteps(RolePlaces):
         kept = self.registers.get(self.cell(s.event.value))
         if kept is not None:
             text, order = kept
-            self.fill_with(n, f"{text}[{', '.join(here[a] for a in order) or '0'}]", depth)
+            to = f"{text}[{', '.join(here[a] for a in order) or '0'}]"
+            if lies is not None and any(a.ahead < 0 for a in s.reads):
+                self.put(depth, f"if {self.member()} > 0:")
+                before = f'T.cast({lies.element(0, self.c, here)}, "float32")'
+                sum_ = f'T.cast({before} + {self.element(n.args[0], here)}, "{DTYPES[n.type.dtype]}")'
+                self.put(self.over_rows(n, depth + 1), f"{to} = {sum_}")
+                self.put(depth, "else:")
+            self.fill_with(n, to, depth + any(a.ahead < 0 for a in s.reads))
             if ring is not None and lies is not None and lies.apart:
                 self.parted(ring.cell, depth, lambda slot, d: self.put(d, f"T.copy({text}, {slot})"))
             elif lies is not None:
