@@ -278,11 +278,11 @@ INNER = Roles.of({
               "by_k": "(written + PTq) + MTk", "k_sum": "reduce(k * by_k)", "d_k16": "bf16(d_k)",
               "v_sum": "reduce(d_r * v)", "S_sum": "reduce(d_S * S)", "d_v16": "bf16(d_v)"},
     "roles": [
-        {"name": "load", "registers": 40, "events": ["load u", "load d_o", "load k", "load q"]},
-        {"name": "load_values", "registers": 40, "events": ["load d_r", "load S", "load d_S", "load v"]},
-        {"name": "sums", "registers": 40, "events": [
+        {"name": "load", "registers": 56, "events": ["load u", "load d_o", "load k", "load q"]},
+        {"name": "load_values", "registers": 56, "events": ["load d_r", "load S", "load d_S", "load v"]},
+        {"name": "sums", "registers": 56, "events": [
             "fetch total", "fetch G", "fetch beta", "compute G", "compute gamma", "compute rest", "compute beta"]},
-        {"name": "store", "registers": 40, "events": ["store d_q", "store d_k"]},
+        {"name": "store", "registers": 56, "events": ["store d_q", "store d_k"]},
         {"name": "dq", "rows": "C", "warps": 4, "registers": 168, "events": [
             "issue OU", "issue OS", "complete OU", "compute P", "complete OS", "compute entering", "issue Pk", "complete Pk",
             "compute q_sum", "compute d_q16", "store row1"]},
@@ -291,7 +291,7 @@ INNER = Roles.of({
             "compute erased", "issue Mk", "issue US", "complete Mk", "compute r_sum", "complete US", "compute u_sum", "compute written",
             "issue PTq", "issue MTk", "complete MTk", "compute k_sum", "compute d_k16", "store row0", "store row3",
             "store row2"]},
-        {"name": "values", "warps": 4, "registers": 96, "events": [
+        {"name": "values", "warps": 4, "registers": 80, "events": [
             "compute d_v16", "store d_v", "compute v_sum", "store row5", "compute S_sum", "store row4"]}],
     "rings": [*({"values": [n], "depth": 1} for n in ("u", "d_o", "k", "q", "d_r", "S", "d_S", "v")),
               {"values": ["G", "gamma", "rest", "beta"], "depth": 2}, {"values": ["P"], "depth": 1},
