@@ -78,7 +78,8 @@ def unrolled(ops: tuple[Op, ...], chunks: int) -> Iterator[tuple[Op, int]]:
 
 class Machine:
     def __init__(self, plan: Plan, chunks: int, ragged: bool) -> None:
-        self.plan, self.short = plan, (0 if plan.reverse else chunks - 1) if ragged else -1
+        short = range(1) if plan.reverse else range(chunks - 1 - plan.several, chunks)
+        self.plan, self.short = plan, short if ragged else range(0)
         self.programs = {role: list(unrolled(ops, chunks)) for role, ops in plan.ops.items()}
         self.at = dict.fromkeys(self.programs, 0)
         self.clocks: dict[str, Clock] = {role: {role: 1} for role in self.programs}
@@ -160,7 +161,7 @@ class Machine:
         self.at[role] += 1
         clock = self.clocks[role]
         if isinstance(x, Step):
-            if x.engine == "tensor" or (x.engine == "copy" and not (x.ragged and chunk == self.short)):
+            if x.engine == "tensor" or (x.engine == "copy" and not (x.ragged and chunk in self.short)):
                 name = f"{role}'s {x} {chunk}" + ("" if x.part is None else f" part {x.part}")
                 self.flights[role].append(Flight(name, role, x, chunk, dict(clock)))
                 for a in x.writes if x.engine == "copy" else ():
@@ -172,7 +173,7 @@ class Machine:
         elif x.kind == "arrive":
             mine = {**clock, apart(role): clock[role]}
             self.count(x.barrier, chunk % self.plan.barriers[x.barrier].slots, mine, self.plan.warps[role])
-        elif x.kind == "fence" and (not x.ragged or chunk == self.short):
+        elif x.kind == "fence" and (not x.ragged or chunk in self.short):
             clock[role] += 1
             for c in self.cells.values():
                 if c.by is not None and c.by[0] == role and c.fenced is None:

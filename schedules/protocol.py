@@ -55,12 +55,13 @@ Op = Step | Sync
 @dataclass(frozen=True)
 class Plan:
     """ops: what each role does in a chunk, in order; warps: of each; rings: channel -> (slots, its cells). reverse: whether the
-    last chunk, which may be short, comes first."""
+    last chunk, which may be short, comes first; several: whether each chunk comes once for each member of a group."""
     ops: Mapping[str, tuple[Op, ...]]
     warps: Mapping[str, int]
     barriers: Mapping[str, Barrier]
     rings: Mapping[str, tuple[int, tuple[str, ...]]]
     reverse: bool = False
+    several: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def wire(laid: Laid) -> Plan:
             before.setdefault((reader, first), []).append(Sync("wait", full, 0, steps[reader][first].late))
             after.setdefault((reader, last), []).append(Sync("arrive", free, 0, steps[reader][last].late))
     ops = {role: tuple(laid_out(ss, role, before, after)) for role, ss in steps.items()}
-    return Plan(ops, warps, barriers, rings, laid.scan.reverse)
+    return Plan(ops, warps, barriers, rings, laid.scan.reverse, any(s["sum"] for s in laid.stores.values()))
 
 
 def in_ring(a: Access, laid: Laid) -> str:

@@ -45,7 +45,9 @@ def inner_as_roles(base: Schedule, inner: Roles = INNER, chunks: int = WALK) -> 
     kernels |= {"grads": KernelOptions(None, roles=inner, backend="tilelang"),
                 "rows": KernelOptions(None, 1, 1, backend=base.options("solve").backend)}
     steps = (("products_last", "grads"), ("rows_after", "grads", "rows"), ("walk", "grads", chunks))
-    return replace(base, name=f"{base.name}-inner", steps=(*base.steps, *steps), kernels=tuple(kernels.items()))
+    width = base.name.rsplit("-", 1)[-1]                   # of Triton's scans
+    name = base.name.removesuffix(f"-{width}" if width.isdigit() else "") + "-inner"
+    return replace(base, name=name + (f"-{chunks}" if chunks != WALK else ""), steps=(*base.steps, *steps), kernels=tuple(kernels.items()))
 
 
 def served(base: Schedule, sequences: int, heads: int, units: int) -> Schedule:

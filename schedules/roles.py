@@ -266,8 +266,8 @@ BACK_ALONE = Roles.of({
 })
 
 # What follows both scans, of all chunks at once, of which a block walks through several: the plans "gathered-merged" and
-# "gathered-turns" with what is of rows alone apart. dq and dk have a product's rows each, in registers, and their left operands from shared memory, but for
-# what they made of products; P and d_kk lie in rings, for they are read lying across. values has what needs no product.
+# "gathered-turns" with what is of rows alone apart. dq and dk have a chunk's rows each, their left operands in shared memory, but
+# for what they made of products; P and d_kk lie in rings, for they are read lying across. values has what needs no product.
 INNER = Roles.of({
     "names": {"gamma": "exp(G)", "rest": "exp(total - G)", "OU": "d_o . u", "P": "bf16(d_qk)", "OS": "d_o . S",
               "entering": "gamma * (scale * OS)", "Pk": "P . k", "q_sum": "reduce(q * d_q)", "d_q16": "bf16(d_q)",
@@ -278,8 +278,8 @@ INNER = Roles.of({
               "by_k": "(written + PTq) + MTk", "k_sum": "reduce(k * by_k)", "d_k16": "bf16(d_k)",
               "v_sum": "reduce(d_r * v)", "S_sum": "reduce(d_S * S)", "d_v16": "bf16(d_v)"},
     "roles": [
-        {"name": "load", "registers": 56, "events": ["load u", "load d_o", "load k", "load q"]},
-        {"name": "load_values", "registers": 56, "events": ["load d_r", "load S", "load d_S", "load v"]},
+        {"name": "load", "registers": 56, "events": ["load d_o", "load u", "load k", "load q"]},
+        {"name": "load_values", "registers": 56, "events": ["load d_r", "load v", "load S", "load d_S"]},
         {"name": "sums", "registers": 56, "events": [
             "fetch total", "fetch G", "fetch beta", "compute G", "compute gamma", "compute rest", "compute beta"]},
         {"name": "store", "registers": 56, "events": ["store d_q", "store d_k"]},
@@ -288,9 +288,9 @@ INNER = Roles.of({
             "compute q_sum", "compute d_q16", "store row1"]},
         {"name": "dk", "rows": "C", "warps": 4, "registers": 208, "events": [
             "issue RU", "issue RS", "complete RU", "compute M", "compute M16", "compute d_kk16", "complete RS",
-            "compute erased", "issue Mk", "issue US", "complete Mk", "compute r_sum", "complete US", "compute u_sum", "compute written",
-            "issue PTq", "issue MTk", "complete MTk", "compute k_sum", "compute d_k16", "store row0", "store row3",
-            "store row2"]},
+            "compute erased", "issue Mk", "issue US", "complete Mk", "compute r_sum", "complete US", "compute u_sum",
+            "compute written", "issue PTq", "issue MTk", "complete MTk", "compute k_sum", "compute d_k16", "store row0",
+            "store row3", "store row2"]},
         {"name": "values", "warps": 4, "registers": 80, "events": [
             "compute d_v16", "store d_v", "compute v_sum", "store row5", "compute S_sum", "store row4"]}],
     "rings": [*({"values": [n], "depth": 1} for n in ("u", "d_o", "k", "q", "d_r", "S", "d_S", "v")),

@@ -134,20 +134,25 @@ def executed(chosen: Variant, cell: Cell, late: bool) -> tuple[gradients.Tensors
 
 
 def test_the_bench_has_candidates() -> None:
-    """As they serve for a shape, with roles for nothing but the scans, and those in no stream of another's."""
+    """As they serve for a shape, with roles for nothing but the scans and what follows them, the scans in no stream of another's.
+    """
     for lengths, _, HV in bench.SHAPES:
         found = bench.candidates(bench.TIMED, len(lengths), HV)
         ways = [f"{half}{aside}" for half in ("", "-halves") for aside in ("", "-aside")]
         roles = [f"roles{how}{way}" for how in ("", "-alone", "-merged-alone", "-turns-alone") for way in ways]
         one = [f"{how}{way}" for way in ("", ", 8 warps", ", waits", ", 8 warps, waits") for how in ("merged", "turns")]
-        assert {*found} == {"gathered", "gathered, in a row", *one, *roles}
+        inner = [f"roles-{how}-alone{way}-inner" for how in ("merged", "turns") for way in ("", "-aside", "-halves-aside")]
+        inner += ["gathered-merged-inner", "gathered-turns-inner", "gathered-turns-inner-16"]
+        assert {*found} == {"gathered", "gathered, in a row", *one, *roles, *inner}
         for name, s in found.items():
             kernels = variant(bench.TIMED, s, "triton", "sm_90").compiled.kernels
-            assert [k.name for k in kernels if k.options.roles] == (["again", "back"] if "roles" in name else [])
+            by_roles = ["again", "back"] * ("roles" in name) + ["grads"] * ("inner" in name)
+            assert [k.name for k in kernels if k.options.roles] == by_roles
+            assert ("rows" in {k.name for k in kernels}) == ("inner" in name)
             assert [k.name for k in kernels if k.options.aside] == ["again"] * ("aside" in name)
             last = ["inner", "grads"] if name == "gathered" else ["grads"] if "waits" not in name else []
             some = name == "gathered" or name in one
-            apart = [] if "roles-merged" in name or "roles-turns" in name else ["grads"]
+            apart = [] if "roles-merged" in name or "roles-turns" in name else ["back"] if "inner" in name else ["grads"]
             assert [k.name for k in kernels if k.beside] == (["back", *last] if some else apart)
 
 
