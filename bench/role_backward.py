@@ -1,5 +1,5 @@
-"""The backward with its two scans as roles, and what follows them, beside the plan "gathered" by Triton alone, on an H100 or its kin: checked, then
-timed, whole and each kernel.
+"""The backward with its two scans as roles, and what follows them, beside the plan "gathered" by Triton alone, on an H100 or
+its kin: checked, then timed, whole and each kernel.
 
     python -m gdn_ir.bench.role_backward --out FILE --commit HASH
 
@@ -68,7 +68,8 @@ def candidates(instance: Instance, sequences: int, heads: int, segments: Sequenc
     one = {"merged": merged, "turns": turns}
     one |= {f"{n}, 8 warps": s.with_options(grads=replace(s.options("grads"), num_warps=8)) for n, s in one.items()}
     one |= {f"{n}, waits": s.with_options(grads=replace(s.options("grads"), follows=False)) for n, s in one.items()}
-    found = {"gathered": gathered, "gathered, in a row": row, **one, **{s.name.removeprefix("backward-"): s for s in (*roles, *inner)}}
+    found = {"gathered": gathered, "gathered, in a row": row, **one}
+    found |= {s.name.removeprefix("backward-"): s for s in (*roles, *inner)}
     for n, halves in product(segments, (False, True)):
         cut = in_segments(gathered, instance, n)
         made = as_roles(cut, halves=halves)

@@ -25,8 +25,8 @@ class IllegalRoles(IRError):
 
 @dataclass(frozen=True)
 class Access:
-    """A cell and the value that is in it: of this chunk, or (ahead: 1) of the next, or (-1) of the one before. ring: the cell is
-    a ring's. own: each warp reads only what it wrote there itself."""
+    """A cell and the value that is in it: of this chunk, or (ahead: 1) of the next, or (-1) of the one before. ring: the cell
+    is a ring's. own: each warp reads only what it wrote there itself."""
     cell: str
     value: str
     ring: bool = False

@@ -47,7 +47,8 @@ def inner_as_roles(base: Schedule, inner: Roles = INNER, chunks: int = WALK) -> 
     steps = (("products_last", "grads"), ("rows_after", "grads", "rows"), ("walk", "grads", chunks))
     width = base.name.rsplit("-", 1)[-1]                   # of Triton's scans
     name = base.name.removesuffix(f"-{width}" if width.isdigit() else "") + "-inner"
-    return replace(base, name=name + (f"-{chunks}" if chunks != WALK else ""), steps=(*base.steps, *steps), kernels=tuple(kernels.items()))
+    name += f"-{chunks}" * (chunks != WALK)
+    return replace(base, name=name, steps=(*base.steps, *steps), kernels=tuple(kernels.items()))
 
 
 def served(base: Schedule, sequences: int, heads: int, units: int) -> Schedule:

@@ -266,8 +266,8 @@ BACK_ALONE = Roles.of({
 })
 
 # What follows both scans, of all chunks at once, of which a block walks through several: the plans "gathered-merged" and
-# "gathered-turns" with what is of rows alone apart. dq and dk have a chunk's rows each, their left operands in shared memory, but
-# for what they made of products; P and d_kk lie in rings, for they are read lying across. values has what needs no product.
+# "gathered-turns" with what is of rows alone apart. dq and dk have a chunk's rows each, their left operands in shared memory,
+# but for what they made of products; P and d_kk lie in rings, for they are read lying across. values has what needs no product.
 INNER = Roles.of({
     "names": {"gamma": "exp(G)", "rest": "exp(total - G)", "OU": "d_o . u", "P": "bf16(d_qk)", "OS": "d_o . S",
               "entering": "gamma * (scale * OS)", "Pk": "P . k", "q_sum": "reduce(q * d_q)", "d_q16": "bf16(d_q)",

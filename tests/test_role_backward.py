@@ -134,8 +134,7 @@ def executed(chosen: Variant, cell: Cell, late: bool) -> tuple[gradients.Tensors
 
 
 def test_the_bench_has_candidates() -> None:
-    """As they serve for a shape, with roles for nothing but the scans and what follows them, the scans in no stream of another's.
-    """
+    """As they serve for a shape, with roles for nothing but the scans and what follows them, in no stream of another's."""
     for lengths, _, HV in bench.SHAPES:
         found = bench.candidates(bench.TIMED, len(lengths), HV)
         ways = [f"{half}{aside}" for half in ("", "-halves") for aside in ("", "-aside")]

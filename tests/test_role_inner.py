@@ -51,8 +51,8 @@ def test_runs() -> None:
             execute(p, chunks, ragged, seeds=10)
 
 
-# What other synchronisation implies: who loads has waited for d_S_free, which comes after what v_free says; a fence that a later
-# one, before the same product, makes up for.
+# What other synchronisation implies: who loads has waited for d_S_free, which comes after what v_free says; a fence that a
+# later one, before the same product, makes up for.
 IMPLIED = {"load_values: without wait v_free", "load: without fence ragged"}
 
 
