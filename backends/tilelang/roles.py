@@ -115,8 +115,7 @@ class RolePrinter(RoleSteps):
             chunks = f"T.min({most}, {chunks} - {at} * {most})"
             chunks = f"T.if_then_else({at} >= 0, T.max({chunks}, 0), 0)" if self.kernel.varlen else chunks
         if self.kernel.gathers:                            # each for all members, before the next
-            member, group = self.kernel.gathers
-            self.bind("members", f"T.truncdiv({member}, {group})")
+            self.bind("members", f"T.truncdiv({', '.join(self.kernel.gathers)})")
             chunks = f"members * {chunks}"
         self.put(depth, f"chunks = {chunks}")
         self.buffers["chunks"] = 'T.alloc_var("int32")'
