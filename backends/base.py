@@ -86,6 +86,14 @@ class Kernel:
         return tuple(view for s in self.program.scans() if (view := ScanView.of(s)).group)
 
     @cached_property
+    def gathers(self) -> tuple[str, str] | None:
+        """The grid axis that a kernel of roles stores sums over, and the one whose points are its groups: a block takes the
+        members of a group one after another."""
+        found = {(t.grid, t.share) for n in self.program.nodes() if self.options.roles and n.op is Op.STORE and n["sum"]
+                 for t in n["index"] if isinstance(t, At) and t.share and n["sum"] == (t.grid,)}
+        return next(((grid, str(share)) for grid, share in found), None) if len(found) == 1 else None
+
+    @cached_property
     def owns_tail(self) -> bool:
         """Whether this kernel itself writes zeros to the rows past the last sequence: one that runs all chunks at once, or one
         of roles that was told to."""
@@ -195,7 +203,7 @@ def _blocks(kernel: Kernel, call: Call) -> int:
         if a.endswith("#"):
             found *= -(-kernel.extents[base(a[:-1])] // kernel.tile(a[:-1]))
         elif a != "N":
-            found *= call.heads[a]
+            found *= call.heads[dict([kernel.gathers]).get(a, a) if kernel.gathers else a]
     return found
 
 

@@ -1,5 +1,5 @@
-"""The backward with its two scans as roles, beside the plan "gathered" by Triton alone, on an H100 or its kin: checked, then
-timed, whole and each kernel.
+"""The backward with its two scans as roles, and what follows them, beside the plan "gathered" by Triton alone, on an H100 or
+its kin: checked, then timed, whole and each kernel.
 
     python -m gdn_ir.bench.role_backward --out FILE --commit HASH
 
@@ -40,7 +40,7 @@ from gdn_ir.coverage import Cell, Layout
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.schedules.adjoints import in_segments
 from gdn_ir.schedules.defaults import whole_scans
-from gdn_ir.schedules.role_backward import as_roles
+from gdn_ir.schedules.role_backward import WALK, as_roles, inner_as_roles
 from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE
 from gdn_ir.schedules.schedule import Schedule
 
@@ -55,16 +55,21 @@ SECONDS = 0.2                                              # of timing, for each
 def candidates(instance: Instance, sequences: int, heads: int, segments: Sequence[int] = ()) -> dict[str, Schedule]:
     """"gathered", the same with nothing that follows a scan; one kernel for inner and grads, in two ways, each also with eight
     warps; and roles, before each of these: a whole head to a block or half of one, u's gradient by the outputs made before or
-    among them, the scans in a row or beside each other. segments: of so many chunks, by Triton and with roles."""
+    among them, the scans in a row or beside each other; that one kernel as roles too, after scans by Triton and by roles, its
+    blocks of few chunks or of more. segments: of so many chunks, by Triton and with roles."""
     gathered, merged, turns = (whole_scans(ARCH, instance, sequences, heads, "triton", merges=m)[0]
                                for m in ("", "gathered-merged", "gathered-turns"))
     row = replace(gathered, kernels=tuple((k, replace(o, follows=o.follows and k == "grads")) for k, o in gathered.kernels))
     roles = [as_roles(gathered, AGAIN, *way) for way in product((BACK, BACK_ALONE), (False, True), (False, True))]
     roles += [as_roles(base, AGAIN, BACK_ALONE, *way) for base in (merged, turns) for way in product((False, True), repeat=2)]
+    inner = [*(inner_as_roles(base) for base in (merged, turns)), inner_as_roles(turns, chunks=2 * WALK)]
+    inner += [inner_as_roles(as_roles(base, AGAIN, BACK_ALONE, *way)) for base in (merged, turns)
+              for way in ((False, False), (False, True), (True, True))]
     one = {"merged": merged, "turns": turns}
     one |= {f"{n}, 8 warps": s.with_options(grads=replace(s.options("grads"), num_warps=8)) for n, s in one.items()}
     one |= {f"{n}, waits": s.with_options(grads=replace(s.options("grads"), follows=False)) for n, s in one.items()}
-    found = {"gathered": gathered, "gathered, in a row": row, **one, **{s.name.removeprefix("backward-"): s for s in roles}}
+    found = {"gathered": gathered, "gathered, in a row": row, **one}
+    found |= {s.name.removeprefix("backward-"): s for s in (*roles, *inner)}
     for n, halves in product(segments, (False, True)):
         cut = in_segments(gathered, instance, n)
         made = as_roles(cut, halves=halves)
@@ -125,7 +130,10 @@ def timed(shape: Shape, made: dict[str, Schedule]) -> dict[str, Any]:
         if name == "gathered" or schedule.options("again").aside:              # each by itself: where they run in a row
             continue
         row["kernels"] = ms = kernels(chosen, run)
-        if "roles" in name and "segments" not in name:
+        if "inner" in name:                                # of each chunk and head
+            units = torch.cuda.get_device_properties(0).multi_processor_count
+            row["us_per_chunk"] = {"grads": 1e3 * ms["grads"] * units / (HV * sum(-(-n // 64) for n in lengths))}
+        elif "roles" in name and "segments" not in name:
             blocks = len(lengths) * HV * (1 + ("halves" in name))
             waves = -(-blocks // torch.cuda.get_device_properties(0).multi_processor_count)
             row["us_per_chunk"] = {k: 1e3 * ms[k] / (waves * -(-max(lengths) // 64)) for k in ("again", "back")}

@@ -4,7 +4,8 @@ A step touches cells: registers of its role, or a ring in shared memory. What it
 down to values that other events make; all between is computed where it is used. Three rules decide where a value lies:
 
 - a value that another role reads lies in its ring (and in registers too where its own role reads it again, unless it is a
-  running sum, an inverse or the matrix that is inverted: of these a thread has no part of its own);
+  running sum, an inverse or the matrix that is inverted: of these a thread has no part of its own; a product that takes a
+  tile lying across reads it from the ring);
 - a product that is used once, in x + product, is added onto x: both lie in the registers of x, which may be such a sum;
 - such an x lies where the one product or carry lies that it is made of, element by element.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from gdn_ir.nodes import FUNCTIONS, IRError, Node, Op, Tensor
+from gdn_ir.nodes import FUNCTIONS, IRError, Node, Op, Rows, Tensor, twin
 from gdn_ir.program import Program, ScanView, uses
 from gdn_ir.schedules.roles import MAKE, Event, Role, Roles
 
@@ -24,8 +25,8 @@ class IllegalRoles(IRError):
 
 @dataclass(frozen=True)
 class Access:
-    """A cell and the value that is in it: of this chunk, or (ahead: 1) of the next. ring: the cell is a ring's. own: each warp
-    reads only what it wrote there itself."""
+    """A cell and the value that is in it: of this chunk, or (ahead: 1) of the next, or (-1) of the one before. ring: the cell
+    is a ring's. own: each warp reads only what it wrote there itself."""
     cell: str
     value: str
     ring: bool = False
@@ -47,6 +48,11 @@ class Step:
     @property
     def late(self) -> bool:
         return self.event.late
+
+    @property
+    def ragged(self) -> bool:
+        """Of what is loaded or stored: whether it has a row for each token, of which a short chunk has fewer."""
+        return self.event.do in ("load", "store") and any(isinstance(t, Rows) for t in self.node["index"])
 
     def __str__(self) -> str:
         return str(self.event)
@@ -82,7 +88,8 @@ def expressions(program: Program, names: tuple[tuple[str, str], ...] = ()) -> di
             case _:
                 text[n] = f"{n.op.name.lower()}({', '.join(parts)})"
         text[n] = table.get(text[n], program.name_of(n) or text[n])
-        if n.op not in (Op.TWIN, Op.BROADCAST, Op.STORE) and not (n.op is Op.CAST and text[n] in found):
+        other = n.op in (Op.TWIN, Op.BROADCAST, Op.STORE) or (padding(n) and n.args[1].op is Op.TWIN)
+        if not other and not (n.op is Op.CAST and text[n] in found):
             found[text[n]] = n
     return found
 
@@ -110,6 +117,11 @@ def untwinned(program: Program) -> Program:
     return program.rebuild(change)
 
 
+def innermost(scan: Node) -> bool:
+    """Whether no other scan runs in a scan's iterations."""
+    return not any(a.op is Op.SCAN for a in scan.args)
+
+
 class Laid:
     """A role schedule over a program. `steps`: those of each role's copies, by name ("state0", "aux"), in order."""
 
@@ -121,8 +133,9 @@ class Laid:
             if name not in self.named:
                 raise IllegalRoles(f"names: {program.name} computes no {expression!r} (for {name}); it computes "
                                    f"{', '.join(sorted(self.named))}")
-        (self.scan,) = (ScanView.of(s) for s in program.scans() if s["carries"])         # around it: segments, all at once
-        self.stores = {n["tensor"].name: n for n in self.scan.effects if n.op is Op.STORE}
+        (self.scan,) = (ScanView.of(s) for s in program.scans() if innermost(s))         # around it: segments, all at once
+        stores = {n["tensor"].name: n for n in self.scan.effects if n.op is Op.STORE}
+        self.stores = {**{name.removesuffix("_parts"): n for name, n in stores.items()}, **stores}       # parts of a sum
         self.loaded = {called(n["tensor"]): n for n in program.nodes() if n.op is Op.LOAD}
         self.axes = {r.rows: r.copies for r in roles.roles if r.copies > 1}
         self.rings = {v: ring for ring in roles.rings for v in ring.values}
@@ -228,6 +241,20 @@ class Laid:
             walk(a)
         return tuple(found)
 
+    def across(self, node: Node) -> set[str]:
+        """The values that a product reads lying across: tiles with two axes of tokens, of which it takes the twin."""
+        found: set[str] = set()
+
+        def walk(n: Node, across: bool) -> None:
+            if n in self.held:
+                found.update([self.held[n]] if across else [])
+                return
+            for a in n.args:
+                walk(a, across or (n.op is Op.TWIN and {n["axis"], twin(n["axis"])} <= {*n.axes}))
+        for a in node.args if node.op is Op.DOT else ():
+            walk(a, False)
+        return found
+
     def taken(self, r: Role, node: Node) -> Iterator[str]:
         """What a role has fetched, of that which a node is computed of."""
         if (r.name, node) in self.fetched:
@@ -298,7 +325,8 @@ class Laid:
                     case "load":
                         yield Step(e, node, "copy", (), (across,), part)
                     case "store":
-                        yield Step(e, node, "copy", (source(what, part),), (), part)
+                        read = source(what, part)
+                        yield Step(e, node, "copy" if read.ring and node.args[0].axes[1:] else "threads", (read,), (), part)
                     case "read":
                         yield Step(e, node, "threads", (across,), (kept,), part)
                     case "write":
@@ -313,15 +341,25 @@ class Laid:
                         yield Step(e, node, "threads", (*(source(n, part, own=False) for n in self.inputs(node)),
                                                         source(matrix, part, own=False)), (across,), part)
                     case _:
-                        reads = tuple(source(n, part) for n in self.inputs(node))
+                        reads = tuple(source(n, part, own=n not in self.across(node)) for n in self.inputs(node))
                         reads += (self.registers(instance, self.onto[e.value]),) if e.value in self.onto else ()
                         reads += tuple(self.fetches(instance, n) for n in dict.fromkeys(self.taken(r, node)))
+                        reads += tuple(self.before(instance, node, across) for s in self.stores.values() if s["sum"]
+                                       and s.args[0] is node and e.do == "compute")[:1]
                         later = self.written(r, e.value)
                         writes = (*((across,) if e.value in self.rings and not later else ()),
                                   *((kept,) if self.keeps(e.value, again or later) else ()))
                         if e.do == "issue":
                             writes = (kept if e.value not in self.carry else Access(kept.cell, self.carry[e.value], False, 1),)
                         yield Step(e, node, "tensor" if e.do == "issue" else "threads", reads, writes, part)
+
+    def before(self, instance: str, node: Node, ring: Access) -> Access:
+        """What is stored summed over the members of a group: the sum of those before lies in the ring's only slot, where each
+        thread adds to what it wrote."""
+        name = self.held[node]
+        if node.op is not Op.CAST or name not in self.rings or self.rings[name].depth != 1 or self.split(name) > 1:
+            raise IllegalRoles(f"{instance}: {name} is stored summed: it must be rounded, and have a ring of one slot")
+        return replace(ring, ahead=-1, own=True)
 
     def check(self, instance: str) -> None:
         """What a chunk issues it must complete, and compute of what it fetches."""

@@ -78,7 +78,8 @@ def unrolled(ops: tuple[Op, ...], chunks: int) -> Iterator[tuple[Op, int]]:
 
 class Machine:
     def __init__(self, plan: Plan, chunks: int, ragged: bool) -> None:
-        self.plan, self.short = plan, (0 if plan.reverse else chunks - 1) if ragged else -1
+        short = range(1) if plan.reverse else range(chunks - 1 - plan.several, chunks)
+        self.plan, self.short = plan, short if ragged else range(0)
         self.programs = {role: list(unrolled(ops, chunks)) for role, ops in plan.ops.items()}
         self.at = dict.fromkeys(self.programs, 0)
         self.clocks: dict[str, Clock] = {role: {role: 1} for role in self.programs}
@@ -101,20 +102,25 @@ class Machine:
     def cell(self, a: Access, chunk: int) -> Cell:
         return self.cells.setdefault((a.cell, chunk % self.depth[a.cell] if a.ring else 0), Cell())
 
-    def touch(self, actor: str, clock: Clock, step: Step, chunk: int, proxy: str) -> None:
+    def beside(self, a: Access, chunk: int, role: str) -> bool:
+        """Whether a role's warps read what others of them wrote."""
+        by = self.cell(a, chunk).by
+        return a.ring and not a.own and by is not None and by[0] == role
+
+    def touch(self, actor: str, clock: Clock, step: Step, chunk: int, proxy: str, role: str) -> None:
         clock[actor] = clock.get(actor, 0) + 1
         for a in step.reads:
             c = self.cell(a, chunk)
-            beside = a.ring and not a.own and proxy == "threads" and c.by is not None and c.by[0] == actor
-            if not self.knows(clock, (apart(actor), c.by[1]) if beside and c.by else c.by):
+            beside = self.beside(a, chunk, role)
+            if not self.knows(clock, (apart(role), c.by[1]) if beside and c.by else c.by):
                 raise Fault(f"race: {actor} reads {a.cell} in chunk {chunk} ({step}) while {c.by} may still write it")
-            if c.holds != (a.value, chunk + a.ahead):
+            if c.holds != (a.value, chunk + a.ahead) and chunk + a.ahead >= 0:
                 found = "nothing yet: it is made or waited for too late" if c.holds is None else \
                     f"{c.holds}, of another chunk: what makes that comes too early" if c.holds[0] == a.value else f"{c.holds}"
                 raise Fault(f"stale: {actor} reads {a.cell} in chunk {chunk} ({step}) and finds {found}")
             if a.ring and proxy in ASYNC and c.proxy == "threads" and (c.fenced is None or not self.knows(clock, c.fenced)):
                 raise Fault(f"not visible: {actor} reads {a.cell} in chunk {chunk} ({step}) without a fence after its write")
-            c.reads[apart(actor) if beside else actor] = clock[actor]
+            c.reads[apart(role) if beside and proxy == "threads" else actor] = clock[actor]
         for a in step.writes:
             c = self.cell(a, chunk)
             if not all(self.knows(clock, x) for x in [c.by, *c.reads.items()]):
@@ -155,19 +161,19 @@ class Machine:
         self.at[role] += 1
         clock = self.clocks[role]
         if isinstance(x, Step):
-            if x.engine == "tensor" or (x.engine == "copy" and chunk != self.short):
+            if x.engine == "tensor" or (x.engine == "copy" and not (x.ragged and chunk in self.short)):
                 name = f"{role}'s {x} {chunk}" + ("" if x.part is None else f" part {x.part}")
                 self.flights[role].append(Flight(name, role, x, chunk, dict(clock)))
                 for a in x.writes if x.engine == "copy" else ():
                     self.count(self.full[a.cell], chunk % self.depth[a.cell], {}, 0, 1)
             else:
-                self.touch(role, clock, x, chunk, "threads")
+                self.touch(role, clock, x, chunk, "threads", role)
         elif x.kind == "wait":
             join(clock, self.barriers[x.barrier, chunk % self.plan.barriers[x.barrier].slots].seen)
         elif x.kind == "arrive":
             mine = {**clock, apart(role): clock[role]}
             self.count(x.barrier, chunk % self.plan.barriers[x.barrier].slots, mine, self.plan.warps[role])
-        elif x.kind == "fence" and (not x.ragged or chunk == self.short):
+        elif x.kind == "fence" and (not x.ragged or chunk in self.short):
             clock[role] += 1
             for c in self.cells.values():
                 if c.by is not None and c.by[0] == role and c.fenced is None:
@@ -176,6 +182,9 @@ class Machine:
             for f in self.waited(role, x.engine, x.most):
                 join(clock, f.clock)
                 self.flights[role].remove(f)
+                for a in f.step.reads:                     # each warp waits for its own part of a product
+                    if self.beside(a, f.chunk, role):
+                        self.cell(a, f.chunk).reads[apart(role)] = clock[role]
         clock[role] += 1
 
     def land(self, f: Flight) -> None:
@@ -184,7 +193,7 @@ class Machine:
             for before in self.flights[f.role]:
                 if by is not None and before.landed and before.name == by[0]:
                     join(f.clock, before.clock)
-        self.touch(f.name, f.clock, f.step, f.chunk, f.step.engine)
+        self.touch(f.name, f.clock, f.step, f.chunk, f.step.engine, f.role)
         f.landed = True
         if f.step.engine == "copy" and f.step.writes:
             self.flights[f.role].remove(f)

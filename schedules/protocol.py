@@ -55,12 +55,13 @@ Op = Step | Sync
 @dataclass(frozen=True)
 class Plan:
     """ops: what each role does in a chunk, in order; warps: of each; rings: channel -> (slots, its cells). reverse: whether the
-    last chunk, which may be short, comes first."""
+    last chunk, which may be short, comes first; several: whether each chunk comes once for each member of a group."""
     ops: Mapping[str, tuple[Op, ...]]
     warps: Mapping[str, int]
     barriers: Mapping[str, Barrier]
     rings: Mapping[str, tuple[int, tuple[str, ...]]]
     reverse: bool = False
+    several: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,9 @@ def wire(laid: Laid) -> Plan:
             rings[ch.name] = (ch.depth, cells[ch.name])
             mine = cells[ch.name]
             by_threads = all(s.engine == "threads" for s in steps[writer] for a in s.writes if a.cell in mine)
+            short = by_threads or any(s.ragged for s in steps[writer] for a in s.writes if a.cell in mine)
             engines = {s.engine for r in ch.readers for s in steps[r] for a in s.reads if a.cell in mine}
-            if engines & ({"tensor", "copy"} if by_threads else {"tensor"}):      # a tail is stored by threads
+            if short and engines & ({"tensor", "copy"} if by_threads else {"tensor"}):          # a tail is stored by threads
                 after.setdefault((writer, last), []).append(Sync("fence", late=steps[writer][last].late,
                                                                  ragged=not by_threads))
         after.setdefault((writer, last), []).append(Sync("arrive", full, 0, steps[writer][last].late))
@@ -113,7 +115,7 @@ def wire(laid: Laid) -> Plan:
             before.setdefault((reader, first), []).append(Sync("wait", full, 0, steps[reader][first].late))
             after.setdefault((reader, last), []).append(Sync("arrive", free, 0, steps[reader][last].late))
     ops = {role: tuple(laid_out(ss, role, before, after)) for role, ss in steps.items()}
-    return Plan(ops, warps, barriers, rings, laid.scan.reverse)
+    return Plan(ops, warps, barriers, rings, laid.scan.reverse, any(s["sum"] for s in laid.stores.values()))
 
 
 def in_ring(a: Access, laid: Laid) -> str:
@@ -170,7 +172,7 @@ def laid_out(steps: tuple[Step, ...], role: str, before: Mapping[tuple[str, int]
             yield s
         if s.event.do == "issue":
             running.append(s.event.value)
-        if s.event.do == "store":
+        if s.event.do == "store" and s.engine == "copy":
             yield Sync("drain", late=s.late, engine="copy")
         mine = after.get((role, i), ())                    # one fence serves all that follow it
         yield from dict.fromkeys(x for x in mine if x.kind == "fence")

@@ -4,7 +4,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE, Roles, in_halves
+from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE, INNER, Roles, in_halves
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ MANY = 32                                                  # sequences x heads f
 
 # what makes u's gradient by the outputs before the adjoint's scan, which then only adds it
 BEFORE = (("peel", "d_u", "d_u_o"), ("turn", "d_u_o"), ("hoist", "d_u_o", "io", "local"), ("move", "local", "again"))
+WALK = 8                                                   # chunks of a sequence that a block goes through
 HALF = 64                                                  # columns of V that a block owns where two share a head
 
 
@@ -32,6 +33,22 @@ def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: b
     name = next((x for n, x in kin.items() if n in base.name), "")
     name = f"backward-roles{name}{'-alone' if alone else ''}{'-halves' if halves else ''}{'-aside' if aside else ''}"
     return replace(base, name=name, steps=(*steps, ("accumulate", "d_S")), kernels=tuple(kept.items()))
+
+
+def inner_as_roles(base: Schedule, inner: Roles = INNER, chunks: int = WALK) -> Schedule:
+    """The plan "gathered-merged" or "gathered-turns" of `base`, or one of these with its scans as roles, and what follows them
+    as roles too: each block walks through so many chunks of a sequence, with turns of all value heads of a key head, so that
+    none waits for another. What is of rows alone is made after it, by Triton, of the sums that it stores."""
+    if "merged" not in base.name and "turns" not in base.name:
+        raise ValueError(f"inner_as_roles: got {base.name}; accepts a schedule of the plans gathered-merged and gathered-turns")
+    kernels = {k: o for k, o in base.kernels if k != "grads"}
+    kernels |= {"grads": KernelOptions(None, roles=inner, backend="tilelang"),
+                "rows": KernelOptions(None, 1, 1, backend=base.options("solve").backend)}
+    steps = (("products_last", "grads"), ("rows_after", "grads", "rows"), ("walk", "grads", chunks))
+    width = base.name.rsplit("-", 1)[-1]                   # of Triton's scans
+    name = base.name.removesuffix(f"-{width}" if width.isdigit() else "") + "-inner"
+    name += f"-{chunks}" * (chunks != WALK)
+    return replace(base, name=name, steps=(*base.steps, *steps), kernels=tuple(kernels.items()))
 
 
 def served(base: Schedule, sequences: int, heads: int, units: int) -> Schedule:

@@ -14,7 +14,8 @@ Events, as they are written in JSON:
     complete x      wait until x is computed (and what was issued before it)
     solve x         the inverse x of I + M, its blocks along the diagonal: M comes to memory in blocks, and so does x
     join x          compute x, an inverse with its columns scaled, of M and those blocks, which warps read of each other
-    store x         copy a value from its ring to the tensor x, and wait until its slot has been read
+    store x         copy a value from its ring to the tensor x, and wait until its slot has been read; or from the registers
+                    that its role computes it to
 
 An event that ends with " late" works on the chunk before: it runs under the next one's products. A fetch that ends with
 " early" is of the chunk after: memory has a chunk's time to answer.
@@ -262,6 +263,39 @@ BACK_ALONE = Roles.of({
               {"values": ["P"], "depth": 2}, {"values": ["A"], "depth": 2},
               {"values": ["G", "gamma", "rest", "whole", "beta"], "depth": 4}, {"values": ["d_S16"], "depth": 1},
               {"values": ["d_r16"], "depth": 1}],
+})
+
+# What follows both scans, of all chunks at once, of which a block walks through several: the plans "gathered-merged" and
+# "gathered-turns" with what is of rows alone apart. dq and dk have a chunk's rows each, their left operands in shared memory,
+# but for what they made of products; P and d_kk lie in rings, for they are read lying across. values has what needs no product.
+INNER = Roles.of({
+    "names": {"gamma": "exp(G)", "rest": "exp(total - G)", "OU": "d_o . u", "P": "bf16(d_qk)", "OS": "d_o . S",
+              "entering": "gamma * (scale * OS)", "Pk": "P . k", "q_sum": "reduce(q * d_q)", "d_q16": "bf16(d_q)",
+              "RU": "d_r . u", "lower": "select(index() > index(), RU, 0.0)",
+              "M": "select(index() > index(), neg(lower), 0.0) * D", "M16": "bf16(M)", "d_kk16": "bf16(d_kk)", "RS": "d_r . S",
+              "erased": "neg(gamma) * RS", "Mk": "M16 . k", "by_r": "erased + Mk", "r_sum": "reduce(k * by_r)",
+              "US": "d_S . u", "u_sum": "reduce(US * k)", "written": "US * rest", "PTq": "P . q", "MTk": "d_kk16 . k",
+              "by_k": "(written + PTq) + MTk", "k_sum": "reduce(k * by_k)", "d_k16": "bf16(d_k)",
+              "v_sum": "reduce(d_r * v)", "S_sum": "reduce(d_S * S)", "d_v16": "bf16(d_v)"},
+    "roles": [
+        {"name": "load", "registers": 56, "events": ["load d_o", "load u", "load k", "load q"]},
+        {"name": "load_values", "registers": 56, "events": ["load d_r", "load v", "load S", "load d_S"]},
+        {"name": "sums", "registers": 56, "events": [
+            "fetch total", "fetch G", "fetch beta", "compute G", "compute gamma", "compute rest", "compute beta"]},
+        {"name": "store", "registers": 56, "events": ["store d_q", "store d_k"]},
+        {"name": "dq", "rows": "C", "warps": 4, "registers": 168, "events": [
+            "issue OU", "issue OS", "complete OU", "compute P", "complete OS", "compute entering", "issue Pk", "complete Pk",
+            "compute q_sum", "compute d_q16", "store row1"]},
+        {"name": "dk", "rows": "C", "warps": 4, "registers": 208, "events": [
+            "issue RU", "issue RS", "complete RU", "compute M", "compute M16", "compute d_kk16", "complete RS",
+            "compute erased", "issue Mk", "issue US", "complete Mk", "compute r_sum", "complete US", "compute u_sum",
+            "compute written", "issue PTq", "issue MTk", "complete MTk", "compute k_sum", "compute d_k16", "store row0",
+            "store row3", "store row2"]},
+        {"name": "values", "warps": 4, "registers": 80, "events": [
+            "compute d_v16", "store d_v", "compute v_sum", "store row5", "compute S_sum", "store row4"]}],
+    "rings": [*({"values": [n], "depth": 1} for n in ("u", "d_o", "k", "q", "d_r", "S", "d_S", "v")),
+              {"values": ["G", "gamma", "rest", "beta"], "depth": 2}, {"values": ["P"], "depth": 1},
+              {"values": ["d_kk16"], "depth": 1}, {"values": ["d_q16"], "depth": 1}, {"values": ["d_k16"], "depth": 1}],
 })
 
 

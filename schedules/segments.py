@@ -40,7 +40,7 @@ def segment(pipeline: Pipeline, name: str, chunks: int, dtype: str = "tf32x3", p
     made = [f"{prefix}{x}" for x in ("transition", "offset", "compose")]
     if twice := {p.name for p in pipeline} & set(made):
         raise refuse("segment", p, view.node, f"there is a kernel {', '.join(sorted(twice))} already: name these by a `prefix`")
-    cut = _Cut(p, view)
+    cut = Cut(p, view)
     init, (carry,) = view.inits[0], view.carry_nodes()
     moves = t.step is not t.carry                          # P is not the identity
     P, from_P = cut.memory(f"P_{name}", t.carry.axes)
@@ -78,7 +78,7 @@ def segment(pipeline: Pipeline, name: str, chunks: int, dtype: str = "tf32x3", p
 
 def segments(steps: Iterable[tuple[str | int, ...]]) -> int | None:
     """Chunks of a segment in a plan of these steps; None where it cuts none. All that are cut are cut alike."""
-    found = {int(s[2]) for s in steps if s[0] == "segment"}
+    found = {int(s[2]) for s in steps if s[0] in ("segment", "walk")}
     if len(found) > 1:
         raise IllegalStep(f"segment: all scans of a plan must be cut alike, got segments of "
                           f"{' and '.join(map(str, sorted(found)))} chunks")
@@ -93,7 +93,7 @@ def _carrying(pipeline: Pipeline, name: str) -> tuple[int, Program, ScanView]:
     raise IllegalStep(f"segment: no kernel's scan carries a value named {name!r}")
 
 
-class _Cut:
+class Cut:
     """The parts of a program whose scan over chunks is to run inside one over segments."""
 
     def __init__(self, program: Program, view: ScanView) -> None:

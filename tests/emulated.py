@@ -179,6 +179,9 @@ class Language:
     def tma_copy(self, source: Any, to: Any, barrier: Slot) -> None:
         to[...] = source
 
+    def reduce_sum(self, x: Any, to: Any, dim: int) -> None:
+        to[...] = x.sum(axis=dim)
+
     # -- synchronisation and products
 
     def alloc_barrier(self, counts: list[int]) -> Any:

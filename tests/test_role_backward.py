@@ -104,12 +104,21 @@ def test_emitted_text_computes_gradients(lengths: tuple[int, ...], H: int, varle
     made = chosen.compiled
     assert {m.name for m in made.makers} == {"triton", "tilelang"}
     assert ("local" in {k.name for k in made.kernels}) == (back is BACK)
-    x, rows, instance = gradients.make(cell), sum(lengths), chosen.instance
+    found, want = executed(chosen, cell, late)
+    for n, x in found.items():
+        assert relative(x, want[n]) < 5e-3, n
+
+
+def executed(chosen: Variant, cell: Cell, late: bool) -> tuple[gradients.Tensors, gradients.Tensors]:
+    """Gradients by the emitted text of kernels of roles, each executed role by role among the others by torch, and by float64;
+    of rows that sequences own."""
+    made, lay = chosen.compiled, cell.layout
+    x, rows, instance = gradients.make(cell), sum(lay.lengths), chosen.instance
     want = gradients.expected(cell, x, instance.grads)
-    if varlen:
+    if lay.varlen:
         for n in ("q", "k", "v", "g", "beta", "d_o"):
             x[n][rows:] = float("nan")
-    call = chosen.call_of(x, len(lengths), x["cu_seqlens"] if varlen else None)
+    call = chosen.call_of(x, len(lay.lengths), x["cu_seqlens"] if lay.varlen else None)
     plain = variant(instance, Schedule("x", steps=chosen.schedule.steps), "torch", "torch").compiled.launches
     for kernel, source, launch in zip(made.kernels, made.sources, plain, strict=True):
         tensors = kernel.program.tensors()
@@ -120,26 +129,29 @@ def test_emitted_text_computes_gradients(lengths: tuple[int, ...], H: int, varle
         x |= {n: torch.full(call.shape(kernel, tensors[n]), float("nan"), dtype=TORCH[tensors[n].dtype])
               for n in kernel.program.written()}
         emulated.run(kernel, source, x, 128 ** -0.5, call, late)
-    for n in instance.grads:
-        part = slice(None if n.endswith("state") else rows)
-        assert relative(x[f"d_{n}"][part], want[n][part]) < 5e-3, n
+    parts = {n: slice(None if n.endswith("state") else rows) for n in instance.grads}
+    return {n: x[f"d_{n}"][part] for n, part in parts.items()}, {n: want[n][part] for n, part in parts.items()}
 
 
 def test_the_bench_has_candidates() -> None:
-    """As they serve for a shape, with roles for nothing but the scans, and those in no stream of another's."""
+    """As they serve for a shape, with roles for nothing but the scans and what follows them, in no stream of another's."""
     for lengths, _, HV in bench.SHAPES:
         found = bench.candidates(bench.TIMED, len(lengths), HV)
         ways = [f"{half}{aside}" for half in ("", "-halves") for aside in ("", "-aside")]
         roles = [f"roles{how}{way}" for how in ("", "-alone", "-merged-alone", "-turns-alone") for way in ways]
         one = [f"{how}{way}" for way in ("", ", 8 warps", ", waits", ", 8 warps, waits") for how in ("merged", "turns")]
-        assert {*found} == {"gathered", "gathered, in a row", *one, *roles}
+        inner = [f"roles-{how}-alone{way}-inner" for how in ("merged", "turns") for way in ("", "-aside", "-halves-aside")]
+        inner += ["gathered-merged-inner", "gathered-turns-inner", "gathered-turns-inner-16"]
+        assert {*found} == {"gathered", "gathered, in a row", *one, *roles, *inner}
         for name, s in found.items():
             kernels = variant(bench.TIMED, s, "triton", "sm_90").compiled.kernels
-            assert [k.name for k in kernels if k.options.roles] == (["again", "back"] if "roles" in name else [])
+            by_roles = ["again", "back"] * ("roles" in name) + ["grads"] * ("inner" in name)
+            assert [k.name for k in kernels if k.options.roles] == by_roles
+            assert ("rows" in {k.name for k in kernels}) == ("inner" in name)
             assert [k.name for k in kernels if k.options.aside] == ["again"] * ("aside" in name)
             last = ["inner", "grads"] if name == "gathered" else ["grads"] if "waits" not in name else []
             some = name == "gathered" or name in one
-            apart = [] if "roles-merged" in name or "roles-turns" in name else ["grads"]
+            apart = [] if "roles-merged" in name or "roles-turns" in name else ["back"] if "inner" in name else ["grads"]
             assert [k.name for k in kernels if k.beside] == (["back", *last] if some else apart)
 
 

@@ -39,7 +39,7 @@ class TileLangPrinter(Statements):
 
     def __init__(self, kernel: Kernel, target: Target) -> None:
         own = {"T", "n", "slot", "t0", "first", "length", "rows", "pid", "start", "low", "high", "middle", "tail", "beyond",
-               "cu", "block", "b", "i", "j", "turn"}
+               "cu", "block", "b", "i", "j", "turn", "members"}
         own |= set(symbols(kernel)) | set(numbers(kernel)) | {f"{t.name}_" for t in kernel.tensors()}
         own |= {f"i_{h}" for h in heads(kernel)} | {coordinate(a) for n in kernel.program.nodes() for a in n.axes}
         super().__init__(kernel, target, own)
@@ -81,17 +81,19 @@ class TileLangPrinter(Statements):
         """The tile, head, sequence and chunk of this block; returns the depth at which its work is written."""
         k, grid = self.kernel, self.kernel.program.grid
         span = k.span(k.parallel) if k.parallel else 0     # tokens of a chunk, or of a segment of them
+        groups = dict([k.gathers]) if k.gathers else {}    # a block takes the members of one
         left = "block + block0"
         for a in reversed([g for g in grid if g != "N"]):
-            count = str(-(-k.extents[a[:-1]] // k.tile(a[:-1]))) if a.endswith("#") else a
+            owner = groups.get(a, a)
+            count = str(-(-k.extents[a[:-1]] // k.tile(a[:-1]))) if a.endswith("#") else owner
             at = f"T.truncmod({left}, {count})"
             if a.endswith("#"):
                 self.put(2, f"start = {at} * {k.tile(a[:-1])}")            # no variable: it is seen to be a multiple
             else:
-                self.bind(f"i_{a}", at)
+                self.bind(f"i_{owner}", at)
             left = f"T.truncdiv({left}, {count})"
         self.bind("pid", left)
-        for h, a in self.shared_heads():
+        for h, a in (x for x in self.shared_heads() if x[1] not in groups):
             self.bind(f"i_{h}", f"T.truncdiv(i_{a}, T.truncdiv({a}, {h}))")
         if k.parallel and k.varlen:
             self.locate(span)

@@ -74,6 +74,8 @@ class RoleSteps(RolePlaces):
         match s.event.do:
             case "load":
                 self.slotted(self.rings[s.writes[0].cell], depth, lambda i, d: self.load(s, i, fenced, d))
+            case "store" if s.engine == "threads":
+                self.store_elements(s, depth)
             case "store":
                 self.slotted(self.rings[s.reads[0].cell], depth, lambda i, d: self.store(s, i, d))
             case "fetch":
@@ -157,9 +159,12 @@ class RoleSteps(RolePlaces):
         ring = self.rings[cell]
         to = ring.element(i, self.c, self.here(ring.order))
         barrier = self.at_barrier(next(f"{name}_full" for name, (_, cells) in self.plan.rings.items() if cell in cells))
-        self.put(depth, f"if rows >= {self.kernel.chunk}:")
         slot = ring.slot(i, self.c)
-        self.put(depth + 1, f"T.tma_copy({self.box(s.node)}, {slot}, barrier={barrier})")
+        if s.ragged:
+            self.put(depth, f"if rows >= {self.kernel.chunk}:")
+        self.put(depth + s.ragged, f"T.tma_copy({self.box(s.node)}, {slot}, barrier={barrier})")
+        if not s.ragged:                                   # however many rows a chunk has
+            return
         inside, text = self.row_by_row(s.node, ring.order, depth)
         self.put(inside + 1, f"{to} = {text}")
         self.put(inside, "else:")
@@ -170,7 +175,10 @@ class RoleSteps(RolePlaces):
     def store(self, s: Step, i: int, depth: int) -> None:
         """By TMA where the chunk is whole, else row by row to the end of the sequence. T.copy waits until the slot is read."""
         ring = self.rings[s.reads[0].cell]
-        whole = not any(isinstance(t, Rows) for t in s.node["index"])          # however many rows a chunk has
+        if s.node["sum"]:                                  # after the last member of a group
+            self.put(depth, f"if {self.member()} == members - 1:")
+            depth += 1
+        whole = not s.ragged                               # however many rows a chunk has
         if not whole:
             self.put(depth, f"if rows >= {self.kernel.chunk}:")
         self.put(depth + (not whole), f"T.copy({ring.slot(i, self.c)}, {self.box(s.node)})")
@@ -178,6 +186,23 @@ class RoleSteps(RolePlaces):
             return
         inside, text = self.row_by_row(s.node, ring.order, depth)
         self.put(inside + 1, f"{text} = {ring.element(i, self.c, self.here(ring.order))}")
+
+    def member(self) -> str:
+        """Which of a group's members is at hand."""
+        return f"T.truncmod({self.c}, members)"
+
+    def store_elements(self, s: Step, depth: int) -> None:
+        """What a role's threads have in registers, each its part; whole chunks without asking of each row whether it is one."""
+        value = s.node.args[0]
+        text, condition = where(s.node, self.in_memory(value.axes), self.kernel)
+        if condition and len(value.axes) > 1:
+            self.put(depth, f"if rows >= {self.kernel.chunk}:")
+            self.put(self.over_rows(value, depth + 1), f"{text} = {self.element(value, self.here(value.axes))}")
+            self.put(depth, "else:")
+        inside = self.over_rows(value, depth + bool(condition and len(value.axes) > 1))
+        if condition:
+            self.put(inside, f"if {condition}:")
+        self.put(inside + bool(condition), f"{text} = {self.element(value, self.here(value.axes))}")
 
     def move(self, registers: str, ring: str, depth: int, read: bool) -> None:
         """From a ring to registers, or back. Where they lie across, but a product wants them as its rows are, by way of a name
@@ -233,6 +258,9 @@ class RoleSteps(RolePlaces):
         """A value, element by element: into registers, its ring, or both; a matrix goes to its ring by way of registers. A sum
         over tokens is made of such values in its ring."""
         n, here = s.node, self.here(s.node.axes)
+        if n.op is Op.REDUCE and len(n.args[0].axes) > 1:
+            self.row_sums(s, depth)
+            return
         if n.op in (Op.CUMSUM, Op.REDUCE):
             self.sum(s, depth)
             return
@@ -244,7 +272,14 @@ class RoleSteps(RolePlaces):
         kept = self.registers.get(self.cell(s.event.value))
         if kept is not None:
             text, order = kept
-            self.fill_with(n, f"{text}[{', '.join(here[a] for a in order) or '0'}]", depth)
+            to = f"{text}[{', '.join(here[a] for a in order) or '0'}]"
+            if lies is not None and any(a.ahead < 0 for a in s.reads):
+                self.put(depth, f"if {self.member()} > 0:")
+                before = f'T.cast({lies.element(0, self.c, here)}, "float32")'
+                sum_ = f'T.cast({before} + {self.element(n.args[0], here)}, "{DTYPES[n.type.dtype]}")'
+                self.put(self.over_rows(n, depth + 1), f"{to} = {sum_}")
+                self.put(depth, "else:")
+            self.fill_with(n, to, depth + any(a.ahead < 0 for a in s.reads))
             if ring is not None and lies is not None and lies.apart:
                 self.parted(ring.cell, depth, lambda slot, d: self.put(d, f"T.copy({text}, {slot})"))
             elif lies is not None:
@@ -268,6 +303,16 @@ class RoleSteps(RolePlaces):
             self.put(depth, f"if rows < {self.kernel.chunk}:")
             condition = self.element(n.args[0], here)
             self.put(self.over_rows(n, depth + 1), f"{to} = T.if_then_else({condition}, {to}, 0.0)")
+        elif (axis := self.ends(n)):
+            self.put(depth, f"if rows < {self.kernel.chunk}:")
+            self.put(self.over_rows(n, depth + 1), f"{to} = T.if_then_else({coordinate(axis)} < rows, {to}, 0.0)")
+
+    def ends(self, n: Node) -> str:
+        """The axis along which a value must be zeros from the end of the sequence on, for a product takes it lying across."""
+        name = self.laid.held.get(n)
+        mine = [x for x in self.laid.held if x.op is Op.DOT or self.laid.held[x] in self.laid.onto]
+        products = [self.laid.named[self.laid.held[x]] for x in mine if self.laid.held[x] in self.laid.named]
+        return n.axes[0] if any(name in self.laid.across(p) for p in products) else ""
 
     def ready(self, n: Node, to: str, depth: int) -> None:
         """Of an eager role: what a choice within a matrix would read from shared memory is computed before it."""
@@ -295,23 +340,25 @@ class RoleSteps(RolePlaces):
     def issue(self, s: Step, depth: int) -> None:
         node = s.node
         left, right = node.args if self.role.rows in node.args[0].axes else node.args[::-1]
-        (a, rows), (b, columns) = self.operand_of(left), self.operand_of(right)
+        lie = self.laid.across(node)
+        (a, rows), (b, columns) = self.operand_of(left, lie), self.operand_of(right, lie)
         flags = ", transpose_A=True" if rows[0] == node["over"] else ""
         flags += ", transpose_B=True" if columns[1] == node["over"] else ""
         flags += "" if s.event.value in self.laid.onto else ", clear_accum=True"
         self.put(depth, f"T.wgmma_gemm({a}, {b}, {self.registers[s.writes[0].cell][0]}{flags})")
 
-    def operand_of(self, node: Node) -> tuple[str, tuple[str, ...]]:
-        """The registers or the ring's slot behind an operand, and its axes in the order of dimensions."""
+    def operand_of(self, node: Node, lie: set[str]) -> tuple[str, tuple[str, ...]]:
+        """The registers or the ring's slot behind an operand, and its axes in the order of dimensions. lie: what is read lying
+        across."""
         name = self.laid.held.get(node)
         if name is None:
             if node.op is not Op.TWIN and not (node.op is Op.CAST and node["dtype"] in ("f32", "real")) and not padding(node):
                 raise self.missing(node)
-            text, axes = self.operand_of(node.args[1] if padding(node) else node.args[0])
+            text, axes = self.operand_of(node.args[1] if padding(node) else node.args[0], lie)
             a = node["axis"] if node.op is Op.TWIN else ""
             swap = {a: a + "'", a + "'": a} if a else {}
             return text, tuple(swap.get(x, x) for x in axes)
-        if self.cell(name) in self.registers:
+        if self.cell(name) in self.registers and name not in lie:
             return self.registers[self.cell(name)]
         lies = self.ring_of(name)
         return lies.slot(0, self.c), lies.order
@@ -341,6 +388,19 @@ class RoleSteps(RolePlaces):
         here = self.here(n.axes)
         self.put(self.over_rows(n, depth), f"{lies.element(0, self.c, here)} = {self.element(n.args[0], here)}")
         self.call("running_sum", depth, lies.buffers[0], self.turn_of(running))
+
+    def row_sums(self, s: Step, depth: int) -> None:
+        """Sums along the rows of a tile, which some lanes of a warp have together; of rows that there are not, zeros."""
+        n = s.node
+        tile, over = n.args[0], n["over"]
+        order = (*n.axes, over)
+        if n["fn"] != "sum" or len(tile.axes) != 2 or self.ordered(tile, self.role) != order:
+            raise IRError(f"roles: {self.instance}: {s.event}: a role sums along rows, not down columns")
+        name, shape = self.linear.fresh(f"{s.event.value}_tile"), listed(self.shape(order, self.role))
+        self.buffers_of_role.append(f'{name} = T.alloc_fragment({shape}, "float32")')
+        at = ", ".join(map(coordinate, order))
+        self.put(self.loops(order, depth), f"{name}[{at}] = {self.element(tile, self.here(order))}")
+        self.put(depth, f"T.reduce_sum({name}, {self.registers[self.cell(s.event.value)][0]}, dim=1)")
 
     def matrix(self, s: Step, depth: int) -> None:
         """What is inverted: its blocks, for products; those on the diagonal as they are. Above it nobody reads."""

@@ -36,8 +36,11 @@ def supports(kernel: Kernel, arch: str) -> Reason | None:
     if arch != "sm_90":
         return Reason(f"roles are printed for sm_90, not for {arch}")
     scans = [s for s in kernel.program.scans() if not kernel.parallel or s is not kernel.parallel.node]
-    if len(scans) != 1 or not scans[0]["carries"] or "idle" in dict(scans[0].attr):
-        return Reason("roles: one scan a kernel that carries something, and always runs; its segments may run at once")
+    if len(scans) != 1 or "idle" in dict(scans[0].attr):
+        return Reason("roles: one scan a kernel, whose iterations come one after another and always run; its segments, or what "
+                      "else a block takes, may run at once")
+    if kernel.gathers and scans[0]["carries"]:
+        return Reason("roles: a block that takes several members of a group carries nothing")
     try:
         printer = RolePrinter(kernel)
         printer.check()
@@ -73,6 +76,8 @@ class RolePrinter(RoleSteps):
                 raise IRError(f"roles: {r.name} issues products: it must have 4 warps and {ROWS} rows ({r.rows} by copies), "
                               f"not {r.warps} and {self.size(r, r.rows)}")
             for s in self.laid.steps[self.laid.instances(r)[0]]:
+                if s.event.early and self.kernel.gathers:
+                    raise IRError(f"roles: {r.name}: {s}: what comes next may be another member's")
                 if s.late and self.placed(s):              # the place that is printed is of the chunk at hand
                     raise IRError(f"roles: {r.name}: {s}: only what touches no tensor, and masks no row, can be late")
         self.source()
@@ -93,7 +98,15 @@ class RolePrinter(RoleSteps):
     def trip(self, scan: ScanView) -> str:
         """Roles count chunks as they come, backwards too: by that they know slots and parities."""
         at, counter = super().trip(scan), f"i_{scan.axis}"
+        if self.kernel.gathers and scan.axis == self.scan.axis:
+            return f"T.truncdiv({counter}, members)".join(at.rsplit(counter, 1))
         return at if not scan.reverse else f"(chunks - 1 - {counter})".join(at.rsplit(counter, 1))
+
+    def chunk(self, scan: ScanView, depth: int) -> None:
+        super().chunk(scan, depth)
+        if self.kernel.gathers and scan.axis == self.scan.axis:
+            member, group = self.kernel.gathers
+            self.put(depth, f"i_{member} = i_{group} * members + T.truncmod(i_{scan.axis}, members)")
 
     def work(self, depth: int) -> None:
         chunks = f"T.ceildiv({self.length}, {self.kernel.chunk})"
@@ -101,6 +114,9 @@ class RolePrinter(RoleSteps):
             most, at = self.kernel.extents[self.scan.axis], f"i_{scan.axis}"
             chunks = f"T.min({most}, {chunks} - {at} * {most})"
             chunks = f"T.if_then_else({at} >= 0, T.max({chunks}, 0), 0)" if self.kernel.varlen else chunks
+        if self.kernel.gathers:                            # each for all members, before the next
+            self.bind("members", f"T.truncdiv({', '.join(self.kernel.gathers)})")
+            chunks = f"members * {chunks}"
         self.put(depth, f"chunks = {chunks}")
         self.buffers["chunks"] = 'T.alloc_var("int32")'
         self.taken = 0                                     # bytes of shared memory
