@@ -157,7 +157,8 @@ def test_the_bench_has_candidates() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["roles", "roles-alone-aside", "roles-halves", "roles-alone-halves-aside", "roles-turns-alone",
-                                  "roles-turns-alone-aside"])
+                                  "roles-turns-alone-aside", "roles-merged-alone-inner", "roles-turns-alone-inner",
+                                  "roles-turns-alone-aside-inner", "gathered-turns-inner"])
 def test_on_a_gpu(name: str) -> None:
     """Ragged ends, an empty sequence, states in and out, over poison, against float64 and "gathered"."""
     (cell, kind), made = bench.CHECKS[0], bench.candidates(gradients.backward_of(bench.CHECKS[0][0]), 6, 2)

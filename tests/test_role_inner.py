@@ -22,8 +22,8 @@ from gdn_ir.schedules import steps
 from gdn_ir.schedules.defaults import whole_scans
 from gdn_ir.schedules.execute import execute
 from gdn_ir.schedules.plans import backward_plan
-from gdn_ir.schedules.role_backward import inner_as_roles
-from gdn_ir.schedules.roles import INNER, Event, Roles
+from gdn_ir.schedules.role_backward import as_roles, inner_as_roles
+from gdn_ir.schedules.roles import AGAIN, BACK_ALONE, INNER, Event, Roles
 from tests.test_backward import AXES, CU, FAMILY, in_f64, memory
 from tests.test_role_backward import executed
 from tests.test_role_kernels import TILELANG, spilled, synchronised
@@ -36,7 +36,8 @@ SMALL = Cell("", STATES, "bf16", Layout((130, 0, 64, 1), True, 1, 2, 128, 128))
 @lru_cache(maxsize=8)
 def made_of(cell: Cell, plan: str = "turns", chunks: int = 16) -> Variant:
     instance = gradients.backward_of(cell)
-    base = whole_scans("sm_90", instance, 1, 32, "triton", merges=f"gathered-{plan}")[0]
+    base = whole_scans("sm_90", instance, 1, 32, "triton", merges=f"gathered-{plan.removeprefix('roles-')}")[0]
+    base = as_roles(base, AGAIN, BACK_ALONE) if plan.startswith("roles") else base
     return variant(instance, inner_as_roles(base, chunks=chunks), "triton", "sm_90")
 
 
@@ -63,7 +64,8 @@ def test_nothing_derived_is_redundant() -> None:
 @pytest.mark.parametrize(("lengths", "heads", "varlen", "states", "late", "plan", "chunks"), [
     ((130, 0, 64, 1), (1, 2), True, True, False, "turns", 2), ((193, 65), (2, 2), True, False, True, "turns", 16),
     ((193, 193), (1, 2), False, True, True, "turns", 2), ((330, 0, 64, 130), (1, 2), True, False, False, "merged", 2),
-    ((66,), (2, 2), False, False, True, "merged", 2), ((66, 0, 64), (2, 6), True, False, True, "turns", 2)])
+    ((66,), (2, 2), False, False, True, "merged", 2), ((66, 0, 64), (2, 6), True, False, True, "turns", 2),
+    ((130, 0, 64, 1), (1, 2), True, True, True, "roles-turns", 2), ((193,), (2, 2), False, False, False, "roles-merged", 2)])
 def test_emitted_text_computes_gradients(lengths: tuple[int, ...], heads: tuple[int, int], varlen: bool, states: bool,
                                          late: bool, plan: str, chunks: int) -> None:
     """Among the other kernels by torch, against float64: ragged tails, empty sequences, with and without states, value heads
