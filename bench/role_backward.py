@@ -38,9 +38,9 @@ from gdn_ir.bench.timing import interleave, timer
 from gdn_ir.compiler import Instance, variant
 from gdn_ir.coverage import Cell, Layout
 from gdn_ir.programs.gated_delta import Switches
-from gdn_ir.schedules.adjoints import in_segments
+from gdn_ir.schedules.adjoints import PLANS, in_segments
 from gdn_ir.schedules.defaults import whole_scans
-from gdn_ir.schedules.role_backward import WALK, as_roles, inner_as_roles
+from gdn_ir.schedules.role_backward import WALK, as_roles, inner_as_roles, the_rest_by
 from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE
 from gdn_ir.schedules.schedule import Schedule
 
@@ -70,11 +70,14 @@ def candidates(instance: Instance, sequences: int, heads: int, segments: Sequenc
     one |= {f"{n}, waits": s.with_options(grads=replace(s.options("grads"), follows=False)) for n, s in one.items()}
     found = {"gathered": gathered, "gathered, in a row": row, **one}
     found |= {s.name.removeprefix("backward-"): s for s in (*roles, *inner)}
+    for n in segments:
+        cut = in_segments(turns, instance, n, PLANS[0])
+        found |= {s.name.removeprefix("backward-"): s for s in (cut, inner_as_roles(cut, chunks=n))}           # walks are cut alike
     for n, halves in product(segments, (False, True)):
         cut = in_segments(gathered, instance, n)
         made = as_roles(cut, halves=halves)
         found |= {cut.name.removeprefix("backward-"): cut, f"{made.name.removeprefix('backward-')}, segments of {n}": made}
-    return found
+    return {n: the_rest_by("triton", s) for n, s in found.items()}
 
 
 def build(job: tuple[Instance, Schedule]) -> str | None:

@@ -51,11 +51,16 @@ def inner_as_roles(base: Schedule, inner: Roles = INNER, chunks: int = WALK) -> 
     return replace(base, name=name, steps=(*base.steps, *steps), kernels=tuple(kernels.items()))
 
 
+def the_rest_by(backend: str, schedule: Schedule) -> Schedule:
+    """A schedule whose kernels are that backend's but for those of which it says something else."""
+    return replace(schedule, kernels=tuple((k, replace(o, backend=o.backend or backend)) for k, o in schedule.kernels))
+
+
 def served(base: Schedule, sequences: int, heads: int, units: int) -> Schedule:
     """As it serves: what is of the outputs' gradient among the roles; the two scans beside each other, where the blocks of both
-    have a multiprocessor each; all else by Triton. base: "gathered-turns"."""
-    made = as_roles(base, AGAIN, BACK_ALONE, aside=2 * sequences * heads <= units)
-    return replace(made, kernels=tuple((k, replace(o, backend=o.backend or "triton")) for k, o in made.kernels))
+    have a multiprocessor each; what follows them as roles too; all else by Triton. base: "gathered-turns"."""
+    scans = as_roles(base, AGAIN, BACK_ALONE, aside=2 * sequences * heads <= units)
+    return the_rest_by("triton", inner_as_roles(scans))
 
 
 def fit(sequences: int, heads: int) -> bool:
