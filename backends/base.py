@@ -213,7 +213,7 @@ Launch = Callable[[Mapping[str, torch.Tensor], Mapping[str, float], Call], "dict
 def heads(kernel: Kernel) -> tuple[str, ...]:
     """The sizes of head dimensions that a kernel takes at run time: grid axes and the dimensions that share them."""
     found = {a: None for a in kernel.program.grid if a != "N" and not a.endswith("#")}
-    for n in kernel.program.nodes():
+    for n in (*kernel.program.nodes(), *kernel.sweeps):
         if n.op in (Op.LOAD, Op.STORE):
             found |= {t.share: None for t in n["index"] if isinstance(t, At) and t.share}
             found |= {d: None for t, d in zip(n["index"], n["tensor"].dims, strict=True)

@@ -61,7 +61,8 @@ class Printer:
 
     def shared_heads(self) -> list[tuple[str, str]]:
         """(dimension, the grid axis that indexes it), for each dimension that several grid points share."""
-        return list(dict.fromkeys((t.share, t.grid) for t in self.terms if isinstance(t, At) and t.share))
+        terms = (*self.terms, *(t for store in self.kernel.sweeps for t in store["index"]))
+        return list(dict.fromkeys((t.share, t.grid) for t in terms if isinstance(t, At) and t.share))
 
     def size_of_group(self, scan: ScanView) -> str:
         """How many members a scan over those of a group steps through, as text."""
