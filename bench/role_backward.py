@@ -40,7 +40,11 @@ from gdn_ir.coverage import Cell, Layout
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.schedules.adjoints import PLANS, in_segments
 from gdn_ir.schedules.defaults import whole_scans
+<<<<<<< HEAD
 from gdn_ir.schedules.role_backward import WALK, as_roles, inner_as_roles, the_rest_by
+=======
+from gdn_ir.schedules.role_backward import as_roles, inner_as_roles
+>>>>>>> inner
 from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE
 from gdn_ir.schedules.schedule import Schedule
 
@@ -62,7 +66,7 @@ def candidates(instance: Instance, sequences: int, heads: int, segments: Sequenc
     row = replace(gathered, kernels=tuple((k, replace(o, follows=o.follows and k == "grads")) for k, o in gathered.kernels))
     roles = [as_roles(gathered, AGAIN, *way) for way in product((BACK, BACK_ALONE), (False, True), (False, True))]
     roles += [as_roles(base, AGAIN, BACK_ALONE, *way) for base in (merged, turns) for way in product((False, True), repeat=2)]
-    inner = [*(inner_as_roles(base) for base in (merged, turns)), inner_as_roles(turns, chunks=2 * WALK)]
+    inner = [*(inner_as_roles(base) for base in (merged, turns)), *(inner_as_roles(turns, chunks=n) for n in (4, 16))]
     inner += [inner_as_roles(as_roles(base, AGAIN, BACK_ALONE, *way)) for base in (merged, turns)
               for way in ((False, False), (False, True), (True, True))]
     one = {"merged": merged, "turns": turns}

@@ -141,7 +141,7 @@ def test_the_bench_has_candidates() -> None:
         roles = [f"roles{how}{way}" for how in ("", "-alone", "-merged-alone", "-turns-alone") for way in ways]
         one = [f"{how}{way}" for way in ("", ", 8 warps", ", waits", ", 8 warps, waits") for how in ("merged", "turns")]
         inner = [f"roles-{how}-alone{way}-inner" for how in ("merged", "turns") for way in ("", "-aside", "-halves-aside")]
-        inner += ["gathered-merged-inner", "gathered-turns-inner", "gathered-turns-inner-16"]
+        inner += ["gathered-merged-inner", *(f"gathered-turns-inner{n}" for n in ("", "-4", "-16"))]
         assert {*found} == {"gathered", "gathered, in a row", *one, *roles, *inner}
         for name, s in found.items():
             kernels = variant(bench.TIMED, s, "triton", "sm_90").compiled.kernels

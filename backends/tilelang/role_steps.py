@@ -309,10 +309,8 @@ class RoleSteps(RolePlaces):
 
     def ends(self, n: Node) -> str:
         """The axis along which a value must be zeros from the end of the sequence on, for a product takes it lying across."""
-        name = self.laid.held.get(n)
-        mine = [x for x in self.laid.held if x.op is Op.DOT or self.laid.held[x] in self.laid.onto]
-        products = [self.laid.named[self.laid.held[x]] for x in mine if self.laid.held[x] in self.laid.named]
-        return n.axes[0] if any(name in self.laid.across(p) for p in products) else ""
+        products = [self.laid.named[e.value] for r in self.roles.roles for e in r.events if e.do == "issue"]
+        return n.axes[0] if any(self.laid.held.get(n) in self.laid.across(p) for p in products) else ""
 
     def ready(self, n: Node, to: str, depth: int) -> None:
         """Of an eager role: what a choice within a matrix would read from shared memory is computed before it."""
