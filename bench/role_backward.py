@@ -40,11 +40,7 @@ from gdn_ir.coverage import Cell, Layout
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.schedules.adjoints import PLANS, in_segments
 from gdn_ir.schedules.defaults import whole_scans
-<<<<<<< HEAD
 from gdn_ir.schedules.role_backward import WALK, as_roles, inner_as_roles, the_rest_by
-=======
-from gdn_ir.schedules.role_backward import as_roles, inner_as_roles
->>>>>>> inner
 from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE
 from gdn_ir.schedules.schedule import Schedule
 
