@@ -216,9 +216,11 @@ COLUMNS = with_role(ONCE, "inverse", by_warp=True)
 # fewer registers for who inverts, more for aux
 MORE = with_registers(COLUMNS, state=192, aux=80, rest=48)
 # o of the chunk before is rounded before S's products, and goes to memory under them
-WRITTEN = with_events(MORE, "state", "compute o16 late", "compute S16", "issue SK", "issue QS", "write o16 late", "read v",
-                      "compute decayed", "complete QS", "compute R", "issue u", "compute entering", "complete u", "compute W",
-                      "issue written", "compute u16", "issue inside", "complete inside")
+PRODUCTS = ("compute o16 late", "compute S16", "issue SK", "issue QS", "write o16 late", "read v", "compute decayed",
+            "complete QS", "compute R", "issue u", "compute entering", "complete u", "compute W", "issue written",
+            "compute u16", "issue inside", "complete inside")
+# or under the first of them
+UNDER = (*PRODUCTS[1:3], PRODUCTS[0], *PRODUCTS[3:])
 TURN = Turn("state0", Event.of("issue u"), "state1", Event.of("issue SK"))
 
 VARIANTS = {
@@ -230,8 +232,9 @@ VARIANTS = {
     "fused_once": ONCE,
     "fused_columns": COLUMNS,
     "fused_columns_80": MORE,
-    "fused_write": WRITTEN,
-    "fused_turns": replace(WRITTEN, turns=(TURN,)),
+    "fused_write": with_events(MORE, "state", *PRODUCTS),
+    "fused_under": with_events(MORE, "state", *UNDER),
+    "fused_turns": replace(with_events(MORE, "state", *PRODUCTS), turns=(TURN,)),
     "deeper": with_rings(q=3, A_beta=3, v=3, o16=2),
     # the states take turns at the tensor cores: one multiplies by its state while the other computes what it writes
     "turns": replace(SOLVED, turns=(TURN,)),
@@ -239,6 +242,7 @@ VARIANTS = {
     "plain": with_events(SOLVED, "state", "compute S16", "issue SK", "compute o16 late", "read v", "complete SK", "compute R",
                          "issue u", "issue QS", "compute decayed", "complete QS", "compute u16", "compute W",
                          "compute entering", "issue written", "issue inside", "complete inside"),
+    "under": with_events(SOLVED, "state", *UNDER),
     # both products by the state at once, what is left of it under them
     "early": with_events(SOLVED, "state", *(str(e) for r in FUSED.roles if r.name == "state" for e in r.events)),
 }

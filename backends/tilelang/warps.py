@@ -145,8 +145,8 @@ def join_blocks(m, m_at, inverses, at, factors, f_at, to, to_at, warps):
     "join_column": '''
 @T.macro
 def join_column(m, m_at, inverses, at, factors, f_at, to, to_at, w):
-    """A column of blocks of the inverse of I + M, its columns scaled, transposed. inverses: of the diagonal blocks; w: a number,
-    so that a place is known but for the lane."""
+    """A column of blocks of the inverse of I + M, its columns scaled, transposed. inverses: of the diagonal blocks; w: a
+    number, so that a place is known but for the lane."""
     lane = T.get_thread_binding() % 32
     left = T.alloc_local((24,), "float16")                 # blocks of the column, as left operands
     right = T.alloc_local((8,), "float16")
