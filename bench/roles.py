@@ -234,7 +234,10 @@ VARIANTS = {
     "fused_columns_80": MORE,
     "fused_write": with_events(MORE, "state", *PRODUCTS),
     "fused_under": with_events(MORE, "state", *UNDER),
+    "fused_single": with_rings(with_events(MORE, "state", *UNDER), v=1),   # less text to read v by
     "fused_turns": replace(with_events(MORE, "state", *PRODUCTS), turns=(TURN,)),
+    "last": with_role(SOLVED, "aux", last=True),
+    "last_turns": replace(with_role(SOLVED, "aux", last=True), turns=(TURN,)),
     "deeper": with_rings(q=3, A_beta=3, v=3, o16=2),
     # the states take turns at the tensor cores: one multiplies by its state while the other computes what it writes
     "turns": replace(SOLVED, turns=(TURN,)),

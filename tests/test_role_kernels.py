@@ -42,12 +42,12 @@ TOKENS = re.compile(r"(?P<barrier>\w+)\[(?P<slot>[^\]]*)\]\.(?P<what>wait|arrive
 # of segments, or a variant's name in bench/roles.py: none, and the inverse among the roles; none, and each state loads its own
 # values; g computed before the next
 FUSED, OWN, FIRST, CUT_FUSED = -1, -2, -3, -4
-NEW = [name for name, roles in VARIANTS.items() if any(r.last or r.by_warp for r in roles.roles)]
+NEW = [name for name, roles in VARIANTS.items() if any(r.last or r.by_warp for r in roles.roles) and not roles.turns]
 
 
 def schedule(i: Instance, segment: int | str) -> Schedule:
     if isinstance(segment, str):
-        return roles_in_one(VARIANTS[segment])
+        return (roles_in_one if segment.startswith("fused") else of_roles)(VARIANTS[segment])
     if segment == OWN:
         return of_roles(own_values())
     if segment == CUT_FUSED:

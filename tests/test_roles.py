@@ -215,11 +215,13 @@ def test_fused_is_synchronised() -> None:
     assert unseen(derive(laid(FUSED, -1))) == IMPLIED
 
 
-# who takes turns knows by its turn of what the other has seen
+# who takes turns knows by its turn of what the other has seen; who loads v into its one slot knows how far the states are
 TURNED = {f"state1: without wait {ring}_full" for ring in ("A16", "k", "q")}
+SINGLE = {"aux: without wait P_free", "load: without wait k_free", "load: without wait q_free"}
 
 
-@pytest.mark.parametrize(("name", "more"), [("fused_once", set()), ("fused_write", set()), ("fused_turns", TURNED)])
+@pytest.mark.parametrize(("name", "more"), [("fused_once", set()), ("fused_write", set()), ("fused_under", set()),
+                                            ("fused_single", SINGLE), ("fused_turns", TURNED)])
 def test_variants_are_synchronised(name: str, more: set[str]) -> None:
     assert unseen(derive(laid(VARIANTS[name], -1))) == IMPLIED | more
 
