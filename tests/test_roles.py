@@ -217,7 +217,7 @@ def test_fused_is_synchronised() -> None:
 
 # who takes turns knows by its turn of what the other has seen; who loads v into its one slot knows how far the states are
 TURNED = {f"state1: without wait {ring}_full" for ring in ("A16", "k", "q")}
-SINGLE = {"aux: without wait P_free", "load: without wait k_free", "load: without wait q_free"}
+SINGLE = {"load: without wait k_free"}
 
 
 @pytest.mark.parametrize(("name", "more"), [("fused_once", set()), ("fused_write", set()), ("fused_under", set()),
