@@ -185,7 +185,7 @@ def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64
         steps += [("lift", n, "inner") for n in late if n in ("d_beta", "d_v", "d_q")]
         steps += [("share", "inner")] if name in WIDENS else []
     if merges_all and gathers:
-        steps += [("trade", "grads"), ("collect", "grads"), ("share", "grads"), ("chain", "grads")]
+        steps += [("share", "grads"), ("chain", "grads")]
     steps += [("move_scales",)]
     if heads and name != "states":
         owned = {"inside": ("d_q", "d_k"), "merged": (), "gathered-merged": (), "gathered-turns": ()}.get(name, ("d_k",))
