@@ -18,9 +18,10 @@ from gdn_ir.compiler import Instance, planned
 from gdn_ir.follow import can_follow
 from gdn_ir.program import Program
 from gdn_ir.schedules import adjoints
-from gdn_ir.schedules.defaults import (CROWDED, FUSED_LENGTHS, LENGTHS, MULTIPROCESSORS, backward_by_roles, default, lean,
-                                       roles_can, segmented, whole_scans, with_triton)
+from gdn_ir.schedules.defaults import (CROWDED, FUSED_LENGTHS, LENGTHS, backward_by_roles, default, lean, roles_can,
+                                       segmented, whole_scans, with_triton)
 from gdn_ir.schedules.plans import Steps, backward_plan, plan
+from gdn_ir.schedules.role_backward import Way
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 MODEST = KernelOptions(64, 4, 1)
@@ -32,7 +33,8 @@ class Frame:
     products; sums: whether the log decay's running sums are hoisted beside the solve; dot: what products' operands are rounded
     to; segment: chunks of a segment, in a plan that cuts sequences into such. The plan "roles" is "solve" ("cut", where it has
     segments) with a scan as roles, which are not varied; "roles-fused", "fused" or "cut-fused", has the inverse among them.
-    Of a backward "roles" has both scans as roles, one after the other, "roles-aside" beside each other."""
+    Of a backward "roles" has both scans as roles, one after the other, "roles-aside" beside each other, "roles-halves" so too,
+    two blocks to a head; in segments these are Triton's, and roles follow them."""
     plan: str
     chunk: int = 64
     block: int = 16
@@ -59,9 +61,9 @@ class Frame:
 
     def roles(self, instance: Instance) -> Schedule:
         """The schedule of roles that a frame of these is."""
-        if instance.grads:                                 # so few heads that both have a multiprocessor each, or so many
-            heads = 1 if self.plan == "roles-aside" else MULTIPROCESSORS["sm_90"]
-            return backward_by_roles(instance, 1, heads)
+        if instance.grads:
+            halves = self.plan == "roles-halves"
+            return backward_by_roles(instance, Way(halves, halves or self.plan == "roles-aside", self.segment))
         return with_triton(instance, self.segment, self.plan == "roles-fused")
 
     def __str__(self) -> str:
@@ -112,7 +114,8 @@ def space_of(backend: str, arch: str, instance: Instance) -> Space:
         return Space(((Frame("recurrent", 1),) if not back else ()) + tuple(chunked), v_tile=(None, 16, 32, 64))
     if backend == "tilelang" and roles_can(arch, instance):            # without roles it takes half again what Triton does
         if back:
-            return Space((Frame("roles-aside"), Frame("roles")), (None, 64), (1, 2, 4, 8), (1, 2))
+            cut = [Frame("roles", segment=n) for n in adjoints.LENGTHS if adjoints.can(instance)]
+            return Space((*map(Frame, ("roles-aside", "roles", "roles-halves")), *cut), (None, 64), (1, 2, 4, 8), (1, 2))
         ways = (("roles", (0, *LENGTHS)), ("roles-fused", (0, *FUSED_LENGTHS)))
         roles = tuple(Frame(name, segment=n) for name, lengths in ways for n in lengths)
         return Space((*roles, Frame("states")), (None, 32, 64), (1, 2, 4, 8), (1, 2, 3))

@@ -72,7 +72,7 @@ def candidates(instance: Instance, sequences: int, heads: int, segments: Sequenc
     found |= {s.name.removeprefix("backward-"): s for s in (*roles, *inner)}
     for n in segments:
         cut = in_segments(turns, instance, n, PLANS[0])
-        found |= {s.name.removeprefix("backward-"): s for s in (cut, inner_as_roles(cut, chunks=n))}   # walks are cut alike
+        found |= {s.name.removeprefix("backward-"): s for s in (cut, inner_as_roles(cut))}
     for n, halves in product(segments, (False, True)):
         cut = in_segments(gathered, instance, n)
         made = as_roles(cut, halves=halves)

@@ -125,8 +125,9 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
         if name == "merge" and rest_of_step[1] != schedule.chunk:
             raise steps.IllegalStep(f"merge: doubles blocks up to {rest_of_step[1]} rows, but a chunk has {schedule.chunk}")
     pipeline = planned(program, schedule.steps)
-    inner = {a for p in pipeline for scan in p.scans() for a in scan["chain"][1:]} - extents.keys()
-    extents |= dict.fromkeys(inner, segments(schedule.steps) or 0)
+    inner = {p.name: {a for scan in p.scans() for a in scan["chain"][1:]} - extents.keys() for p in pipeline}
+    extents |= dict.fromkeys(set().union(*inner.values()), segments(schedule.steps) or 0)
+    walks = {str(kernel): int(chunks) for name, *args in schedule.steps if name == "walk" for kernel, chunks in [args]}
     stray = {name for name, _ in schedule.kernels} - {p.name for p in pipeline} - {"*"}
     if stray:
         raise steps.IllegalStep(f"kernels: no kernel is called {', '.join(sorted(stray))}; the plan makes "
@@ -162,12 +163,13 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
     for i, p in enumerate(pipeline):
         options = schedule.options(p.name)
         b = maker(options, backend)                        # not of `makers`: a kernel may have come to sum up parts
+        own = extents | dict.fromkeys(inner[p.name], walks[p.name]) if p.name in walks else extents
         products = rest if rest == "f64" else schedule.dot if schedule.dot != "io" else b.products(io, arch)
         p = small_products(doubled(p, partial(b.joins, options)), extents)
         p = precision(storage(p, **dtypes), products, rest)
         p = split_products(p) if b.reads_tf32(arch) else p
         p = simplify(p)
-        tiles = {a: e if a in tokens else b.tile(a, e, arch) for a, e in extents.items() if not a.endswith("#")}
+        tiles = {a: e if a in tokens else b.tile(a, e, arch) for a, e in own.items() if not a.endswith("#")}
         tiles |= {"V": split[p.name]} if p.name in split else {}
         tiles |= {"K": turns[p.name], "K'": extents["K"]} if p.name in turns else {}
         tiles |= {str(columns(p, tokens)): turned[p.name]} if p.name in turned else {}
@@ -179,7 +181,7 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
         if turn and not options.around and len({backwards for _, _, backwards in awaits}) == 2:
             raise steps.IllegalStep(f"kernels: {p.name}.around: got false where it follows two scans, its blocks in turns, "
                                     "who would wait for others that start later; accepts true")
-        kernels.append(Kernel(p.name, p, extents, tiles, options, varlen, origin, counting.get(i), awaits,
+        kernels.append(Kernel(p.name, p, own, tiles, options, varlen, origin, counting.get(i), awaits,
                               cleared.get(i), i in followed, i + 1 in followed, turns=turn))
     return swept(tuple(kernels), backend)
 

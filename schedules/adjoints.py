@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 PLANS = ("gathered-turns-segments", "gathered-segments", "segments")
 LENGTHS = (16, 32)                                         # chunks that a segment may have (64 gains 1.4% at most)
+BY_TRITON, BY_ROLES = 2.3e-3, 1.8e-3                        # microseconds a token and head of what is not scanned (an H100)
 WORTH = 0.9                                                # of the time of whole scans
 
 
@@ -48,19 +49,18 @@ def can(instance: Instance) -> bool:
         and (instance.io, instance.beta) == ("bf16", "bf16")
 
 
-def segment_of(sequences: int, heads: int, tokens: int, units: int) -> int:
+def segment_of(sequences: int, heads: int, tokens: int, units: int, rest: float = BY_TRITON) -> int:
     """Chunks of a segment, one of LENGTHS; 0 where sequences should stay whole. By what an H100 takes, in microseconds: both
     scans 5.6 a chunk where two blocks share a multiprocessor; what has not faded of transition and offset 1 a chunk and scan,
-    composing 4 a segment; then the rest, which takes all chunks at once. Whole scans, beside each other, take 1.6 a chunk where
-    no two blocks share one, 3.4 where they do, and hide a seventh of the rest, of which one kernel for inner and grads spares
-    as much. Fitted to 4, 8, 16 and 32 heads."""
-    chunks, scans, others = -(-tokens // (64 * sequences)), sequences * heads, 2.9e-3 * tokens * heads
+    composing 4 a segment; then the rest, which takes all chunks at once. Whole scans, by Triton beside each other, take 1.6 a
+    chunk where no two blocks share one, 3.4 where they do, and hide some of the rest. Fitted to 4, 8, 16 and 32 heads."""
+    chunks, scans, work = -(-tokens // (64 * sequences)), sequences * heads, tokens * heads
 
     def takes(size: int) -> float:
         segments = -(-chunks // size)
         waves = -(-segments * scans * 4 // (2 * units))    # tiles of 32 columns
-        return waves * 5.6 * size + 2 * (size + 4 * segments + 10) + others
+        return waves * 5.6 * size + 2 * (size + 4 * segments + 10) + rest * work
     blocks = 2 * scans * 4                                 # of both
-    whole = chunks * (1.6 if blocks <= units else 3.4 * -(-blocks // (2 * units))) + 0.7 * others
+    whole = chunks * (1.6 if blocks <= units else 3.4 * -(-blocks // (2 * units))) + 0.8 * BY_TRITON * work
     best = min(LENGTHS, key=takes)
     return best if best < chunks and takes(best) < WORTH * whole else 0

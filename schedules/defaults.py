@@ -189,8 +189,8 @@ def roles_can(arch: str, instance: Instance) -> bool:
 
 def roles_want(arch: str, instance: Instance, sequences: int, heads: int) -> str:
     """Why roles do not serve a backward."""
-    few = f"roles want {role_backward.MANY} sequences x heads, twice as many where a sequence has fewer than 16 heads, not " \
-        f"{sequences} x {heads}"
+    few = f"roles want {role_backward.MANY} sequences x heads (twice as many where a sequence has fewer than 16 heads, half " \
+        f"as many of one sequence), not {sequences} x {heads}, or so many tokens that it is worth cutting them"
     return role_backward.lacks(arch, instance) or few
 
 
@@ -198,9 +198,14 @@ def roles_fit(arch: str, instance: Instance, sequences: int, heads: int, tokens:
     """Whether they should also be the fastest for a call: one block takes a whole sequence and head, so there must be enough of
     these to be busy beside each other; or sequences so long, in the mean, that they are worth cutting."""
     if instance.grads:
-        return roles_can(arch, instance) and role_backward.fit(sequences, heads)
+        return roles_can(arch, instance) and way_of_backward(arch, instance, sequences, heads, tokens) is not None
     crowded, long = sequences * heads >= CROWDED, ROLES_IN_SEGMENTS and tokens >= LONG * 64 * sequences
     return roles_can(arch, instance) and (crowded or long)
+
+
+def way_of_backward(arch: str, instance: Instance, sequences: int, heads: int, tokens: int) -> role_backward.Way | None:
+    """How roles scan the sequences of a backward; None where they should not be the fastest."""
+    return role_backward.way(instance, sequences, heads, tokens, MULTIPROCESSORS[arch], BACK_IN_SEGMENTS)
 
 
 def scan_width(arch: str, instance: Instance, scans: int) -> int:
@@ -263,11 +268,11 @@ def lean(arch: str, instance: Instance, backend: str) -> bool:
 def backward_default(arch: str, instance: Instance, sequences: int, heads: int, tokens: int, backend: str) \
         -> tuple[Schedule, str]:
     """The same for a backward: on Hopper in segments, where these should win."""
-    if backend == "tilelang" and roles_fit(arch, instance, sequences, heads, tokens):
-        units, scans, schedule = MULTIPROCESSORS[arch], sequences * heads, backward_by_roles(instance, sequences, heads)
-        how = "beside each other, on" if schedule.options("again").aside else "on"
-        return schedule, (f"{arch}: states again, and their adjoints in reverse, as roles in one block for each of {scans} "
-                          f"sequences and heads, {how} {units} multiprocessors; the rest for all chunks at once, by triton")
+    if backend == "tilelang" and roles_can(arch, instance) and \
+            (how := way_of_backward(arch, instance, sequences, heads, tokens)):
+        return backward_by_roles(instance, how), (
+            f"{arch}: states again, and their adjoints in reverse, of {sequences * heads} sequences and heads, {how}, on "
+            f"{MULTIPROCESSORS[arch]} multiprocessors; what follows as roles for all chunks at once, the rest by triton")
     if not lean(arch, instance, backend):
         return whole_scans(arch, instance, sequences, heads, backend)
     # one kernel for inner and grads takes halves of K in turn, and is for all that they make
@@ -284,10 +289,9 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
         f"each is cut into segments of {size} chunks")
 
 
-def backward_by_roles(instance: Instance, sequences: int, heads: int) -> Schedule:
-    """The scans as roles, the rest by Triton."""
-    base, _ = whole_scans("sm_90", instance, sequences, heads, "triton", merges=TURNS)
-    return role_backward.served(base, sequences, heads, MULTIPROCESSORS["sm_90"])
+def backward_by_roles(instance: Instance, how: role_backward.Way) -> Schedule:
+    """The scans, and what follows them, as roles."""
+    return role_backward.served(whole_scans("sm_90", instance, 1, 32, "triton", merges=TURNS)[0], instance, how)
 
 
 def whole_scans(arch: str, instance: Instance, sequences: int, heads: int, backend: str, gathers: bool = True,

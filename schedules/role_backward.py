@@ -1,9 +1,12 @@
-"""The derived backward with its two serial scans as cooperating roles, for TileLang on Hopper; all else is Triton's."""
+"""The derived backward with its two serial scans, and what follows them, as cooperating roles, for TileLang on Hopper; all else
+is Triton's."""
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from gdn_ir.schedules import adjoints
+from gdn_ir.schedules.plans import CHUNK
 from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE, INNER, Roles, in_halves
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
@@ -15,6 +18,7 @@ MANY = 32                                                  # sequences x heads f
 # what makes u's gradient by the outputs before the adjoint's scan, which then only adds it
 BEFORE = (("peel", "d_u", "d_u_o"), ("turn", "d_u_o"), ("hoist", "d_u_o", "io", "local"), ("move", "local", "again"))
 WALK = 8                                                   # chunks of a sequence that a block goes through
+FILLED = 0.75                                              # of the multiprocessors, by blocks of what follows the scans
 HALF = 64                                                  # columns of V that a block owns where two share a head
 
 
@@ -48,7 +52,7 @@ def inner_as_roles(base: Schedule, inner: Roles = INNER, chunks: int = WALK) -> 
     steps = (*base.steps[:at], ("trade", "grads"), ("collect", "grads"), *base.steps[at:],
              ("products_last", "grads"), ("rows_after", "grads", "rows"), ("walk", "grads", chunks))
     width = base.name.rsplit("-", 1)[-1]                   # of Triton's scans
-    name = base.name.removesuffix(f"-{width}" if width.isdigit() else "") + "-inner"
+    name = base.name.removesuffix(f"-{width}" if width.isdigit() and "segments" not in base.name else "") + "-inner"
     name += f"-{chunks}" * (chunks != WALK)
     return replace(base, name=name, steps=steps, kernels=tuple(kernels.items()))
 
@@ -58,16 +62,41 @@ def the_rest_by(backend: str, schedule: Schedule) -> Schedule:
     return replace(schedule, kernels=tuple((k, replace(o, backend=o.backend or backend)) for k, o in schedule.kernels))
 
 
-def served(base: Schedule, sequences: int, heads: int, units: int) -> Schedule:
-    """As it serves: what is of the outputs' gradient among the roles; the two scans beside each other, where the blocks of both
-    have a multiprocessor each; what follows them as roles too; all else by Triton. base: "gathered-turns"."""
-    scans = as_roles(base, AGAIN, BACK_ALONE, aside=2 * sequences * heads <= units)
+@dataclass(frozen=True)
+class Way:
+    """How sequences are scanned: whole, a block for each head or, with `halves`, two; or in segments of so many chunks, by
+    Triton. aside: the two scans beside each other."""
+    halves: bool = False
+    aside: bool = False
+    segment: int = 0
+
+    def __str__(self) -> str:
+        if self.segment:
+            return f"each is cut into segments of {self.segment} chunks"
+        blocks = "two blocks" if self.halves else "one block"
+        return f"as roles in {blocks} for each, {'beside each other' if self.aside else 'one after the other'}"
+
+
+def way(instance: Instance, sequences: int, heads: int, tokens: int, units: int, cuts: bool = True) -> Way | None:
+    """How roles serve a backward, where they should be the fastest: whole sequences where these and heads are many (several
+    sequences of few heads may be unequal: then a block has most of them), half a head to a block where half as many are of one
+    sequence; segments where these win and there are key heads and chunks enough for what follows the scans. units:
+    multiprocessors. cuts: whether sequences may be cut."""
+    scans, size = sequences * heads, adjoints.segment_of(sequences, heads, tokens, units, adjoints.BY_ROLES)
+    if scans >= (MANY if heads >= 16 else 2 * MANY):
+        return Way(aside=2 * scans <= units)
+    if heads >= 16 and 2 * scans >= MANY:
+        return Way(halves=True, aside=4 * scans <= units)
+    walks = tokens * heads // (2 * CHUNK * WALK)           # blocks, of two value heads to a key head
+    return Way(segment=size) if cuts and size and adjoints.can(instance) and walks >= FILLED * units else None
+
+
+def served(base: Schedule, instance: Instance, how: Way) -> Schedule:
+    """As it serves: what is of the outputs' gradient among the roles; what follows the scans as roles too; all else by Triton.
+    base: "gathered-turns"."""
+    scans = adjoints.in_segments(base, instance, how.segment, adjoints.PLANS[0]) if how.segment else \
+        as_roles(base, AGAIN, BACK_ALONE, how.halves, how.aside)
     return the_rest_by("triton", inner_as_roles(scans))
-
-
-def fit(sequences: int, heads: int) -> bool:
-    """Whether roles should be the fastest. (Several sequences of few heads may be unequal: then a block has most of them.)"""
-    return sequences * heads >= (MANY if heads >= 16 else 2 * MANY)
 
 
 def lacks(arch: str, instance: Instance) -> str:

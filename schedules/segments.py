@@ -78,7 +78,7 @@ def segment(pipeline: Pipeline, name: str, chunks: int, dtype: str = "tf32x3", p
 
 def segments(steps: Iterable[tuple[str | int, ...]]) -> int | None:
     """Chunks of a segment in a plan of these steps; None where it cuts none. All that are cut are cut alike."""
-    found = {int(s[2]) for s in steps if s[0] in ("segment", "walk")}
+    found = {int(s[2]) for s in steps if s[0] == "segment"}
     if len(found) > 1:
         raise IllegalStep(f"segment: all scans of a plan must be cut alike, got segments of "
                           f"{' and '.join(map(str, sorted(found)))} chunks")
