@@ -21,18 +21,21 @@ from gdn_ir.backends import BACKENDS
 from gdn_ir.backends.triton.ptx import TritonPtx
 from gdn_ir.coverage import DTYPES, Cell, Layout, table
 from gdn_ir.schedules.adjoints import LENGTHS, PLANS, can, in_segments
-from gdn_ir.schedules.defaults import MULTIPROCESSORS, TURNS, default, whole_scans
+from gdn_ir.schedules.defaults import TURNS, backward_by_roles, whole_scans
 from gdn_ir.schedules.plans import KEEP
+from gdn_ir.schedules.role_backward import Way
 from gdn_ir.schedules.schedule import Schedule
 
 SIZES = ((16, 16), (16, 128), (48, 96), (128, 64), (80, 112), (32, 32), (96, 128), (64, 128), (256, 256), (160, 192), (256, 64),
          (64, 256))
 
+ROLES = {"roles": Way(aside=True), "roles in a row": Way(), "roles in halves": Way(halves=True, aside=True)}
+
 
 def shipped() -> Iterator[tuple[Cell, int | None, str, str, str]]:
     """What is checked: cells, how many scans (sequences x heads) to choose the default schedule for, kind of inputs, what is
     kept of the forward, and how the scans run, where that is not the default's choice ("": as by default): "segments of" so
-    many chunks, "roles" beside each other, or "roles in a row"."""
+    many chunks, "roles after segments of" so many, or one of ROLES."""
     for cell, scans, kind in recomputed():
         yield cell, scans, kind, "nothing", ""
     for keep in KEEP[1:]:
@@ -42,6 +45,7 @@ def shipped() -> Iterator[tuple[Cell, int | None, str, str, str]]:
     for n in LENGTHS:
         for cell, kind in cut(n):
             yield cell, None, kind, "nothing", f"segments of {n}"
+            yield replace(cell, name=f"{cell.name}, then roles"), None, kind, "nothing", f"roles after segments of {n}"
     for cell, kind, how in by_roles():
         yield cell, None, kind, "nothing", how
 
@@ -49,8 +53,9 @@ def shipped() -> Iterator[tuple[Cell, int | None, str, str, str]]:
 def by_roles() -> Iterator[tuple[Cell, str, str]]:
     """Scans as roles; heads that share none, too; each kind of inputs."""
     layouts = (replace(PACKED, lengths=(700, 0, 64, 129, 1, 63)), DENSE)
-    for cell in crowded("the backward's roles", *layouts):
-        yield cell, "model", "roles"
+    for how in ("roles", "roles in halves"):
+        for cell in crowded(f"the backward's {how}", *layouts):
+            yield cell, "model", how
     for lay, how in zip(layouts, ("packed", "dense")):
         yield Cell(f"the backward's roles in a row, {how}, bf16", FULL, "bf16", lay), "model", "roles in a row"
         yield Cell(f"the backward's roles, {how}, H = HV, bf16", FULL, "bf16", replace(lay, H=lay.HV)), "model", "roles"
@@ -73,11 +78,12 @@ def cut(chunks: int) -> Iterator[tuple[Cell, str]]:
 def schedule_of(cell: Cell, how: str, arch: str) -> Schedule | None:
     """Of a cell whose scans run so; None where its default is wanted."""
     instance = backward_of(cell)
-    if how.startswith("roles"):
-        few = MULTIPROCESSORS[arch] // 2                   # of which twice as many are beside each other
-        return default(arch, instance, 1, few if how == "roles" else few + 1, 4096, "tilelang")[0]
-    whole = whole_scans(arch, instance, 1, 8, "triton", merges=TURNS)[0]
-    return in_segments(whole, instance, int(how.split()[-1]), PLANS[0]) if how else None
+    if not how:
+        return None
+    if how in ROLES:
+        return backward_by_roles(instance, ROLES[how])
+    size, whole = int(how.split()[-1]), whole_scans(arch, instance, 1, 8, "triton", merges=TURNS)[0]
+    return backward_by_roles(instance, Way(segment=size)) if "roles" in how else in_segments(whole, instance, size, PLANS[0])
 
 
 def backend_of(how: str) -> str:

@@ -135,7 +135,8 @@ class Laid:
                                    f"{', '.join(sorted(self.named))}")
         (self.scan,) = (ScanView.of(s) for s in program.scans() if innermost(s))         # around it: segments, all at once
         stores = {n["tensor"].name: n for n in self.scan.effects if n.op is Op.STORE}
-        self.stores = {**{name.removesuffix("_parts"): n for name, n in stores.items()}, **stores}       # parts of a sum
+        plain = {name.removesuffix("_parts").removesuffix("_made"): n for name, n in stores.items()}     # what others finish
+        self.stores = {**plain, **stores}
         self.loaded = {called(n["tensor"]): n for n in program.nodes() if n.op is Op.LOAD}
         self.axes = {r.rows: r.copies for r in roles.roles if r.copies > 1}
         self.rings = {v: ring for ring in roles.rings for v in ring.values}

@@ -92,11 +92,11 @@ def way(instance: Instance, sequences: int, heads: int, tokens: int, units: int,
 
 
 def served(base: Schedule, instance: Instance, how: Way) -> Schedule:
-    """As it serves: what is of the outputs' gradient among the roles; what follows the scans as roles too; all else by Triton.
-    base: "gathered-turns"."""
+    """As it serves: what is of the outputs' gradient among the roles; what follows the scans as roles too (but where beta comes
+    as logits: its gradient is then no sum of rows times beta); all else by Triton. base: "gathered-turns"."""
     scans = adjoints.in_segments(base, instance, how.segment, adjoints.PLANS[0]) if how.segment else \
         as_roles(base, AGAIN, BACK_ALONE, how.halves, how.aside)
-    return the_rest_by("triton", inner_as_roles(scans))
+    return the_rest_by("triton", scans if instance.switches.beta_sigmoid else inner_as_roles(scans))
 
 
 def lacks(arch: str, instance: Instance) -> str:
