@@ -40,8 +40,7 @@ def is_sum(n: Node) -> bool:
 def search(kernel: Kernel, program: Program) -> tuple[Cost, list[Node]]:
     """The order of the loop's ends in which the most that registers hold at once is least, if it is more than they hold easily;
     then the most that shared memory holds, likewise; then what registers hold from end to end, summed up; as far as a search of
-    few ways at a time finds it. A product that is only added is added where it is made; an end without a product waits until
-    products have brought to shared memory what it reads of them. Sets of nodes are bits of a number."""
+    few ways at a time finds it. A product that is only added is added where it is made. Sets of nodes are bits of a number."""
     scan = next(s for s in program.scans() if ScanView.of(s).parts)
     view, scopes, measure = ScanView.of(scan), Scopes(program.roots), Held(kernel, uses(program.nodes()))
     nodes = [n for n in program.nodes() if view.axis in scopes[n]]
@@ -51,9 +50,6 @@ def search(kernel: Kernel, program: Program) -> tuple[Cost, list[Node]]:
     for n in nodes:
         below[n] = bit[n] | functools.reduce(operator.or_, (below.get(a, 0) for a in n.args), 0)
     first = {n: sum(bit[e] for e in ends if e is not n and bit[e] & below[n]) for n in ends}       # ends below it
-    products = sum(bit[n] for n in nodes if n.op is Op.DOT)
-    brought = sum(bit[n] for n in nodes if n.op is Op.LOAD and any(u.op is Op.DOT for u in measure.takers(n)))
-    first = {n: to | (0 if products & below[n] else brought & below[n]) for n, to in first.items()}
     costs = []
     for n in nodes:
         users = [u for u in measure.takers(n) if u in bit]

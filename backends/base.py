@@ -123,7 +123,7 @@ class Kernel:
         return math.prod((self.extents[a] for a in inner), start=self.extents[scan.tile])
 
     def tile(self, axis: str) -> int:
-        """The extent of a tile; a twin may have one of its own."""
+        """The extent of a tile; a twin may be split over the grid by itself."""
         return self.tiles.get(axis, self.tiles.get(base(axis), self.extents[base(axis)]))
 
     def padded(self, axis: str) -> bool:

@@ -96,8 +96,8 @@ def number(kernel: Kernel, grid: str) -> str:
 
 
 def coordinate(kernel: Kernel, axis: str) -> str:
-    """The name of the coordinates along an axis. A twin has those of its base, unless its tile is its own."""
-    return axis.replace("'", "_") if axis in kernel.tiles else base(axis)
+    """The name of the coordinates along an axis. A twin has those of its base, unless it alone is split over the grid."""
+    return axis.replace("'", "_") if axis in kernel.splits else base(axis)
 
 
 def index_suffix(axes: tuple[str, ...], to: tuple[str, ...]) -> str:

@@ -147,7 +147,7 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
             raise steps.IllegalStep(f"kernels: {name}.k_tile: got {tile}; accepts a divisor of K = {extents['K']}, or None")
     pipeline = parts(pipeline, "V", split)
     pipeline = tuple(split_axis(p, str(columns(p, tokens))) if p.name in turned else p for p in pipeline)
-    pipeline = tuple(in_turn(p, "K", whole[p.name]["K"] == extents["K"]) if p.name in turns else p for p in pipeline)
+    pipeline = tuple(in_turn(p, "K") if p.name in turns else p for p in pipeline)
     extents |= {"K#": extents["K"] // min(turns.values())} if turns else {}
     for p in pipeline:
         if any("V#" in p.tensors()[n].dims for n in p.written()):
@@ -171,7 +171,7 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
         p = simplify(p)
         tiles = {a: e if a in tokens else b.tile(a, e, arch) for a, e in own.items() if not a.endswith("#")}
         tiles |= {"V": split[p.name]} if p.name in split else {}
-        tiles |= {"K": turns[p.name], "K'": extents["K"]} if p.name in turns else {}
+        tiles |= {"K": turns[p.name]} if p.name in turns else {}
         tiles |= {str(columns(p, tokens)): turned[p.name]} if p.name in turned else {}
         padded = {a for a in tile_axes(p) if a in tokens or extents[a] % tiles[a]}
         p = pad(p, frozenset(padded))

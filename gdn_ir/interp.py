@@ -179,8 +179,8 @@ class _Run:
         return min(tile, self.sizes.axes[a] - start)
 
     def _split(self, axis: str) -> tuple[int, int]:
-        """Where a block's part of an axis starts, and its extent; a twin without a tile of its own goes with its base."""
-        axis = axis if axis + "#" in self.p.grid or axis in self.sizes.tiles else base(axis)
+        """Where a block's part of an axis starts, and its extent; a twin that is not split by itself goes with its base."""
+        axis = axis if axis + "#" in self.p.grid else base(axis)
         tile = self.sizes.tiles.get(axis, self.sizes.axes[base(axis)])
         return (self.point[axis + "#"] * tile if axis + "#" in self.p.grid else 0), tile
 

@@ -77,22 +77,17 @@ def parts(pipeline: tuple[Program, ...], axis: str, tiles: Mapping[str, int]) ->
     return tuple(done)
 
 
-def in_turn(program: Program, axis: str, whole: bool = False) -> Program:
+def in_turn(program: Program, axis: str) -> Program:
     """The program, of all chunks at once, with a loop over parts of `axis` in each chunk: a block holds a part of each tile at
     a time. What does not lie along the axis is computed once, sums along it are carried from part to part, and what needs those
-    comes after the loop. whole: but for products of loads along it, which are made before, of whole tiles, that lie along its
-    twin: carried, they would be held from part to part. Raises IRError where a part would need a sum that is carried, for that
-    would be known too late."""
+    comes after the loop. Raises IRError where a part would need such a sum, for that would be known too late."""
     scan = axis + "#"
     outer = ScanView.of(program.roots[0])
-    parts, sums, late, before = set[Node](), dict[Node, Node](), set[Node](), dict[Node, Node]()
+    parts, sums, late = set[Node](), dict[Node, Node](), set[Node]()
     memo: dict[Node, Node] = {}
     for n in toposort(outer.effects):
         if n.op is Op.SCAN:
             raise _refuse(program, axis, n, "a loop over parts holds no other")
-        if whole and n.op is Op.DOT and n["over"] == axis and all(_loaded(a) for a in n.args):
-            memo[n] = before[n] = n.but(tuple(_on_twin(a, axis) for a in n.args), over=axis + "'")
-            continue
         along = n.op in (Op.LOAD, Op.STORE) and any(isinstance(t, Tile) and t.axis == axis for t in n["index"])
         index = {"index": tuple(Part(axis, scan) if t == Tile(axis) else t for t in n["index"])} if along else {}
         memo[n] = n.but(tuple(memo[a] for a in n.args), **index)
@@ -113,23 +108,12 @@ def in_turn(program: Program, axis: str, whole: bool = False) -> Program:
     loop = make(Op.SCAN, (*(zeros(*n.axes) for n in sums), *nexts, *(memo[e] for e in own)), axis=scan, chain=(scan,), tile="",
                 carries=tuple(carry["name"] for carry in sums.values()), reverse=False)
     after = {n: make(Op.FINAL, (loop,), i=i) for i, n in enumerate(sums)}
-    table = substitute([e for e in outer.effects if e not in parts], before | after)
+    table = substitute([e for e in outer.effects if e not in parts], after)
     rest = sorted((e for e in outer.effects if e not in parts), key=lambda e: e in late)
-    first = [table[e] for e in rest if e not in late]
-    root = outer.with_parts(effects=(*first, loop, *(table[e] for e in rest if e in late)))
+    before = [table[e] for e in rest if e not in late]
+    root = outer.with_parts(effects=(*before, loop, *(table[e] for e in rest if e in late)))
     notes = {(memo[n] if n in parts else table.get(n, memo[n])): note for n, note in program.notes.items() if n in memo}
     return verify(replace(program, roots=(root,), notes=only(notes, (root,))))
-
-
-def _loaded(n: Node) -> bool:
-    return n.op is Op.LOAD or (n.op is Op.TWIN and _loaded(n.args[0]))
-
-
-def _on_twin(n: Node, axis: str) -> Node:
-    """A tile as it is loaded, along the twin of an axis."""
-    if n.op is Op.TWIN:
-        return n.but((_on_twin(n.args[0], axis),))
-    return n.but(index=tuple(Tile(axis + "'") if t == Tile(axis) else t for t in n["index"]))
 
 
 def _place(index: tuple[Term, ...]) -> int:

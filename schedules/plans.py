@@ -31,8 +31,8 @@ The derived backward has plans of its own (`backward_plan`), of the same steps:
               of its own (again_transition, back_transition and so on)
     gathered  as grouped, but inner makes d_q too, for it reads the states anyway; so local makes only what back reads, of the
               inputs alone, and comes first: back needs nothing of again, and the two may run beside each other
-    gathered-merged  as gathered, with inner and grads as one kernel, which steps through K in parts; before that it makes what
-              of the decay's gradient is summed over pairs of tokens, in float32, for most of it cancels
+    gathered-merged  as gathered, with inner and grads as one kernel, which steps through K in parts; what the decay's gradient
+              needs is taken of sums of the other gradients' parts (`trade`, `collect`)
     gathered-turns  as gathered-merged, but blocks of value heads that share a key head add their parts one after another in
               memory: there is no heads
     gathered-segments  the same of segments: what leads to back between what leads to again, each beside one that it reads
@@ -187,7 +187,7 @@ def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64
         steps += [("lift", n, "inner") for n in late if n in ("d_beta", "d_v", "d_q")]
         steps += [("share", "inner")] if name in WIDENS else []
     if merges_all and gathers:
-        steps += [("share", "grads"), ("chain", "grads")]
+        steps += [("trade", "grads"), ("collect", "grads"), ("share", "grads"), ("chain", "grads")]
     steps += [("move_scales",)]
     if heads and name != "states":
         owned = () if merges_all else {"inside": ("d_q", "d_k")}.get(name, ("d_k",))

@@ -178,11 +178,8 @@ def test_kernels_of_a_gpu(arch: str, keep: str) -> None:
     alike = {s.kernel for s in given.sources if s.hash == same.get(s.kernel)}
     if keep == "states":                                   # on Hopper nothing of gathered runs beside another without again
         assert alike == ({"back", "heads"} if arch == "sm_80" else set())
-    else:                                                  # (factors may stand in another order)
-        assert alike >= {"local", "again", "back"}
-        grads = (next(s.text for s in v.sources if s.kernel == "grads") for v in (plain, given))
-        lines, others = ([sorted(x) for x in text.splitlines() if not x.lstrip().startswith("#")] for text in grads)
-        assert lines == others
+    else:
+        assert alike >= {"local", "again", "back", "grads"}
 
 
 @pytest.mark.parametrize(("keep", "kept", "block"), [("nothing", 0, 1930.3), ("inverse", 132.1, 1798.3),

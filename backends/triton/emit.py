@@ -97,7 +97,7 @@ class TritonPrinter(Printer):
             self.put(1, f"middle, away = tl.cdiv(length, {chunk}) // 2, {i} // 2  # outwards, for that is where scans meet")
             self.put(1, f"{i} = tl.where({i} % 2 == 0, middle + away, middle - 1 - away)")
         swept = [a for store in k.sweeps for a in store.args[0].axes]
-        for axis in sorted({a if a in k.tiles else base(a) for n in k.program.nodes() for a in n.axes} | {*swept}):
+        for axis in sorted({a if a in k.splits else base(a) for n in k.program.nodes() for a in n.axes} | {*swept}):
             a, split = coordinate(k, axis), "start + " if axis in k.splits else ""
             self.put(1, f"{a} = {split}tl.arange(0, {k.tile(axis)})")
             if k.padded(axis):
