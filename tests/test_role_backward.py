@@ -25,7 +25,7 @@ from gdn_ir.schedules.adjoints import in_segments
 from gdn_ir.schedules.defaults import whole_scans
 from gdn_ir.schedules.execute import execute
 from gdn_ir.schedules.pipeline import IllegalStep
-from gdn_ir.schedules.role_backward import as_roles
+from gdn_ir.schedules.role_backward import Way, as_roles, served
 from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE, Event, Roles
 from gdn_ir.schedules.schedule import Schedule
 from gdn_ir.schedules.steps import apply
@@ -166,20 +166,30 @@ def test_on_a_gpu(name: str) -> None:
     assert all(bench.checked((cell, kind), want, {n: made[n] for n in ("gathered", name)})["right"].values())
 
 
-@pytest.mark.parametrize(("sequences", "heads", "aside"), [(1, 32, True), (2, 33, True), (8, 32, False), (1, 16, None),
-                                                           (4, 8, None)])
-def test_what_serves(sequences: int, heads: int, aside: bool | None) -> None:
-    """One kernel after both scans; these beside each other where both have a multiprocessor for each block; with few heads
-    none of it."""
-    option = registry.options(bench.TIMED, "sm_90", sequences, heads, 4096)[0]
-    assert isinstance(option.variant, Variant) and (option.backend == "triton") == (aside is None)
+@pytest.mark.parametrize(("sequences", "heads", "tokens", "how"), [
+    (1, 32, 4096, Way(aside=True)), (2, 33, 8192, Way(aside=True)), (8, 32, 32768, Way()), (8, 8, 8192, Way(aside=True)),
+    (1, 16, 4096, Way(halves=True, aside=True)), (1, 8, 32768, Way(segment=32)), (1, 4, 32768, Way(segment=32)),
+    (4, 8, 4096, None), (1, 4, 8192, None), (2, 8, 8192, None)])
+def test_what_serves(sequences: int, heads: int, tokens: int, how: Way | None) -> None:
+    """Roles after both scans; these beside each other where both have a multiprocessor for each block, half a head to a block
+    where heads are fewer, in segments where tokens are many; with few heads and tokens none of it."""
+    option = registry.options(bench.TIMED, "sm_90", sequences, heads, tokens)[0]
+    assert isinstance(option.variant, Variant) and (option.backend == "triton") == (how is None)
     kernels = option.variant.compiled.kernels
-    assert [k.name for k in kernels] == (["solve", "local", "again", "back", "grads"] if aside is None else
-                                         ["solve", "again", "back", "grads"])
-    assert [k.name for k in kernels if k.options.aside] == ["again"] * bool(aside)
+    roles = [k.name for k in kernels if k.options.roles]
+    assert roles == ([] if how is None else ["grads"] if how.segment else ["again", "back", "grads"])
+    assert [k.name for k in kernels if k.options.aside] == ["again"] * bool(how and how.aside)
     turns = whole_scans("sm_90", bench.TIMED, sequences, heads, "triton", merges="gathered-turns")[0]
-    wanted = turns if aside is None else as_roles(turns, AGAIN, BACK_ALONE, aside=aside)
+    wanted = turns if how is None else served(turns, bench.TIMED, how)
     assert [s.hash for s in option.variant.sources] == [s.hash for s in variant(bench.TIMED, wanted, "triton", "sm_90").sources]
+
+
+def test_what_follows_where_beta_is_a_logit() -> None:
+    """Its gradient is no sum of rows times beta there: Triton's kernel follows the scans."""
+    plain = replace(bench.TIMED, switches=Switches(beta_sigmoid=True))
+    made = variant(plain, served(whole_scans("sm_90", plain, 1, 32, "triton", merges="gathered-turns")[0], plain, Way()),
+                   "tilelang", "sm_90")
+    assert [k.name for k in made.compiled.kernels if k.options.roles] == ["again", "back"]
 
 
 def test_scans_in_two_streams(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,16 @@ def test_emitted_text_computes_gradients(lengths: tuple[int, ...], heads: tuple[
         assert relative(x, want[n]) < 5e-3, n
 
 
+def test_what_the_op_normalises() -> None:
+    """Rows are normalised before, and gradients of the normalised ones made after it, by other kernels."""
+    cell = Cell("", replace(STATES, l2norm=True), "bf16", Layout((130, 0, 64, 1), True, 1, 2, 128, 128))
+    made = made_of(cell, "roles-turns", 2)
+    assert [k.name for k in made.compiled.kernels] == ["norm", "solve", "again", "back", "grads", "rows", "unnorm"]
+    found, want = executed(made, cell, True)
+    for n, x in found.items():
+        assert relative(x, want[n]) < 5e-3, n
+
+
 @pytest.mark.parametrize("varlen", [True, False])
 def test_cuda(tmp_path: Path, varlen: bool) -> None:
     """It synchronises as planned, and nvcc leaves products asynchronous."""

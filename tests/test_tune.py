@@ -142,8 +142,10 @@ def test_the_backward_s_segments_are_in_the_space() -> None:
     turns, served_whole = based(frames[0], "triton", "sm_90", train, 8), default("sm_90", train, 1, 8, 32768)[0]
     assert all(turns.options(k) == o for k, o in served_whole.kernels if k != "*") and served_whole.options("grads").k_tile
     roles = space_of("tilelang", "sm_90", train).frames
-    assert [f.plan for f in roles] == ["roles-aside", "roles"]
-    assert [based(f, "tilelang", "sm_90", train, 32).options("again").aside for f in roles] == [True, False]
+    assert [(f.plan, f.segment) for f in roles] == [("roles-aside", 0), ("roles", 0), ("roles-halves", 0), ("roles", 16),
+                                                    ("roles", 32)]
+    again = [based(f, "tilelang", "sm_90", train, 32).options("again") for f in roles]
+    assert [(o.aside, bool(o.roles)) for o in again] == [(True, True), (False, True), (True, True), *[(False, False)] * 2]
     wide = replace(train, io="f16", beta="f16")
     assert all("segments" not in f.plan for f in space_of("triton", "sm_90", wide).frames)
 
