@@ -48,7 +48,8 @@ def inner_as_roles(base: Schedule, inner: Roles = INNER, chunks: int = WALK) -> 
     kernels = {k: o for k, o in base.kernels if k != "grads"}
     kernels |= {"grads": KernelOptions(None, roles=inner, backend="tilelang"),
                 "rows": KernelOptions(None, 1, 1, backend=base.options("solve").backend)}
-    steps = (*base.steps, ("products_last", "grads"), ("rows_after", "grads", "rows"), ("walk", "grads", chunks))
+    steps = (*base.steps, ("products_last", "grads"), ("in_parts", "grads", "bf16"), ("rows_after", "grads", "rows"),
+             ("walk", "grads", chunks))
     width = base.name.rsplit("-", 1)[-1]                   # of Triton's scans
     name = base.name.removesuffix(f"-{width}" if width.isdigit() and "segments" not in base.name else "") + "-inner"
     name += f"-{chunks}" * (chunks != WALK)

@@ -79,9 +79,11 @@ class Role:
 
 @dataclass(frozen=True)
 class Ring:
-    """Values that cross roles together, or the warps of one (one producer, one pair of barriers for each of `depth` slots)."""
+    """Values that cross roles together, or the warps of one (one producer, one pair of barriers for each of `depth` slots).
+    near: they lie next to each other in shared memory, where each else may take a whole kilobyte."""
     values: tuple[str, ...]
     depth: int = 2
+    near: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class Roles:
         roles = [{n: v for n, v in vars(r).items() if n in ("name", "warps", "registers") or v != plain[n]}
                  | {"events": [str(e) for e in r.events]} for r in self.roles]
         turns = [{**vars(t), "after": str(t.after), "before": str(t.before)} for t in self.turns]
-        rings = [{"values": list(r.values), "depth": r.depth} for r in self.rings]
+        rings = [{"values": list(r.values), "depth": r.depth, **({"near": True} if r.near else {})} for r in self.rings]
         return {"names": dict(self.names), "roles": roles, "rings": rings, **({"turns": turns} if turns else {})}
 
     @staticmethod
@@ -270,15 +272,21 @@ BACK_ALONE = Roles.of({
 
 # What follows both scans, of all chunks at once, of which a block walks through several: the plans "gathered-merged" and
 # "gathered-turns" with what is of rows alone apart. dq and dk have a chunk's rows each, their left operands in shared memory,
-# but for what they made of products; P and d_kk lie in rings, for they are read lying across. values has what needs no product.
+# but for what they made of products; P and d_kk lie in rings, for they are read lying across. These and M are taken in two
+# parts, for of the sums of their products most cancels. values has what needs no product. With all that memory is full: what
+# is of rows lies in one slot, which dk gives back before its last products.
 INNER = Roles.of({
-    "names": {"gamma": "exp(G)", "rest": "exp(total - G)", "OU": "d_o . u", "P": "bf16(d_qk)", "OS": "d_o . S",
-              "entering": "gamma * (scale * OS)", "Pk": "P . k", "q_sum": "reduce(q * d_q)", "d_q16": "bf16(d_q)",
+    "names": {"gamma": "exp(G)", "rest": "exp(total - G)", "OU": "d_o . u", "P": "bf16(d_qk)", "P_low": "bf16(d_qk - P)",
+              "OS": "d_o . S", "entering": "gamma * (scale * OS)", "Pk": "P . k", "Pk_low": "P_low . k",
+              "q_sum": "reduce(q * d_q)", "d_q16": "bf16(d_q)",
               "RU": "d_r . u", "lower": "select(index() > index(), RU, 0.0)",
-              "M": "select(index() > index(), neg(lower), 0.0) * D", "M16": "bf16(M)", "d_kk16": "bf16(d_kk)", "RS": "d_r . S",
-              "erased": "neg(gamma) * RS", "Mk": "M16 . k", "by_r": "erased + Mk", "r_sum": "reduce(k * by_r)",
-              "US": "d_S . u", "u_sum": "reduce(US * k)", "written": "US * rest", "PTq": "P . q", "MTk": "d_kk16 . k",
-              "by_k": "(written + PTq) + MTk", "k_sum": "reduce(k * by_k)", "d_k16": "bf16(d_k)",
+              "M": "select(index() > index(), neg(lower), 0.0) * D", "M16": "bf16(M)", "M_low": "bf16(M - M16)",
+              "Y": "bf16(d_kk)", "Y_low": "bf16(d_kk - Y)", "RS": "d_r . S", "erased": "neg(gamma) * RS",
+              "Mk": "M16 . k", "by_M16": "erased + Mk", "Mk_low": "M_low . k", "by_r": "by_M16 + Mk_low",
+              "r_sum": "reduce(k * by_r)", "erasing": "by_r * beta",
+              "US": "d_S . u", "u_sum": "reduce(US * k)", "written": "US * rest", "PTq": "P . q", "by_P": "written + PTq",
+              "PTq_low": "P_low . q", "by_q": "by_P + PTq_low", "YTk": "Y . k", "by_Y": "by_q + YTk",
+              "YTk_low": "Y_low . k", "by_k": "by_Y + YTk_low", "k_sum": "reduce(k * by_k)", "d_k16": "bf16(d_k)",
               "v_sum": "reduce(d_r * v)", "S_sum": "reduce(d_S * S)", "d_v16": "bf16(d_v)"},
     "roles": [
         {"name": "load", "registers": 56, "events": ["load d_o", "load u", "load k", "load q"]},
@@ -287,18 +295,18 @@ INNER = Roles.of({
             "fetch total", "fetch G", "fetch beta", "compute G", "compute gamma", "compute rest", "compute beta"]},
         {"name": "store", "registers": 56, "events": ["store d_q", "store d_k"]},
         {"name": "dq", "rows": "C", "warps": 4, "registers": 168, "events": [
-            "issue OU", "issue OS", "complete OU", "compute P", "complete OS", "compute entering", "issue Pk", "complete Pk",
-            "compute q_sum", "compute d_q16", "store row1"]},
+            "issue OU", "issue OS", "complete OU", "compute d_qk", "compute P", "compute P_low", "complete OS",
+            "compute entering", "issue Pk", "issue Pk_low", "complete Pk_low", "compute q_sum", "compute d_q16", "store row1"]},
         {"name": "dk", "rows": "C", "warps": 4, "registers": 208, "events": [
-            "issue RU", "issue RS", "complete RU", "compute M", "compute M16", "compute d_kk16", "complete RS",
-            "compute erased", "issue Mk", "issue US", "complete Mk", "compute r_sum", "complete US", "compute u_sum",
-            "compute written", "issue PTq", "issue MTk", "complete MTk", "compute k_sum", "compute d_k16", "store row0",
-            "store row3", "store row2"]},
+            "issue RU", "issue RS", "complete RU", "compute M", "compute M16", "compute M_low", "compute Y", "compute Y_low",
+            "complete RS", "compute erased", "issue Mk", "issue Mk_low", "issue US", "complete Mk_low", "compute r_sum",
+            "complete US", "compute erasing", "compute u_sum", "compute written", "issue PTq", "issue PTq_low", "issue YTk",
+            "issue YTk_low", "complete YTk_low", "compute k_sum", "compute d_k16", "store row0", "store row3", "store row2"]},
         {"name": "values", "warps": 4, "registers": 80, "events": [
             "compute d_v16", "store d_v", "compute v_sum", "store row5", "compute S_sum", "store row4"]}],
     "rings": [*({"values": [n], "depth": 1} for n in ("u", "d_o", "k", "q", "d_r", "S", "d_S", "v")),
-              {"values": ["G", "gamma", "rest", "beta"], "depth": 2}, {"values": ["P"], "depth": 1},
-              {"values": ["d_kk16"], "depth": 1}, {"values": ["d_q16"], "depth": 1}, {"values": ["d_k16"], "depth": 1}],
+              {"values": ["G", "gamma", "rest", "beta"], "depth": 1, "near": True}, {"values": ["P", "P_low"], "depth": 1},
+              {"values": ["Y", "Y_low"], "depth": 1}, {"values": ["d_q16"], "depth": 1}, {"values": ["d_k16"], "depth": 1}],
 })
 
 

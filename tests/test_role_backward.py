@@ -109,11 +109,11 @@ def test_emitted_text_computes_gradients(lengths: tuple[int, ...], H: int, varle
         assert relative(x, want[n]) < 5e-3, n
 
 
-def executed(chosen: Variant, cell: Cell, late: bool) -> tuple[gradients.Tensors, gradients.Tensors]:
+def executed(chosen: Variant, cell: Cell, late: bool, kind: str = "model") -> tuple[gradients.Tensors, gradients.Tensors]:
     """Gradients by the emitted text of kernels of roles, each executed role by role among the others by torch, and by float64;
     of rows that sequences own."""
     made, lay = chosen.compiled, cell.layout
-    x, rows, instance = gradients.make(cell), sum(lay.lengths), chosen.instance
+    x, rows, instance = gradients.make(cell, kind=kind), sum(lay.lengths), chosen.instance
     want = gradients.expected(cell, x, instance.grads)
     if lay.varlen:
         for n in ("q", "k", "v", "g", "beta", "d_o"):

@@ -86,6 +86,14 @@ def test_what_the_op_normalises() -> None:
         assert relative(x, want[n]) < 5e-3, n
 
 
+@pytest.mark.parametrize(("kind", "most"), [("correlated", 7e-3), ("strong_decay", 2.1e-3)])
+def test_what_cancels_has_digits_to_spare(kind: str, most: float) -> None:
+    """The decay's gradient is row sums less column sums, of which most cancels: of tiles in one part 1.1e-2, 2.5e-3."""
+    cell = Cell("", Switches(), "bf16", Layout((320,), True, 1, 2, 128, 128))
+    found, want = executed(made_of(cell), cell, False, kind)
+    assert relative(found["g"], want["g"]) < most
+
+
 @pytest.mark.parametrize("varlen", [True, False])
 def test_cuda(tmp_path: Path, varlen: bool) -> None:
     """It synchronises as planned, and nvcc leaves products asynchronous."""
@@ -93,7 +101,7 @@ def test_cuda(tmp_path: Path, varlen: bool) -> None:
     source = TILELANG.emit(made, "sm_90")
     function = getattr(load_source("tilelang", source.kernel, source.hash, source.text), source.kernel)
     cuda, shared = lowered(function, "sm_90", TILELANG.flags(made))
-    assert shared <= SHARED["sm_90"]
+    assert shared + 1024 <= SHARED["sm_90"]                # its barriers have the rest
     synchronised(made, cuda)
     assert spilled(tmp_path, cuda) == 0
 
@@ -101,9 +109,9 @@ def test_cuda(tmp_path: Path, varlen: bool) -> None:
 @pytest.mark.parametrize("plan", ["merged", "turns"])
 @pytest.mark.parametrize(("decay", "erase"), FAMILY)
 def test_steps_are_exact(plan: str, decay: str, erase: bool) -> None:
-    """In the interpreter: products last, sums of rows apart, two chunks to a block."""
+    """In the interpreter: products last, in parts, sums of rows apart, two chunks to a block."""
     p = backward(build(Switches(decay=decay, erase=erase, initial_state=True, final_state=True)))
-    more = (("products_last", "grads"), ("rows_after", "grads", "rows"), ("walk", "grads", 2))
+    more = (("products_last", "grads"), ("in_parts", "grads", "f64"), ("rows_after", "grads", "rows"), ("walk", "grads", 2))
     sizes = Sizes(AXES | {"X": 2}, CU)
     given = memory(p, sizes)
     want = run(p, given, sizes, {"scale": 0.7})
@@ -117,6 +125,7 @@ def test_what_the_steps_refuse() -> None:
     p = backward(build(Switches()))
     plan = backward_plan("gathered-turns", p)
     for more, why in (((("products_last", "inner"),), "products_last: no kernel is named 'inner'"),
+                      ((("in_parts", "inner", "bf16"),), "in_parts: no kernel is named 'inner'"),
                       ((("walk", "back", 8),), "walk: back must be one scan, which runs all chunks at once"),
                       ((("walk", "grads", 1),), "a block must take 2 chunks or more, got 1"),
                       ((("rows_after", "solve", "rows"),), "nothing that it stores is made of sums along rows alone"),
@@ -138,7 +147,7 @@ def changed(before: str, after: str) -> Roles:
     (changed("fetch G", "fetch G early"), "what comes next may be another member's"),
     (replace(INNER, rings=tuple(replace(r, depth=2) if r.values == ("d_q16",) else r for r in INNER.rings)),
      "d_q16 is stored summed: it must be rounded, and have a ring of one slot"),
-    (replace(INNER, rings=tuple(r for r in INNER.rings if r.values != ("d_kk16",))), "dk reads d_kk16, .* it needs a ring"),
+    (replace(INNER, rings=tuple(r for r in INNER.rings if r.values[0] != "Y")), "dk reads Y, .* it needs a ring"),
     (changed("store row1", "store d_v"), "dq reads d_v16, which values makes: it needs a ring")])
 def test_declines(roles: Roles, why: str) -> None:
     instance = gradients.backward_of(SMALL)

@@ -159,8 +159,9 @@ class RolePrinter(RoleSteps):
             self.rings[cell] = Lies(tuple(names.values()), slots, order, False)
             return
         shape = self.shape(order, self.laid.owner[name]) or ["1"]
-        apart = self.crosses(name)
-        texts = [self.linear.fresh(f"{cell}_ring{i if apart else ''}") for i in range(slots if apart else 1)]
+        apart, ring = self.crosses(name), self.laid.rings[name]
+        near = f"{ring.values[0]}_" if ring.near and name != ring.values[0] else ""      # TileLang lays buffers out by name
+        texts = [self.linear.fresh(f"{near}{cell}_ring{i if apart else ''}") for i in range(slots if apart else 1)]
         for text in texts:
             self.allocate_shared(text, shape if apart else [str(slots), *shape], kind)
         if apart:
