@@ -33,8 +33,8 @@ class Frame:
     products; sums: whether the log decay's running sums are hoisted beside the solve; dot: what products' operands are rounded
     to; segment: chunks of a segment, in a plan that cuts sequences into such. The plan "roles" is "solve" ("cut", where it has
     segments) with a scan as roles, which are not varied; "roles-fused", "fused" or "cut-fused", has the inverse among them.
-    Of a backward "roles" has both scans as roles, one after the other, "roles-aside" beside each other, "roles-halves" so too,
-    two blocks to a head; in segments these are Triton's, and roles follow them."""
+    Of a backward "roles" has both scans as roles, one after the other, "aside" beside each other, in "halves" two blocks to a
+    head; "throughout" roles follow them too (in segments, Triton's)."""
     plan: str
     chunk: int = 64
     block: int = 16
@@ -62,8 +62,8 @@ class Frame:
     def roles(self, instance: Instance) -> Schedule:
         """The schedule of roles that a frame of these is."""
         if instance.grads:
-            halves = self.plan == "roles-halves"
-            return backward_by_roles(instance, Way(halves, halves or self.plan == "roles-aside", self.segment))
+            words = self.plan.split("-")
+            return backward_by_roles(instance, Way("halves" in words, "aside" in words, self.segment, "throughout" in words))
         return with_triton(instance, self.segment, self.plan == "roles-fused")
 
     def __str__(self) -> str:
@@ -114,8 +114,11 @@ def space_of(backend: str, arch: str, instance: Instance) -> Space:
         return Space(((Frame("recurrent", 1),) if not back else ()) + tuple(chunked), v_tile=(None, 16, 32, 64))
     if backend == "tilelang" and roles_can(arch, instance):            # without roles it takes half again what Triton does
         if back:
-            cut = [Frame("roles", segment=n) for n in adjoints.LENGTHS if adjoints.can(instance)]
-            return Space((*map(Frame, ("roles-aside", "roles", "roles-halves")), *cut), (None, 64), (1, 2, 4, 8), (1, 2))
+            names = ["roles-aside", "roles"]
+            if not instance.switches.beta_sigmoid:
+                names += [f"{name}-throughout" for name in (*names, "roles-halves-aside")]
+            cut = [Frame("roles-throughout", segment=n) for n in adjoints.LENGTHS if adjoints.can(instance)]
+            return Space((*map(Frame, names), *cut), (None, 64), (1, 2, 4, 8), (1, 2))
         ways = (("roles", (0, *LENGTHS)), ("roles-fused", (0, *FUSED_LENGTHS)))
         roles = tuple(Frame(name, segment=n) for name, lengths in ways for n in lengths)
         return Space((*roles, Frame("states")), (None, 32, 64), (1, 2, 4, 8), (1, 2, 3))

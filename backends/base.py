@@ -234,6 +234,8 @@ class Backend(Protocol):
     functional: its callables return what they write, and torch can differentiate them; others write into the memory they are
     given. splits_grid: an axis can be tiled over the grid (where the whole grid runs at once there is no point). sweeps: a
     kernel of its can clear rows of another's outputs (`Kernel.sweeps`). in_turn: blocks of its can add to what others stored.
+    loads_once: a block reads each element of a tensor once, before it stores what is made of it. (What roles read goes through
+    rings, and does so too.)
     by_address: what `join` gives reads nothing of a tensor but its address and device, so that it need not be given views.
     """
     name: str
@@ -241,6 +243,7 @@ class Backend(Protocol):
     splits_grid: bool
     sweeps: bool
     in_turn: bool
+    loads_once: bool
 
     @property
     def by_address(self) -> bool: ...

@@ -115,14 +115,14 @@ def _in_place(load: Node, store: Node) -> bool:
     a, b = load["tensor"], store["tensor"]
     if (a.dims, STORED[a.dtype], load["index"]) != (b.dims, STORED[b.dtype], store["index"]) or store["sum"]:
         return False
-    own, whole = {load}, set[Node]()
+    made: dict[Node, bool | None] = {load: False}          # of it: by way of a product; element by element; in another way
     for n in toposort([store.args[0]]):
-        from_it = [x for x in n.args if x in own | whole]
-        if (n.op is Op.DOT and from_it) or (from_it and all(x in whole for x in from_it)):
-            whole.add(n)
-        elif from_it and n.op in (Op.ELEM, Op.CAST, Op.SELECT) and n.axes == load.axes:
-            own.add(n)
-    return store.args[0] in own | whole
+        ways = [made[x] for x in n.args if x in made]
+        if ways and (n.op is Op.DOT or all(ways)):
+            made[n] = True
+        elif ways:
+            made[n] = None if None in ways or n.axes != load.axes or n.op not in (Op.ELEM, Op.CAST, Op.SELECT) else False
+    return made.get(store.args[0]) is not None
 
 
 def in_chains(temps: Mapping[str, Span], hosts: Mapping[str, Span], over: Mapping[str, str]) \
@@ -165,19 +165,18 @@ def placed(temps: Mapping[str, Span], hosts: Mapping[str, Span], over: Mapping[s
 
 def in_order(kernels: Sequence[Kernel], launches: Sequence[Launch], hosted: bool = False) -> Launch:
     """A pipeline's launches one after another, their temporaries parts of one block; hosted: or of outputs, and over each
-    other, where kernels are made of blocks that read and write their own (on a GPU)."""
+    other, where each block of a kernel reads what it needs of a tensor once (`Backend.loads_once`)."""
     temps, unset = temporaries(kernels), uncleared(kernels)
     hosts, over = (outputs(kernels), overwritten(kernels)) if hosted else ({}, {})
 
-    def planned(call: Call) -> tuple[int, list[tuple[str, str, torch.dtype, tuple[int, ...], tuple[int, ...], int]]]:
-        """Bytes of the block, and of each temporary its name, what it lies in, its dtype, shape, strides and first element."""
+    def planned(call: Call) -> tuple[int, list[tuple[str, str, torch.dtype, tuple[int, ...], int, int]]]:
+        """Bytes of the block, and of each temporary its name, what it lies in, its dtype, shape, first byte and size."""
         spans, free = ({n: life.span(call) for n, life in some.items()} for some in (temps, hosts))
         places, total = placed(spans, free, over)
         views = []
         for name, (kernel, t, *_) in temps.items():
             shape, dtype = call.shape(kernel, t), STORED[t.dtype]
-            strides = tuple(math.prod(shape[i + 1:]) for i in range(len(shape)))
-            views.append((name, places[name].where, dtype, shape, strides, places[name].at // dtype.itemsize))
+            views.append((name, *places[name][:1], dtype, shape, places[name].at, math.prod(shape) * dtype.itemsize))
         return total, views
 
     def run(memory: Mapping[str, torch.Tensor], params: Mapping[str, float], call: Call) -> None:
@@ -189,9 +188,7 @@ def in_order(kernels: Sequence[Kernel], launches: Sequence[Launch], hosted: bool
         if views:
             bases = {BLOCK: torch.empty(total, dtype=torch.uint8, device=device)}
             bases |= {name: memory[name].view(-1).view(torch.uint8) for name in {view[1] for view in views} - {BLOCK}}
-            typed = {(where, dtype): bases[where].view(dtype) for where, dtype in {view[1:3] for view in views}}
-            every |= {name: typed[where, dtype].as_strided(shape, strides, at)
-                      for name, where, dtype, shape, strides, at in views}
+            every |= {name: bases[where][at:at + size].view(dtype).view(shape) for name, where, dtype, shape, at, size in views}
         for name in unset:
             every[name].zero_()
         elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()

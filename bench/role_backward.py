@@ -38,7 +38,7 @@ from gdn_ir.bench.timing import interleave, timer
 from gdn_ir.compiler import Instance, variant
 from gdn_ir.coverage import Cell, Layout
 from gdn_ir.programs.gated_delta import Switches
-from gdn_ir.schedules.adjoints import PLANS, in_segments
+from gdn_ir.schedules.adjoints import TURNS as CUT, in_segments
 from gdn_ir.schedules.defaults import whole_scans
 from gdn_ir.schedules.role_backward import as_roles, inner_as_roles, the_rest_by
 from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE
@@ -71,7 +71,7 @@ def candidates(instance: Instance, sequences: int, heads: int, segments: Sequenc
     found = {"gathered": gathered, "gathered, in a row": row, **one}
     found |= {s.name.removeprefix("backward-"): s for s in (*roles, *inner)}
     for n in segments:
-        cut = in_segments(turns, instance, n, PLANS[0])
+        cut = in_segments(turns, instance, n, CUT)
         found |= {s.name.removeprefix("backward-"): s for s in (cut, inner_as_roles(cut))}
     for n, halves in product(segments, (False, True)):
         cut = in_segments(gathered, instance, n)

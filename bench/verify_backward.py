@@ -20,8 +20,8 @@ from gdn_ir.bench.verify import DENSE, PACKED, PEERS, crowded
 from gdn_ir.backends import BACKENDS
 from gdn_ir.backends.triton.ptx import TritonPtx
 from gdn_ir.coverage import DTYPES, Cell, Layout, table
-from gdn_ir.schedules.adjoints import LENGTHS, PLANS, can, in_segments
-from gdn_ir.schedules.defaults import TURNS, backward_by_roles, whole_scans
+from gdn_ir.schedules.adjoints import GATHERED, LENGTHS, TURNS, can, in_segments
+from gdn_ir.schedules.defaults import ROLES_FOLLOW, TURNS as MERGES, backward_by_roles, whole_scans
 from gdn_ir.schedules.plans import KEEP
 from gdn_ir.schedules.role_backward import Way
 from gdn_ir.schedules.schedule import Schedule
@@ -29,13 +29,17 @@ from gdn_ir.schedules.schedule import Schedule
 SIZES = ((16, 16), (16, 128), (48, 96), (128, 64), (80, 112), (32, 32), (96, 128), (64, 128), (256, 256), (160, 192), (256, 64),
          (64, 256))
 
-ROLES = {"roles": Way(aside=True), "roles in a row": Way(), "roles in halves": Way(halves=True, aside=True)}
+# those that have served, and those that do once all of it has run
+ROLES = {"roles": Way(aside=True), "roles in a row": Way()}
+THROUGHOUT = {"roles throughout": Way(aside=True, follows=True), "roles throughout, in a row": Way(follows=True),
+              "roles throughout, in halves": Way(halves=True, aside=True, follows=True)}
 
 
-def shipped() -> Iterator[tuple[Cell, int | None, str, str, str]]:
+def shipped(more: bool = False) -> Iterator[tuple[Cell, int | None, str, str, str]]:
     """What is checked: cells, how many scans (sequences x heads) to choose the default schedule for, kind of inputs, what is
     kept of the forward, and how the scans run, where that is not the default's choice ("": as by default): "segments of" so
-    many chunks, "roles after segments of" so many, or one of ROLES."""
+    many chunks, "roles after segments of" so many, or one of ROLES and THROUGHOUT. more: also what would serve once all of it
+    was checked."""
     for cell, scans, kind in recomputed():
         yield cell, scans, kind, "nothing", ""
     for keep in KEEP[1:]:
@@ -45,22 +49,28 @@ def shipped() -> Iterator[tuple[Cell, int | None, str, str, str]]:
     for n in LENGTHS:
         for cell, kind in cut(n):
             yield cell, None, kind, "nothing", f"segments of {n}"
-            yield replace(cell, name=f"{cell.name}, then roles"), None, kind, "nothing", f"roles after segments of {n}"
-    for cell, kind, how in by_roles():
+    for cell, kind, how in by_roles("roles", "roles in a row"):
         yield cell, None, kind, "nothing", how
+    if ROLES_FOLLOW or more:
+        for n in LENGTHS:
+            for cell, kind in cut(n):
+                yield replace(cell, name=f"{cell.name}, then roles"), None, kind, "nothing", f"roles after segments of {n}"
+        for cell, kind, how in by_roles(*THROUGHOUT):
+            yield cell, None, kind, "nothing", how
 
 
-def by_roles() -> Iterator[tuple[Cell, str, str]]:
-    """Scans as roles; heads that share none, too; each kind of inputs."""
+def by_roles(ways: str, row: str, halves: str = "") -> Iterator[tuple[Cell, str, str]]:
+    """Scans as roles; heads that share none, too; each kind of inputs. Beside each other, and less in a row; in halves."""
     layouts = (replace(PACKED, lengths=(700, 0, 64, 129, 1, 63)), DENSE)
-    for how in ("roles", "roles in halves"):
+    for how in (ways, *([halves] if halves else [])):
         for cell in crowded(f"the backward's {how}", *layouts):
-            yield cell, "model", how
-    for lay, how in zip(layouts, ("packed", "dense")):
-        yield Cell(f"the backward's roles in a row, {how}, bf16", FULL, "bf16", lay), "model", "roles in a row"
-        yield Cell(f"the backward's roles, {how}, H = HV, bf16", FULL, "bf16", replace(lay, H=lay.HV)), "model", "roles"
+            if not (halves and cell.switches.beta_sigmoid):
+                yield cell, "model", how
+    for lay, layout in zip(layouts, ("packed", "dense")):
+        yield Cell(f"the backward's {row}, {layout}, bf16", FULL, "bf16", lay), "model", row
+        yield Cell(f"the backward's {ways}, {layout}, H = HV, bf16", FULL, "bf16", replace(lay, H=lay.HV)), "model", ways
     for kind in KINDS:
-        yield Cell("accuracy of the backward's roles, bf16", replace(FULL, initial_state=False), "bf16", PEERS), kind, "roles"
+        yield Cell(f"accuracy of the backward's {ways}, bf16", replace(FULL, initial_state=False), "bf16", PEERS), kind, ways
 
 
 def cut(chunks: int) -> Iterator[tuple[Cell, str]]:
@@ -80,10 +90,13 @@ def schedule_of(cell: Cell, how: str, arch: str) -> Schedule | None:
     instance = backward_of(cell)
     if not how:
         return None
-    if how in ROLES:
-        return backward_by_roles(instance, ROLES[how])
-    size, whole = int(how.split()[-1]), whole_scans(arch, instance, 1, 8, "triton", merges=TURNS)[0]
-    return backward_by_roles(instance, Way(segment=size)) if "roles" in how else in_segments(whole, instance, size, PLANS[0])
+    if how in ROLES | THROUGHOUT:
+        return backward_by_roles(instance, (ROLES | THROUGHOUT)[how])
+    size = int(how.split()[-1])
+    if "roles" in how:
+        return backward_by_roles(instance, Way(segment=size, follows=True))
+    whole = whole_scans(arch, instance, 1, 8, "triton", merges=MERGES if ROLES_FOLLOW else "")[0]
+    return in_segments(whole, instance, size, TURNS if ROLES_FOLLOW else GATHERED)
 
 
 def backend_of(how: str) -> str:
@@ -126,6 +139,7 @@ def main() -> None:
     p.add_argument("--arch", default="sm_90", help="sm_80 runs from PTX")
     p.add_argument("--part", default="0/1", help="i/n: the i-th of n parts, to run in n processes")
     p.add_argument("--only", default="", help="cells whose names have one of these in them, separated by semicolons")
+    p.add_argument("--more", action="store_true", help="also what would serve once all of it has been checked")
     p.add_argument("--resume", default="", help="a page of results: what it has of the very same sources is not run again")
     a = p.parse_args()
     known = {key(r) for r in json.loads(Path(a.resume).read_text())["rows"] if "failed" not in r} if a.resume else set()
@@ -134,7 +148,7 @@ def main() -> None:
     part, parts = (int(i) for i in a.part.split("/"))
     rows: list[dict[str, Any]] = []
     only = a.only.split(";")
-    wanted = (c for c in shipped() if any(name in c[0].name for name in only) and (not c[4] or a.arch == "sm_90"))
+    wanted = (c for c in shipped(a.more) if any(name in c[0].name for name in only) and (not c[4] or a.arch == "sm_90"))
     if known:
         wanted = (c for c in list(wanted) if key(ahead(*c, a.arch)) not in known)
     for i, (cell, scans, kind, keep, how) in enumerate(wanted):

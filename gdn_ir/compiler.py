@@ -127,7 +127,7 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
     pipeline = planned(program, schedule.steps)
     inner = {p.name: {a for scan in p.scans() for a in scan["chain"][1:]} - extents.keys() for p in pipeline}
     extents |= dict.fromkeys(set().union(*inner.values()), segments(schedule.steps) or 0)
-    walks = {str(kernel): int(chunks) for name, *args in schedule.steps if name == "walk" for kernel, chunks in [args]}
+    walks = {str(step[1]): int(step[2]) for step in schedule.steps if step[0] == "walk"}          # of the same name elsewhere
     stray = {name for name, _ in schedule.kernels} - {p.name for p in pipeline} - {"*"}
     if stray:
         raise steps.IllegalStep(f"kernels: no kernel is called {', '.join(sorted(stray))}; the plan makes "
@@ -173,7 +173,7 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
         tiles |= {"V": split[p.name]} if p.name in split else {}
         tiles |= {"K": turns[p.name]} if p.name in turns else {}
         tiles |= {str(columns(p, tokens)): turned[p.name]} if p.name in turned else {}
-        padded = {a for a in tile_axes(p) if a in tokens or extents[a] % tiles[a]}
+        padded = {a for a in tile_axes(p) if a in tokens or own[a] % tiles[a]}
         p = pad(p, frozenset(padded))
         whole_tiles = {j: -(-extents["V"] // kernels[j].columns) * kernels[j].columns for j in followed.get(i, ())}
         awaits = tuple((t, whole_tiles[j], bool(pipeline[j].roots[0]["reverse"])) for j, t in followed.get(i, {}).items())
@@ -273,7 +273,8 @@ class Compiled:
         alike = all(b is self.backend for b in self.makers) and not any(k.options.aside for k in self.kernels)
         if alike:
             return self.backend.join(self.kernels, self.launches)
-        return in_order(self.kernels, self.launches, hosted=self.arch != "cpu")
+        once = all(b.loads_once or k.options.roles for b, k in zip(self.makers, self.kernels, strict=True))
+        return in_order(self.kernels, self.launches, hosted=once)
 
     @cached_property
     def tails(self) -> tuple[str, ...]:

@@ -10,9 +10,12 @@ from gdn_ir.schedules.schedule import KernelOptions, Schedule
 if TYPE_CHECKING:
     from gdn_ir.compiler import Instance
 
-PLANS = ("gathered-turns-segments", "gathered-segments", "segments")
+TURNS, GATHERED = "gathered-turns-segments", "gathered-segments"
+PLANS = (TURNS, GATHERED, "segments")
 LENGTHS = (16, 32)                                         # chunks that a segment may have (64 gains 1.4% at most)
-BY_TRITON, BY_ROLES = 2.3e-3, 1.8e-3                        # microseconds a token and head of what is not scanned (an H100)
+# microseconds a token and head of what is not scanned, as it serves and with roles ("what follows the scans as roles, measured"
+# in docs/performance-log.md)
+BY_TRITON, BY_ROLES = 2.9e-3, 1.8e-3
 WORTH = 0.9                                                # of the time of whole scans
 
 
@@ -61,6 +64,6 @@ def segment_of(sequences: int, heads: int, tokens: int, units: int, rest: float 
         waves = -(-segments * scans * 4 // (2 * units))    # tiles of 32 columns
         return waves * 5.6 * size + 2 * (size + 4 * segments + 10) + rest * work
     blocks = 2 * scans * 4                                 # of both
-    whole = chunks * (1.6 if blocks <= units else 3.4 * -(-blocks // (2 * units))) + 0.8 * BY_TRITON * work
+    whole = chunks * (1.6 if blocks <= units else 3.4 * -(-blocks // (2 * units))) + 0.7 * BY_TRITON * work
     best = min(LENGTHS, key=takes)
     return best if best < chunks and takes(best) < WORTH * whole else 0

@@ -5,6 +5,7 @@ an A100's shared memory, compiled and checked but not timed.
 """
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ CROWDED = 48                                               # sequences x heads f
 SEGMENTS = False                                           # whether few long sequences are cut (docs/performance-log.md)
 SEGMENT = 64                                               # chunks of one
 ROLES_IN_SEGMENTS = True                                   # whether sequences are cut where roles can scan them
+ROLES_FOLLOW = False                                       # True once bench/verify_backward.py --more has run all of its cells
 BACK_IN_SEGMENTS = True                                    # and those of a backward (schedules/adjoints.py)
 ROLES_IN_ONE = True                                        # whether roles may make the inverses too
 TURNS = "gathered-turns"                                   # what serves a backward of whole scans on Hopper
@@ -189,8 +191,8 @@ def roles_can(arch: str, instance: Instance) -> bool:
 
 def roles_want(arch: str, instance: Instance, sequences: int, heads: int) -> str:
     """Why roles do not serve a backward."""
-    few = f"roles want {role_backward.MANY} sequences x heads (twice as many where a sequence has fewer than 16 heads, half " \
-        f"as many of one sequence), not {sequences} x {heads}, or so many tokens that it is worth cutting them"
+    few = f"roles want {role_backward.MANY} sequences x heads, twice as many where a sequence has fewer than 16 heads, not " \
+        f"{sequences} x {heads}"
     return role_backward.lacks(arch, instance) or few
 
 
@@ -203,9 +205,14 @@ def roles_fit(arch: str, instance: Instance, sequences: int, heads: int, tokens:
     return roles_can(arch, instance) and (crowded or long)
 
 
+def roles_follow() -> bool:
+    """Whether roles follow a backward's scans, or one kernel its segments."""
+    return ROLES_FOLLOW or os.environ.get("GDN_IR_UNVERIFIED") == "1"
+
+
 def way_of_backward(arch: str, instance: Instance, sequences: int, heads: int, tokens: int) -> role_backward.Way | None:
     """How roles scan the sequences of a backward; None where they should not be the fastest."""
-    return role_backward.way(instance, sequences, heads, tokens, MULTIPROCESSORS[arch], BACK_IN_SEGMENTS)
+    return role_backward.way(instance, sequences, heads, tokens, MULTIPROCESSORS[arch], roles_follow())
 
 
 def scan_width(arch: str, instance: Instance, scans: int) -> int:
@@ -271,8 +278,8 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
     if backend == "tilelang" and roles_can(arch, instance) and \
             (how := way_of_backward(arch, instance, sequences, heads, tokens)):
         return backward_by_roles(instance, how), (
-            f"{arch}: states again, and their adjoints in reverse, of {sequences * heads} sequences and heads, {how}, on "
-            f"{MULTIPROCESSORS[arch]} multiprocessors; what follows as roles for all chunks at once, the rest by triton")
+            f"{arch}: states again, and their adjoints in reverse, of {sequences * heads} sequences and heads on "
+            f"{MULTIPROCESSORS[arch]} multiprocessors, {how}; the rest by triton")
     if not lean(arch, instance, backend):
         return whole_scans(arch, instance, sequences, heads, backend)
     # one kernel for inner and grads takes halves of K in turn, and is for all that they make
@@ -284,13 +291,17 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
             "state's, value heads that share a key head, bf16, K x V of 128 x 128, nothing normalised or kept"
     if not size or not adjoints.can(instance):
         return schedule, why
-    return adjoints.in_segments(schedule, instance, size, adjoints.PLANS[0]), (
+    merged = roles_follow()                                # nor has one kernel after segments run on all cells
+    if not merged:
+        schedule, _ = whole_scans(arch, instance, sequences, heads, backend)
+    return adjoints.in_segments(schedule, instance, size, adjoints.TURNS if merged else adjoints.GATHERED), (
         f"{arch}: {sequences * heads} serial scans each way would not fill {MULTIPROCESSORS[arch]} multiprocessors for long; "
         f"each is cut into segments of {size} chunks")
 
 
 def backward_by_roles(instance: Instance, how: role_backward.Way) -> Schedule:
-    """The scans, and what follows them, as roles."""
+    """The scans, or what follows them, or both as roles. (Of Triton's schedule only what is no scan stays, for which numbers of
+    sequences and heads do not matter.)"""
     return role_backward.served(whole_scans("sm_90", instance, 1, 32, "triton", merges=TURNS)[0], instance, how)
 
 

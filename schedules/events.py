@@ -276,7 +276,7 @@ class Laid:
 
     def written(self, r: Role, name: str) -> bool:
         """Whether a role computes a value to registers first, and to its ring later."""
-        return any(e.do == "write" and e.value == name for e in r.events)
+        return Event("write", name) in r.events
 
     def registers(self, role: str, name: str, ahead: int = 0) -> Access:
         return Access(f"{role}:{self.homes.get(name, name)}", name, False, ahead)
@@ -331,7 +331,7 @@ class Laid:
                     case "read":
                         yield Step(e, node, "threads", (across,), (kept,), part)
                     case "write":
-                        if Event("compute", e.value, e.late) not in r.events or e.value not in self.rings:
+                        if Event("compute", e.value) not in r.events or e.value not in self.rings:
                             raise IllegalRoles(f"{instance}: {e}: it is not computed here, or has no ring")
                         yield Step(e, node, "threads", (kept,), (across,), part)
                     case "complete":

@@ -18,7 +18,7 @@ MANY = 32                                                  # sequences x heads f
 # what makes u's gradient by the outputs before the adjoint's scan, which then only adds it
 BEFORE = (("peel", "d_u", "d_u_o"), ("turn", "d_u_o"), ("hoist", "d_u_o", "io", "local"), ("move", "local", "again"))
 WALK = 8                                                   # chunks of a sequence that a block goes through
-FILLED = 0.75                                              # of the multiprocessors, by blocks of what follows the scans
+FILLED = 0.48                                              # of the multiprocessors, by blocks of what follows the scans
 HALF = 64                                                  # columns of V that a block owns where two share a head
 
 
@@ -64,38 +64,40 @@ def the_rest_by(backend: str, schedule: Schedule) -> Schedule:
 @dataclass(frozen=True)
 class Way:
     """How sequences are scanned: whole, a block for each head or, with `halves`, two; or in segments of so many chunks, by
-    Triton. aside: the two scans beside each other."""
+    Triton. aside: the two scans beside each other. follows: what comes after them as roles too."""
     halves: bool = False
     aside: bool = False
     segment: int = 0
+    follows: bool = False
 
     def __str__(self) -> str:
-        if self.segment:
-            return f"each is cut into segments of {self.segment} chunks"
         blocks = "two blocks" if self.halves else "one block"
-        return f"as roles in {blocks} for each, {'beside each other' if self.aside else 'one after the other'}"
+        whole = f"as roles in {blocks} for each, {'beside each other' if self.aside else 'one after the other'}"
+        scans = f"each cut into segments of {self.segment} chunks" if self.segment else whole
+        return f"{scans}{'; what follows them as roles, for all chunks at once' if self.follows else ''}"
 
 
-def way(instance: Instance, sequences: int, heads: int, tokens: int, units: int, cuts: bool = True) -> Way | None:
+def way(instance: Instance, sequences: int, heads: int, tokens: int, units: int, follow: bool) -> Way | None:
     """How roles serve a backward, where they should be the fastest: whole sequences where these and heads are many (several
-    sequences of few heads may be unequal: then a block has most of them), half a head to a block where half as many are of one
-    sequence; segments where these win and there are key heads and chunks enough for what follows the scans. units:
-    multiprocessors. cuts: whether sequences may be cut."""
-    scans, size = sequences * heads, adjoints.segment_of(sequences, heads, tokens, units, adjoints.BY_ROLES)
+    sequences of few heads may be unequal: then a block has most of them). follow: whether roles may also follow the scans, for
+    which there must be blocks enough (units: multiprocessors; two value heads are taken to share a key head) and beta itself
+    (where it comes as logits its gradient is no sum of rows times beta). Then half a head to a block wins from 16 heads on, and
+    segments where they do by Triton alone."""
+    scans, walks = sequences * heads, tokens * heads // (2 * CHUNK * WALK)
+    follows = follow and not instance.switches.beta_sigmoid and walks >= FILLED * units
     if scans >= (MANY if heads >= 16 else 2 * MANY):
-        return Way(aside=2 * scans <= units)
-    if heads >= 16 and 2 * scans >= MANY:
-        return Way(halves=True, aside=4 * scans <= units)
-    walks = tokens * heads // (2 * CHUNK * WALK)           # blocks, of two value heads to a key head
-    return Way(segment=size) if cuts and size and adjoints.can(instance) and walks >= FILLED * units else None
+        return Way(aside=2 * scans <= units, follows=follows)
+    if follows and heads >= 16:
+        return Way(halves=True, aside=4 * scans <= units, follows=True)
+    size = adjoints.segment_of(sequences, heads, tokens, units, adjoints.BY_ROLES) if follows and adjoints.can(instance) else 0
+    return Way(segment=size, follows=True) if size else None
 
 
 def served(base: Schedule, instance: Instance, how: Way) -> Schedule:
-    """As it serves: what is of the outputs' gradient among the roles; what follows the scans as roles too (but where beta comes
-    as logits: its gradient is then no sum of rows times beta); all else by Triton. base: "gathered-turns"."""
-    scans = adjoints.in_segments(base, instance, how.segment, adjoints.PLANS[0]) if how.segment else \
+    """As it serves: what is of the outputs' gradient among the roles; all that is no role by Triton. base: "gathered-turns"."""
+    made = adjoints.in_segments(base, instance, how.segment, adjoints.TURNS) if how.segment else \
         as_roles(base, AGAIN, BACK_ALONE, how.halves, how.aside)
-    return the_rest_by("triton", scans if instance.switches.beta_sigmoid else inner_as_roles(scans))
+    return the_rest_by("triton", inner_as_roles(made) if how.follows else made)
 
 
 def lacks(arch: str, instance: Instance) -> str:

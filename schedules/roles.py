@@ -64,8 +64,7 @@ class Role:
     """warps: how many; registers: of each thread (a multiple of 8, the same for all roles of a warpgroup). rows: the axis
     that lies on the rows of its products. copies: so many of it, of which each owns a part of the axis `rows`: its values
     that have this axis are parts too. eager: what a matrix's choices are between is computed before they are made, so that
-    what it reads is read in pairs, and once. last: a factor's choice of zero above a diagonal is made of the product, so that
-    nothing is read within a choice. by_warp: of what is joined each warp's columns are a text of their own."""
+    what it reads is read in pairs, and once."""
     name: str
     events: tuple[Event, ...]
     warps: int = 1
@@ -73,8 +72,6 @@ class Role:
     rows: str = ""
     copies: int = 1
     eager: bool = False
-    last: bool = False
-    by_warp: bool = False
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class Language:
     truncmod, truncdiv = staticmethod(lambda a, b: a % b), staticmethod(lambda a, b: a // b)
     ceildiv = staticmethod(lambda a, b: -(-a // b))
     min, max, serial = staticmethod(min), staticmethod(max), staticmethod(range)
-    And, Or = staticmethod(lambda a, b: a and b), staticmethod(lambda a, b: a or b)
+    And = staticmethod(lambda a, b: a and b)
     if_then_else = Select = staticmethod(lambda condition, yes, no: yes if condition else no)
     infinity = staticmethod(lambda dtype: np.float32(np.inf))
     float32, int32, bool = float, int, bool
@@ -108,9 +108,6 @@ class Language:
 
     def macro(self, f: Any) -> Any:
         def run(*arguments: Any) -> None:
-            if hasattr(self.here, "warp"):                 # called by another
-                f(*arguments)
-                return
             given = [a.view(Addressed) if isinstance(a, Buffer) else a for a in arguments]
             warps, failed = [Warp() for _ in range(self.warps)], []  # type: ignore[var-annotated]
 

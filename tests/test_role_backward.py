@@ -22,10 +22,11 @@ from gdn_ir.coverage import Cell, Layout
 from gdn_ir.nodes import IRError
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.schedules.adjoints import in_segments
+from gdn_ir.schedules import adjoints, defaults
 from gdn_ir.schedules.defaults import whole_scans
 from gdn_ir.schedules.execute import execute
 from gdn_ir.schedules.pipeline import IllegalStep
-from gdn_ir.schedules.role_backward import Way, as_roles, served
+from gdn_ir.schedules.role_backward import Way, as_roles, served, way
 from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE, Event, Roles
 from gdn_ir.schedules.schedule import Schedule
 from gdn_ir.schedules.steps import apply
@@ -167,19 +168,27 @@ def test_on_a_gpu(name: str) -> None:
 
 
 @pytest.mark.parametrize(("sequences", "heads", "tokens", "how"), [
-    (1, 32, 4096, Way(aside=True)), (2, 33, 8192, Way(aside=True)), (8, 32, 32768, Way()), (8, 8, 8192, Way(aside=True)),
-    (1, 16, 4096, Way(halves=True, aside=True)), (1, 8, 32768, Way(segment=32)), (1, 4, 32768, Way(segment=32)),
-    (4, 8, 4096, None), (1, 4, 8192, None), (2, 8, 8192, None)])
-def test_what_serves(sequences: int, heads: int, tokens: int, how: Way | None) -> None:
-    """Roles after both scans; these beside each other where both have a multiprocessor for each block, half a head to a block
-    where heads are fewer, in segments where tokens are many; with few heads and tokens none of it."""
+    (1, 32, 4096, Way(False, True)), (2, 33, 8192, Way(False, True)), (8, 32, 32768, Way()), (8, 8, 8192, Way(False, True)),
+    (1, 32, 1024, Way(False, True)), (1, 16, 8192, Way(True, True)), (1, 8, 32768, Way(segment=32)),
+    (1, 4, 32768, Way(segment=32)), (4, 8, 4096, None), (1, 4, 8192, None), (2, 8, 8192, None), (1, 16, 1024, None)])
+@pytest.mark.parametrize("follow", [True, False])
+def test_what_serves(sequences: int, heads: int, tokens: int, how: Way | None, follow: bool,
+                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scans beside each other where both have a multiprocessor for each block. Where roles may follow them, and have
+    blocks enough to do so, half a head to a block where heads are fewer, segments where tokens are many."""
+    monkeypatch.setattr(defaults, "ROLES_FOLLOW", follow)
+    registry.forget()
+    how = how if not how or follow or not (how.halves or how.segment) else None
+    how = replace(how, follows=follow and tokens > 1024) if how else None
     option = registry.options(bench.TIMED, "sm_90", sequences, heads, tokens)[0]
     assert isinstance(option.variant, Variant) and (option.backend == "triton") == (how is None)
     kernels = option.variant.compiled.kernels
     roles = [k.name for k in kernels if k.options.roles]
-    assert roles == ([] if how is None else ["grads"] if how.segment else ["again", "back", "grads"])
+    assert roles == (["again", "back"] if how and not how.segment else []) + (["grads"] if how and how.follows else [])
     assert [k.name for k in kernels if k.options.aside] == ["again"] * bool(how and how.aside)
     turns = whole_scans("sm_90", bench.TIMED, sequences, heads, "triton", merges="gathered-turns")[0]
+    if how is None and adjoints.segment_of(sequences, heads, tokens, 132):
+        turns = in_segments(whole_scans("sm_90", bench.TIMED, 1, heads, "triton")[0], bench.TIMED, 32)
     wanted = turns if how is None else served(turns, bench.TIMED, how)
     assert [s.hash for s in option.variant.sources] == [s.hash for s in variant(bench.TIMED, wanted, "triton", "sm_90").sources]
 
@@ -187,9 +196,7 @@ def test_what_serves(sequences: int, heads: int, tokens: int, how: Way | None) -
 def test_what_follows_where_beta_is_a_logit() -> None:
     """Its gradient is no sum of rows times beta there: Triton's kernel follows the scans."""
     plain = replace(bench.TIMED, switches=Switches(beta_sigmoid=True))
-    made = variant(plain, served(whole_scans("sm_90", plain, 1, 32, "triton", merges="gathered-turns")[0], plain, Way()),
-                   "tilelang", "sm_90")
-    assert [k.name for k in made.compiled.kernels if k.options.roles] == ["again", "back"]
+    assert [way(i, 1, 32, 8192, 132, True) for i in (plain, bench.TIMED)] == [Way(False, True), Way(False, True, follows=True)]
 
 
 def test_scans_in_two_streams(monkeypatch: pytest.MonkeyPatch) -> None:

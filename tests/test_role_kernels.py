@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 from gdn_ir.bench import inputs
 from gdn_ir.bench.errors import relative
-from gdn_ir.bench.roles import VARIANTS
 from gdn_ir.backends import BACKENDS
 from gdn_ir.backends.base import SHARED, TORCH, Kernel
 from gdn_ir.backends.tilelang.roles import RolePrinter
@@ -39,15 +38,11 @@ TOKENS = re.compile(r"(?P<barrier>\w+)\[(?P<slot>[^\]]*)\]\.(?P<what>wait|arrive
                     r"|(?P<fence>fence_proxy_async)|wait_wgmma<(?P<most>\d+)>|(?P<stored>tma_store_wait)|(?P<other>__sync_?thread|bar\.sync|mbarrier)")
 
 
-# of segments, or a variant's name in bench/roles.py: none, and the inverse among the roles; none, and each state loads its own
-# values; g computed before the next
+# of segments: none, and the inverse among the roles; none, and each state loads its own values; g computed before the next
 FUSED, OWN, FIRST, CUT_FUSED = -1, -2, -3, -4
-NEW = [name for name, roles in VARIANTS.items() if any(r.last or r.by_warp for r in roles.roles) and not roles.turns]
 
 
-def schedule(i: Instance, segment: int | str) -> Schedule:
-    if isinstance(segment, str):
-        return (roles_in_one if segment.startswith("fused") else of_roles)(VARIANTS[segment])
+def schedule(i: Instance, segment: int) -> Schedule:
     if segment == OWN:
         return of_roles(own_values())
     if segment == CUT_FUSED:
@@ -67,7 +62,7 @@ def own_values() -> Roles:
 
 
 @lru_cache(maxsize=4)
-def scan(varlen: bool = True, states: bool = True, segment: int | str = 0) -> tuple[Kernel, str, int]:
+def scan(varlen: bool = True, states: bool = True, segment: int = 0) -> tuple[Kernel, str, int]:
     """The kernel, its CUDA and its shared memory. segment: chunks of one, where sequences are cut."""
     i = Instance(Switches(initial_state=states, final_state=states), 128, 128, "bf16", "bf16", varlen)
     chosen = variant(i, schedule(i, segment), "tilelang", "sm_90")
@@ -127,9 +122,8 @@ def synchronised(kernel: Kernel, cuda: str) -> None:
 
 
 @pytest.mark.parametrize(("varlen", "states", "segment"), [
-    (True, True, 0), (False, False, 0), (True, False, 32), (False, True, 16), (True, True, FUSED), (True, True, "fused_write"),
-    (False, True, "fused_once")])
-def test_cuda_synchronises_as_planned(varlen: bool, states: bool, segment: int | str) -> None:
+    (True, True, 0), (False, False, 0), (True, False, 32), (False, True, 16), (True, True, FUSED)])
+def test_cuda_synchronises_as_planned(varlen: bool, states: bool, segment: int) -> None:
     kernel, cuda, shared = scan(varlen, states, segment)
     assert shared <= SHARED["sm_90"]
     (state,) = (r for r in RolePrinter(kernel).roles.roles if r.copies > 1)
@@ -146,13 +140,11 @@ def test_products() -> None:
     assert "atomic" not in cuda and cuda.count("tl::tma_store(") == 2
 
 
-@pytest.mark.parametrize(("varlen", "segment"), [
-    (True, 0), (True, 32), (False, 16), (True, FUSED), *((True, name) for name in NEW)])
-def test_nvcc_serialises_nothing(tmp_path: Path, varlen: bool, segment: int | str) -> None:
+@pytest.mark.parametrize(("varlen", "segment"), [(True, 0), (True, 32), (False, 16), (True, FUSED)])
+def test_nvcc_serialises_nothing(tmp_path: Path, varlen: bool, segment: int) -> None:
     """ptxas makes every product of a kernel wait for itself, with only a note, where a stage runs short of registers."""
     stored = spilled(tmp_path, scan(varlen, varlen == (segment == 0), segment)[1])
-    # addresses, of warps that have time and of who solves
-    assert stored <= (80 if isinstance(segment, str) else 32 if segment == FUSED else 16)
+    assert stored <= (32 if segment == FUSED else 16)      # addresses, of warps that have time and of who solves
 
 
 def spilled(folder: Path, cuda: str) -> int:
@@ -232,17 +224,15 @@ def computed_first() -> Roles:
     (True, False, True, True, [193, 193], 2), (False, False, False, False, [200], 3),
     (False, True, True, True, [193, 0, 65], FUSED), (True, False, False, True, [130], FUSED),
     (True, True, True, True, [130, 0, 64], OWN), (True, True, True, True, [193, 65], FIRST),
-    (False, True, True, True, [0, 300, 64, 0, 129, 1], CUT_FUSED), (True, False, False, True, [193, 193], CUT_FUSED),
-    *((i % 2 == 0, i % 3 != 0, True, True, [65, 65] if i % 3 == 0 else [130, 0, 64], name) for i, name in enumerate(NEW))])
+    (False, True, True, True, [0, 300, 64, 0, 129, 1], CUT_FUSED), (True, False, False, True, [193, 193], CUT_FUSED)])
 def test_emitted_text_computes_the_rule(late: bool, varlen: bool, starts: bool, kept: bool, lengths: list[int],
-                                        segment: int | str) -> None:
+                                        segment: int) -> None:
     """The emitted text itself, executed role by role, against float64: ragged tails, an empty sequence, with and without
     initial and final states, value heads that share a key head; whole or in segments, a sequence's last one shorter; all behind
     the last sequence is NaN, and stays as it was, or is cleared by roles that have no kernel beside them."""
     i = Instance(Switches(initial_state=starts, final_state=kept), 128, 128, "bf16", "bf16", varlen)
-    size = FUSED if isinstance(segment, str) else segment
-    name = "cut-fused" if size == CUT_FUSED else "cut" if size > 0 else "solve"
-    steps = Schedule("x", steps=plan(name, sums=True, segment=max(size, 2)))
+    name = "cut-fused" if segment == CUT_FUSED else "cut" if segment > 0 else "solve"
+    steps = Schedule("x", steps=plan(name, sums=True, segment=max(segment, 2)))
     before, chosen = variant(i, steps, "torch", "torch"), variant(i, schedule(i, segment), "tilelang", "sm_90")
     kernel, source = chosen.compiled.kernels[-1], chosen.sources[-1]
     x = inputs.make(lengths, 1, 2, device="cpu")
@@ -262,7 +252,7 @@ def test_emitted_text_computes_the_rule(late: bool, varlen: bool, starts: bool, 
     assert any("final_state" in k.program.written() for k in chosen.compiled.kernels) == kept
     assert not kept or relative(memory["final_state"], want[1]) < 4.5e-3
     assert bool((memory["o"][total:] == (0 if kernel.owns_tail else 7)).all())
-    assert kernel.owns_tail == (varlen and size <= 0 and size != CUT_FUSED)
+    assert kernel.owns_tail == (varlen and segment <= 0 and segment != CUT_FUSED)
 
 
 @pytest.mark.parametrize("segment", [0, 2, FUSED])

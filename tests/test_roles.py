@@ -215,31 +215,6 @@ def test_fused_is_synchronised() -> None:
     assert unseen(derive(laid(FUSED, -1))) == IMPLIED
 
 
-# who takes turns knows by its turn of what the other has seen; who loads v into its one slot knows how far the states are
-TURNED = {f"state1: without wait {ring}_full" for ring in ("A16", "k", "q")}
-SINGLE = {"load: without wait k_free"}
-
-
-@pytest.mark.parametrize(("name", "more"), [("fused_once", set()), ("fused_write", set()), ("fused_under", set()),
-                                            ("fused_single", SINGLE), ("fused_turns", TURNED)])
-def test_variants_are_synchronised(name: str, more: set[str]) -> None:
-    assert unseen(derive(laid(VARIANTS[name], -1))) == IMPLIED | more
-
-
-def test_what_is_written_late() -> None:
-    """Computed to registers and written to its ring later, both for the chunk before: not of this one, and not before it is."""
-    write = Event.of("write o16 late")
-
-    def moved(*events: Event) -> Roles:
-        rest = tuple(e for r in VARIANTS["fused_write"].roles if r.name == "state" for e in r.events if e != write)
-        roles = (replace(r, events=(*events, *rest)) if r.name == "state" else r for r in VARIANTS["fused_write"].roles)
-        return replace(FUSED, roles=tuple(roles))
-    with pytest.raises(IllegalRoles, match="state0: write o16: it is not computed here"):
-        laid(moved(replace(write, late=False)), -1)
-    with pytest.raises(Fault, match=r"stale: state. reads state.:o16"):
-        execute(derive(laid(moved(write), -1)), 3)
-
-
 def test_what_is_fetched_early_is_of_the_next_chunk() -> None:
     """Fetched before the chunk at hand has used its own, it is not what that chunk means."""
     load = FUSED.roles[0]

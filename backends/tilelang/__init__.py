@@ -31,6 +31,7 @@ class TileLang:
     by_address = False
     sweeps = False
     in_turn = False
+    loads_once = False
 
     def supports(self, kernel: Kernel, arch: str) -> Reason | None:
         if arch not in ("cpu", "sm_80", "sm_90"):
@@ -46,7 +47,7 @@ class TileLang:
             if n.op is Op.DOT and arch != "cpu" and n.args[0].type.dtype == "tf32" \
                     and max(kernel.tile(a) for a in {*n.axes, n["over"]}) > SPLIT:
                 return Reason(f"tilelang: float32 tiles over {SPLIT}, each in three parts, do not fit {arch}'s shared memory")
-            if n.op is Op.STORE and n["sum"] and not kernel.gathers:
+            if n.op is Op.STORE and n["sum"] and n["sum"] != (kernel.gathers or ())[:1]:
                 return Reason(f"tilelang does not lower a store summed over {', '.join(n['sum'])} yet ({n['tensor'].name})")
         if any(ScanView.of(s).parts for s in kernel.program.scans()):
             return Reason("tilelang does not step through parts of K; triton does")

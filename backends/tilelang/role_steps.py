@@ -1,7 +1,6 @@
 """How the steps of roles are written in TileLang: loads and stores by TMA, products, values element by element."""
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 
 from gdn_ir.backends.linearize import listed
@@ -297,9 +296,6 @@ class RoleSteps(RolePlaces):
             self.put(inside, f"{to} = T.if_then_else({condition}, {text}, 0.0)" if condition else f"{to} = {text}")
             return
         masked = padding(n)
-        if self.role.last and (choice := self.last_choice(n)) is not None and not self.whole_matrix:
-            self.choose_last(n, choice, to, depth)
-            return
         self.ready(n, to, depth)
         value = self.element_fetched(n, here) if self.is_fetched(n) else self.expression(n.args[1] if masked else n, here)
         self.put(self.over_rows(n, depth), f"{to} = {value}")
@@ -338,42 +334,6 @@ class RoleSteps(RolePlaces):
                 self.put(self.over_rows(x, depth), f"{text} = {self.element(x, self.here(x.axes))}")
                 self.chosen[x] = text
                 return
-
-    def last_choice(self, n: Node) -> Node | None:
-        """Of a matrix, rounded or not, that is a product of finite factors, or one: the choice below its diagonal, if there is
-        just one, whose other side makes it zero: of e to what is chosen, or of minus infinity."""
-        found = []
-
-        def walk(x: Node, top: bool) -> None:
-            if x in self.laid.held and not top:
-                return
-            if x.op is Op.ELEM and x["fn"] in ("exp", "exp2") and x.args[0].op is Op.SELECT:
-                condition, _, other = x.args[0].args
-                if condition.axes == n.axes and below(condition) and other.const == -math.inf:
-                    found.append(x.args[0])
-            elif x.op in (Op.CAST, Op.TWIN) or (x.op is Op.ELEM and x["fn"] == "mul"):
-                for a in x.args:
-                    walk(a, False)
-        walk(n, True)
-        return found[0] if len(found) == 1 and len(n.axes) == 2 else None
-
-    def choose_last(self, n: Node, choice: Node, to: str, depth: int) -> None:
-        """By blocks of 8 x 8, so that a thread need not know the column of each of its elements."""
-        here, whole = self.here(n.axes), n.args[0] if n.op is Op.CAST else n
-        text = to
-        if n.op is Op.CAST:
-            order, name = self.ordered(n, self.role), self.linear.fresh("apart")
-            self.buffers_of_role.append(f'{name} = T.alloc_fragment({listed(self.shape(order, self.role))}, "float32")')
-            text = f"{name}[{', '.join(here[a] for a in order)}]"
-        self.chosen = {choice: self.element(choice.args[1], here)}
-        self.put(self.over_rows(n, depth), f"{text} = {self.expression(whole, here)}")
-        self.chosen = {}
-        row, column = (here[a] for a in n.axes)
-        same = ">=" if choice.args[0]["fn"] == "ge" else ">"
-        condition = f"T.Or({row} // 8 > {column} // 8, T.And({row} // 8 == {column} // 8, {row} % 8 {same} {column} % 8))"
-        value = f"T.Select({condition}, {text}, 0.0)"
-        value = value if whole is n else f'T.cast({value}, "{DTYPES[n.type.dtype]}")'
-        self.put(self.over_rows(n, depth), f"{to} = {value}")
 
     def issue(self, s: Step, depth: int) -> None:
         node = s.node
@@ -428,12 +388,14 @@ class RoleSteps(RolePlaces):
         self.call("running_sum", depth, lies.buffers[0], self.turn_of(running))
 
     def row_sums(self, s: Step, depth: int) -> None:
-        """Sums along the rows of a tile, which some lanes of a warp have together; of rows that there are not, zeros."""
+        """Sums along rows of a tile, which some lanes of a warp have together. (Rings have zeros for rows past the end.)"""
         n = s.node
         tile, over = n.args[0], n["over"]
         order = (*n.axes, over)
         if n["fn"] != "sum" or len(tile.axes) != 2 or self.ordered(tile, self.role) != order:
             raise IRError(f"roles: {self.instance}: {s.event}: a role sums along rows, not down columns")
+        if s.event.value in self.laid.rings:
+            raise IRError(f"roles: {self.instance}: {s.event}: a sum of rows stays in its role's registers; it has a ring")
         name, shape = self.linear.fresh(f"{s.event.value}_tile"), listed(self.shape(order, self.role))
         self.buffers_of_role.append(f'{name} = T.alloc_fragment({shape}, "float32")')
         at = ", ".join(map(coordinate, order))
@@ -465,9 +427,8 @@ class RoleSteps(RolePlaces):
     def join(self, s: Step, depth: int) -> None:
         """The inverse's columns scaled, and rounded to bfloat16."""
         inverse, factor, matrix = self.joint(s)
-        places = [x for cell in (matrix, inverse, factor, s.event.value)
-                  for x in (self.rings[cell].buffers[0], self.turn_of(cell))]
-        self.call("join_columns" if self.role.by_warp else "join_blocks", depth, *places, str(self.role.warps))
+        self.call("join_blocks", depth, *(x for cell in (matrix, inverse, factor, s.event.value)
+                                          for x in (self.rings[cell].buffers[0], self.turn_of(cell))), str(self.role.warps))
 
     def joint(self, s: Step) -> tuple[str, str, str]:
         """Of what is joined: the inverse, the scale of its columns, and the matrix, where they lie."""

@@ -16,8 +16,7 @@ SIZE, BLOCK, SOLVED = 64, 16, 8                            # rows of an inverse,
 # rows of a block's tile are so long that eight of them lie in different banks
 WIDTHS = {"matrix": SIZE + 8, "blocks": SOLVED + 4, "inverses": BLOCK + 8}
 
-NEEDS = {"invert_blocks": ("load_pair", "multiply"), "join_blocks": ("load_matrix", "multiply"),
-         "join_columns": ("load_matrix", "multiply", "join_column")}
+NEEDS = {"invert_blocks": ("load_pair", "multiply"), "join_blocks": ("load_matrix", "multiply")}
 TEXTS = {
     "running_sum": '''
 @T.macro
@@ -141,56 +140,6 @@ def join_blocks(m, m_at, inverses, at, factors, f_at, to, to_at, warps):
                     for e in T.vectorized(2):
                         to[to_at, w * 16 + i % 2 * 8 + lane // 4, (w + s) * 16 + i // 2 * 8 + lane % 4 * 2 + e] = T.cast(
                             factor[i % 2] * sums[2 * i + e], "bfloat16")
-''',
-    "join_column": '''
-@T.macro
-def join_column(m, m_at, inverses, at, factors, f_at, to, to_at, w):
-    """A column of blocks of the inverse of I + M, its columns scaled, transposed. inverses: of the diagonal blocks; w: a
-    number, so that a place is known but for the lane."""
-    lane = T.get_thread_binding() % 32
-    left = T.alloc_local((24,), "float16")                 # blocks of the column, as left operands
-    right = T.alloc_local((8,), "float16")
-    half = T.alloc_local((8,), "float16")
-    sums = T.alloc_local((8,), "float32")
-    factor = T.alloc_local((2,), "float32")
-    for i in T.unroll(2):
-        factor[i] = -T.cast(factors[f_at, w * 16 + i * 8 + lane // 4], "float32")
-    load_matrix(left, 0, inverses, at, w * 16, 0, True, True)
-    for i in T.unroll(4):
-        for e in T.vectorized(2):
-            to[to_at, w * 16 + i % 2 * 8 + lane // 4, w * 16 + i // 2 * 8 + lane % 4 * 2 + e] = T.cast(
-                factor[i % 2] * T.cast(left[2 * i + e], "float32"), "bfloat16")
-    for s in T.unroll(1, 4 - w):
-        for i in T.unroll(8):
-            sums[i] = 0.0
-        for t in T.unroll(s):
-            load_matrix(right, 0, m, m_at, (w + s) * 16, (w + t) * 16, False, True)
-            multiply(sums, 0, left, 8 * t, right, 0)
-            multiply(sums, 4, left, 8 * t, right, 4)
-        for i in T.unroll(8):
-            half[i] = T.cast(sums[i], "float16")
-            sums[i] = 0.0
-        load_matrix(right, 0, inverses, at, (w + s) * 16, 0, False, True)
-        multiply(sums, 0, half, 0, right, 0)
-        multiply(sums, 4, half, 0, right, 4)
-        if s < 3:
-            for i in T.unroll(8):
-                left[8 * s + i] = T.cast(sums[i], "float16")
-        for i in T.unroll(4):
-            for e in T.vectorized(2):
-                to[to_at, w * 16 + i % 2 * 8 + lane // 4, (w + s) * 16 + i // 2 * 8 + lane % 4 * 2 + e] = T.cast(
-                    factor[i % 2] * sums[2 * i + e], "bfloat16")
-''',
-    "join_columns": '''
-@T.macro
-def join_columns(m, m_at, inverses, at, factors, f_at, to, to_at, warps):
-    """The inverse of I + M, its columns scaled, transposed: of two warps each has a long column of blocks and a short one."""
-    if warps == 1 or T.get_thread_binding() // 32 % 2 == 0:
-        join_column(m, m_at, inverses, at, factors, f_at, to, to_at, 0)
-        join_column(m, m_at, inverses, at, factors, f_at, to, to_at, 3)
-    if warps == 1 or T.get_thread_binding() // 32 % 2 == 1:
-        join_column(m, m_at, inverses, at, factors, f_at, to, to_at, 1)
-        join_column(m, m_at, inverses, at, factors, f_at, to, to_at, 2)
 ''',
 }
 

@@ -21,6 +21,7 @@ class Torch:
     by_address = False
     sweeps = False
     in_turn = False
+    loads_once = False
 
     def supports(self, kernel: Kernel, arch: str) -> Reason | None:
         if kernel.beside or kernel.leads:

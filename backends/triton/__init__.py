@@ -31,6 +31,7 @@ class Triton:
     splits_grid = True
     sweeps = True
     in_turn = True
+    loads_once = True
 
     @property
     def by_address(self) -> bool:
