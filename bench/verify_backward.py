@@ -38,8 +38,8 @@ THROUGHOUT = {"roles throughout": Way(aside=True, follows=True), "roles througho
 def shipped(more: bool = False) -> Iterator[tuple[Cell, int | None, str, str, str]]:
     """What is checked: cells, how many scans (sequences x heads) to choose the default schedule for, kind of inputs, what is
     kept of the forward, and how the scans run, where that is not the default's choice ("": as by default): "segments of" so
-    many chunks, "roles after segments of" so many, or one of ROLES and THROUGHOUT. more: also what would serve once all of it
-    was checked."""
+    many chunks, "turns" or "roles after segments of" so many, or one of ROLES and THROUGHOUT. more: also what would serve once
+    all of it was checked."""
     for cell, scans, kind in recomputed():
         yield cell, scans, kind, "nothing", ""
     for keep in KEEP[1:]:
@@ -48,8 +48,11 @@ def shipped(more: bool = False) -> Iterator[tuple[Cell, int | None, str, str, st
                 yield replace(cell, name=f"{cell.name}, keeps {keep}"), scans, kind, keep, ""
     for n in LENGTHS:
         for cell, kind in cut(n):
-            yield cell, None, kind, "nothing", f"segments of {n}"
-    for cell, kind, how in by_roles("roles", "roles in a row"):
+            if not ROLES_FOLLOW:
+                yield cell, None, kind, "nothing", f"segments of {n}"
+            if ROLES_FOLLOW or more:
+                yield cell, None, kind, "nothing", f"turns after segments of {n}"
+    for cell, kind, how in by_roles(*ROLES):
         yield cell, None, kind, "nothing", how
     if ROLES_FOLLOW or more:
         for n in LENGTHS:
@@ -95,8 +98,9 @@ def schedule_of(cell: Cell, how: str, arch: str) -> Schedule | None:
     size = int(how.split()[-1])
     if "roles" in how:
         return backward_by_roles(instance, Way(segment=size, follows=True))
-    whole = whole_scans(arch, instance, 1, 8, "triton", merges=MERGES if ROLES_FOLLOW else "")[0]
-    return in_segments(whole, instance, size, TURNS if ROLES_FOLLOW else GATHERED)
+    turns = "turns" in how
+    whole = whole_scans(arch, instance, 1, 8, "triton", merges=MERGES if turns else "")[0]
+    return in_segments(whole, instance, size, TURNS if turns else GATHERED)
 
 
 def backend_of(how: str) -> str:
