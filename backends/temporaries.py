@@ -115,13 +115,15 @@ def _in_place(load: Node, store: Node) -> bool:
     a, b = load["tensor"], store["tensor"]
     if (a.dims, STORED[a.dtype], load["index"]) != (b.dims, STORED[b.dtype], store["index"]) or store["sum"]:
         return False
-    made: dict[Node, bool | None] = {load: False}          # of it: by way of a product; element by element; in another way
+    made: dict[Node, bool | None] = {load: False}          # True by way of a product, None by a sum or twin
     for n in toposort([store.args[0]]):
         ways = [made[x] for x in n.args if x in made]
-        if ways and (n.op is Op.DOT or all(ways)):
+        if None in ways:
+            made[n] = None
+        elif ways and (n.op is Op.DOT or all(ways)):
             made[n] = True
         elif ways:
-            made[n] = None if None in ways or n.axes != load.axes or n.op not in (Op.ELEM, Op.CAST, Op.SELECT) else False
+            made[n] = False if n.axes == load.axes and n.op in (Op.ELEM, Op.CAST, Op.SELECT) else None
     return made.get(store.args[0]) is not None
 
 
