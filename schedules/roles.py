@@ -63,15 +63,13 @@ class Event:
 class Role:
     """warps: how many; registers: of each thread (a multiple of 8, the same for all roles of a warpgroup). rows: the axis
     that lies on the rows of its products. copies: so many of it, of which each owns a part of the axis `rows`: its values
-    that have this axis are parts too. eager: what a matrix's choices are between is computed before they are made, so that
-    what it reads is read in pairs, and once."""
+    that have this axis are parts too."""
     name: str
     events: tuple[Event, ...]
     warps: int = 1
     registers: int = 24
     rows: str = ""
     copies: int = 1
-    eager: bool = False
 
 
 @dataclass(frozen=True)
@@ -334,7 +332,7 @@ FUSED = Roles.of({
             "compute o16 late", "compute S16", "issue SK", "issue QS", "read v", "compute decayed", "complete QS", "compute R",
             "issue u", "compute entering", "complete u", "compute W", "issue written", "compute u16", "issue inside",
             "complete inside"]},
-        {"name": "aux", "rows": "C", "warps": 4, "registers": 72, "eager": True, "events": [
+        {"name": "aux", "rows": "C", "warps": 4, "registers": 72, "events": [
             "issue kk", "complete kk", "compute M", "issue qk", "complete qk", "compute P"]}],
     "rings": [{"values": ["q"], "depth": 2}, {"values": ["k"], "depth": 3}, {"values": ["v"], "depth": 2},
               {"values": ["M"], "depth": 2}, {"values": ["A"], "depth": 2}, {"values": ["A16"], "depth": 2},

@@ -58,7 +58,6 @@ class RolePlaces(TileLangPrinter):
         self.rings: dict[str, Lies] = {}                   # by cell
         self.called: list[str] = []                        # macros (warps.py)
         self.whole_matrix = False                          # whether what is written above a diagonal does not matter
-        self.chosen: dict[Node, str] = {}                  # what a choice is between, where it was computed before
         self.buffers_of_role: list[str] = []               # lines that make more registers for the role at hand
         self.places = dict(self.placed_barriers())
 

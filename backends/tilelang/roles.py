@@ -17,8 +17,9 @@ from gdn_ir.backends.base import SHARED, Kernel, Reason
 from gdn_ir.backends.linearize import listed
 from gdn_ir.backends.printer import INDENT
 from gdn_ir.backends.tilelang import warps
+from gdn_ir.backends.tilelang.role_copies import across
 from gdn_ir.backends.tilelang.role_places import PART, Lies
-from gdn_ir.backends.tilelang.role_steps import RoleSteps, across
+from gdn_ir.backends.tilelang.role_steps import RoleSteps
 from gdn_ir.backends.tilelang.rules import DTYPES, where
 from gdn_ir.backends.tilelang.statements import coordinate
 from gdn_ir.nodes import IRError, Node, Op
