@@ -93,6 +93,10 @@ class Kernel:
                  for t in n["index"] if isinstance(t, At) and t.share and n["sum"] == (t.grid,)}
         return next(((grid, str(share)) for grid, share in found), None) if len(found) == 1 else None
 
+    def owner(self, axis: str) -> str:
+        """The grid axis whose points have blocks of their own: of what a block gathers, the groups."""
+        return self.gathers[1] if self.gathers and axis == self.gathers[0] else axis
+
     @cached_property
     def owns_tail(self) -> bool:
         """Whether this kernel itself writes zeros to the rows past the last sequence: one that runs all chunks at once, or one
@@ -203,7 +207,7 @@ def _blocks(kernel: Kernel, call: Call) -> int:
         if a.endswith("#"):
             found *= -(-kernel.extents[base(a[:-1])] // kernel.tile(a[:-1]))
         elif a != "N":
-            found *= call.heads[dict([kernel.gathers]).get(a, a) if kernel.gathers else a]
+            found *= call.heads[kernel.owner(a)]
     return found
 
 

@@ -81,10 +81,9 @@ class TileLangPrinter(Statements):
         """The tile, head, sequence and chunk of this block; returns the depth at which its work is written."""
         k, grid = self.kernel, self.kernel.program.grid
         span = k.span(k.parallel) if k.parallel else 0     # tokens of a chunk, or of a segment of them
-        groups = dict([k.gathers]) if k.gathers else {}    # a block takes the members of one
         left = "block + block0"
         for a in reversed([g for g in grid if g != "N"]):
-            owner = groups.get(a, a)
+            owner = k.owner(a)
             count = str(-(-k.extents[a[:-1]] // k.tile(a[:-1]))) if a.endswith("#") else owner
             at = f"T.truncmod({left}, {count})"
             if a.endswith("#"):
@@ -93,7 +92,7 @@ class TileLangPrinter(Statements):
                 self.bind(f"i_{owner}", at)
             left = f"T.truncdiv({left}, {count})"
         self.bind("pid", left)
-        for h, a in (x for x in self.shared_heads() if x[1] not in groups):
+        for h, a in (x for x in self.shared_heads() if k.owner(x[1]) == x[1]):
             self.bind(f"i_{h}", f"T.truncdiv(i_{a}, T.truncdiv({a}, {h}))")
         if k.parallel and k.varlen:
             self.locate(span)
