@@ -277,9 +277,10 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
     """The same for a backward: on Hopper in segments, where these should win."""
     if backend == "tilelang" and roles_can(arch, instance) and \
             (how := way_of_backward(arch, instance, sequences, heads, tokens)):
+        said = "; not verified on a GPU in full (GDN_IR_UNVERIFIED=1)" if how.follows and not ROLES_FOLLOW else ""
         return backward_by_roles(instance, how), (
-            f"{arch}: states again, and their adjoints in reverse, of {sequences * heads} sequences and heads on "
-            f"{MULTIPROCESSORS[arch]} multiprocessors, {how}; the rest by triton")
+            f"{arch}: states again, and their adjoints in reverse, of {sequences} x {heads} sequences x heads on "
+            f"{MULTIPROCESSORS[arch]} multiprocessors, {how}; the rest by triton{said}")
     if not lean(arch, instance, backend):
         return whole_scans(arch, instance, sequences, heads, backend)
     # one kernel for inner and grads takes halves of K in turn, and is for all that they make

@@ -73,7 +73,7 @@ class Way:
     def __str__(self) -> str:
         blocks = "two blocks" if self.halves else "one block"
         whole = f"as roles in {blocks} for each, {'beside each other' if self.aside else 'one after the other'}"
-        scans = f"each cut into segments of {self.segment} chunks" if self.segment else whole
+        scans = f"each cut into segments of {self.segment} chunks, which triton scans" if self.segment else whole
         return f"{scans}{'; what follows them as roles, for all chunks at once' if self.follows else ''}"
 
 
