@@ -126,16 +126,25 @@ def without_products(p: Program, rule: Callable[[Node, Node, Nodes], Node | None
 
 def _exchanged(n: Node, d: Node, nodes: Nodes) -> Node | None:
     """A sum without the product d in it, if n is a sum that can be had from another product."""
+    def other(fs: tuple[Node, ...], axis: str) -> tuple[int, Node] | None:
+        new = _swapped(fs, axis, d, nodes)
+        return None if new is None else (1, new)
+    return by_other_products(n, d, terms_along, other)
+
+
+def by_other_products(n: Node, d: Node, terms: Callable[[Node, str, Node], list[Term]],
+                      other: Callable[[tuple[Node, ...], str], tuple[int, Node] | None]) -> Node | None:
+    """A sum along an axis of the product d, as the sum of its `terms`, if one of these can be had from `other` products."""
     if n.op is not Op.REDUCE or n["fn"] != "sum" or n["over"] not in d.axes:
         return None
     axis, done, parts = n["over"], False, []
-    for sign, fs in terms_along(n.args[0], axis, d):
-        new = _swapped(fs, axis, d, nodes)
-        done = done or new is not None
-        if new is None:
+    for sign, fs in terms(n.args[0], axis, d):
+        found = other(fs, axis)
+        done = done or found is not None
+        if found is None:
             inside = [f for f in fs if axis in f.axes]
-            new = multiply([reduce_sum(multiply(inside), axis), *(f for f in fs if axis not in f.axes)])
-        parts.append((sign, broadcast(new, n.axes)))
+            found = 1, multiply([reduce_sum(multiply(inside), axis), *(f for f in fs if axis not in f.axes)])
+        parts.append((sign * found[0], broadcast(found[1], n.axes)))
     return total(parts) if done else None
 
 

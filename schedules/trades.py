@@ -12,12 +12,12 @@ import math
 from collections import Counter
 from dataclasses import replace
 
-from gdn_ir.build import broadcast, cast, dot, reduce_sum
+from gdn_ir.build import cast, dot, reduce_sum
 from gdn_ir.nodes import REAL, Node, Op, twin
 from gdn_ir.program import Program, substitute, toposort
 from gdn_ir.rewrite import constant, simplify
 from gdn_ir.schedules.pipeline import Pipeline, named, put, step
-from gdn_ir.schedules.sums import Nodes, everywhere, terms_along, without_products
+from gdn_ir.schedules.sums import Nodes, by_other_products, everywhere, terms_along, without_products
 from gdn_ir.schedules.terms import Term, addends, factors, is_elem, multiply, total
 
 # ---- trade ------------------------------------------------------------------------------------------------------------------
@@ -48,17 +48,7 @@ def _rows_out(n: Node) -> Node | None:
 
 def _traded(n: Node, d: Node, nodes: Nodes) -> Node | None:
     """A sum over C' (or C) without the product d in it, if n is one that can be had from other products."""
-    if n.op is not Op.REDUCE or n["fn"] != "sum" or n["over"] not in d.axes:
-        return None
-    axis, done, parts = n["over"], False, []
-    for sign, fs in _unmasked(n.args[0], axis, d):
-        found = _instead(fs, axis, d, nodes) if d in fs else None
-        done = done or found is not None
-        if found is None:
-            inside = [f for f in fs if axis in f.axes]
-            found = 1, multiply([reduce_sum(multiply(inside), axis), *(f for f in fs if axis not in f.axes)])
-        parts.append((sign * found[0], broadcast(found[1], n.axes)))
-    return total(parts) if done else None
+    return by_other_products(n, d, _unmasked, lambda fs, axis: _instead(fs, axis, d, nodes) if d in fs else None)
 
 
 def _unmasked(n: Node, axis: str, d: Node) -> list[Term]:
