@@ -32,12 +32,13 @@ def recurrence(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, 
 
     def sequence(b: int, start: int, end: int, S: Tensor) -> tuple[Tensor, Tensor]:
         out = []
-        for t in range(start, end):
-            S = S * decay[b, t, :, None, None]
-            read = torch.einsum("hkv,hk->hv", S, k[b, t]) if erase else 0.0
-            u = beta[b, t, :, None] * (v[b, t] - read)
-            S = S + k[b, t, :, :, None] * u[:, None, :]
-            out.append(scale * torch.einsum("hkv,hk->hv", S, q[b, t]))
+        # tokens are taken apart once: an index for each would, backwards, fill all of a tensor for every token
+        for q_t, k_t, v_t, beta_t, decay_t in zip(*(x[b, start:end].unbind() for x in (q, k, v, beta, decay)), strict=True):
+            S = S * decay_t[:, None, None]
+            read = torch.einsum("hkv,hk->hv", S, k_t) if erase else 0.0
+            u = beta_t[:, None] * (v_t - read)
+            S = S + k_t[:, :, None] * u[:, None, :]
+            out.append(scale * torch.einsum("hkv,hk->hv", S, q_t))
         return (torch.stack(out) if out else v.new_zeros(0, HV, V)), S
 
     ends = [(b, 0, T) for b in range(B)] if cu_seqlens is None else \
