@@ -40,7 +40,7 @@ from gdn_ir.coverage import Cell, Layout
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.schedules.adjoints import TURNS as CUT, in_segments
 from gdn_ir.schedules.defaults import whole_scans
-from gdn_ir.schedules.role_backward import as_roles, inner_as_roles, the_rest_by
+from gdn_ir.schedules.role_backward import SHORT, as_roles, inner_as_roles, the_rest_by
 from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE
 from gdn_ir.schedules.schedule import Schedule
 
@@ -62,8 +62,10 @@ def candidates(instance: Instance, sequences: int, heads: int, segments: Sequenc
     row = replace(gathered, kernels=tuple((k, replace(o, follows=o.follows and k == "grads")) for k, o in gathered.kernels))
     roles = [as_roles(gathered, AGAIN, *way) for way in product((BACK, BACK_ALONE), (False, True), (False, True))]
     roles += [as_roles(base, AGAIN, BACK_ALONE, *way) for base in (merged, turns) for way in product((False, True), repeat=2)]
-    inner = [*(inner_as_roles(base) for base in (merged, turns)), *(inner_as_roles(turns, chunks=n) for n in (4, 16))]
+    inner = [*(inner_as_roles(base) for base in (merged, turns)), *(inner_as_roles(turns, chunks=n) for n in (SHORT, 4, 16))]
     inner += [inner_as_roles(as_roles(base, AGAIN, BACK_ALONE, *way)) for base in (merged, turns)
+              for way in ((False, False), (False, True), (True, True))]
+    inner += [inner_as_roles(as_roles(turns, AGAIN, BACK_ALONE, *way), chunks=SHORT)
               for way in ((False, False), (False, True), (True, True))]
     one = {"merged": merged, "turns": turns}
     one |= {f"{n}, 8 warps": s.with_options(grads=replace(s.options("grads"), num_warps=8)) for n, s in one.items()}
@@ -87,6 +89,12 @@ def build(job: tuple[Instance, Schedule]) -> str | None:
     except Exception as e:                                 # a compiler's
         return f"{type(e).__name__}: {e}"[:300]
     return None
+
+
+def in_a_row(schedule: Schedule) -> Schedule:
+    """The same kernels, none beside another."""
+    kernels = tuple((k, replace(o, aside=False)) for k, o in schedule.kernels)
+    return replace(schedule, name=schedule.name.replace("-aside", ""), kernels=kernels)
 
 
 def checked(check: tuple[Cell, str], want: Tensors, made: dict[str, Schedule]) -> dict[str, Any]:
@@ -164,9 +172,8 @@ def main() -> None:
         return {n: s for n, s in made.items() if n == "gathered" or not asked or n in asked}
     small = [some(candidates(backward_of(c), len(c.layout.lengths), c.layout.HV, a.segments)) for c, _ in checks]
     large = [some(candidates(TIMED, len(lengths), HV, a.segments)) for lengths, _, HV in shapes]
-    jobs = dict.fromkeys([(backward_of(c), s) for (c, _), made in zip(checks, small, strict=True) for s in made.values()]
-                         + [(TIMED, s) for made in large for s in made.values()])
-    jobs = {(i, s): None for i, s in jobs if not s.options("again").aside}             # the same kernels as in a row
+    cells = [(backward_of(c), made) for (c, _), made in zip(checks, small, strict=True)] + [(TIMED, made) for made in large]
+    jobs = dict.fromkeys((instance, in_a_row(s)) for instance, made in cells for s in made.values())
     a.out.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(min(a.processes, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
         slow = pool.map(wanted, checks)

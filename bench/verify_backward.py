@@ -20,26 +20,26 @@ from gdn_ir.bench.verify import DENSE, PACKED, PEERS, crowded
 from gdn_ir.backends import BACKENDS
 from gdn_ir.backends.triton.ptx import TritonPtx
 from gdn_ir.coverage import DTYPES, Cell, Layout, table
-from gdn_ir.schedules.adjoints import GATHERED, LENGTHS, TURNS, can, in_segments
-from gdn_ir.schedules.defaults import ROLES_FOLLOW, TURNS as MERGES, backward_by_roles, whole_scans
+from gdn_ir.schedules.adjoints import LENGTHS, TURNS, can, in_segments
+from gdn_ir.schedules.defaults import TURNS as MERGES, backward_by_roles, whole_scans
 from gdn_ir.schedules.plans import KEEP
-from gdn_ir.schedules.role_backward import Way
+from gdn_ir.schedules.role_backward import SHORT, WALK, Way
 from gdn_ir.schedules.schedule import Schedule
 
 SIZES = ((16, 16), (16, 128), (48, 96), (128, 64), (80, 112), (32, 32), (96, 128), (64, 128), (256, 256), (160, 192), (256, 64),
          (64, 256))
 
-# those that have served, and those that do once all of it has run
-ROLES = {"roles": Way(aside=True), "roles in a row": Way()}
-THROUGHOUT = {"roles throughout": Way(aside=True, follows=True), "roles throughout, in a row": Way(follows=True),
-              "roles throughout, in halves": Way(halves=True, aside=True, follows=True)}
+ROLES = {"roles": Way(aside=True), "roles in a row": Way()}                # what follows them by Triton
+THROUGHOUT = {"roles throughout": Way(aside=True, walk=WALK), "roles throughout, in a row": Way(walk=WALK),
+              "roles throughout, in halves": Way(halves=True, aside=True, walk=WALK)}
+SHORTLY = {n.replace("throughout", "throughout, short walks"): replace(how, walk=SHORT) for n, how in THROUGHOUT.items()}
+WAYS = ROLES | THROUGHOUT | SHORTLY
 
 
-def shipped(more: bool = False) -> Iterator[tuple[Cell, int | None, str, str, str]]:
+def shipped() -> Iterator[tuple[Cell, int | None, str, str, str]]:
     """What is checked: cells, how many scans (sequences x heads) to choose the default schedule for, kind of inputs, what is
-    kept of the forward, and how the scans run, where that is not the default's choice ("": as by default): "segments of" so
-    many chunks, "turns" or "roles after segments of" so many, or one of ROLES and THROUGHOUT. more: also what would serve once
-    all of it was checked."""
+    kept of the forward, and how the scans run, where that is not the default's choice ("": as by default): "turns" or "roles
+    after segments of" so many chunks, or one of WAYS."""
     for cell, scans, kind in recomputed():
         yield cell, scans, kind, "nothing", ""
     for keep in KEEP[1:]:
@@ -48,17 +48,10 @@ def shipped(more: bool = False) -> Iterator[tuple[Cell, int | None, str, str, st
                 yield replace(cell, name=f"{cell.name}, keeps {keep}"), scans, kind, keep, ""
     for n in LENGTHS:
         for cell, kind in cut(n):
-            if not ROLES_FOLLOW:
-                yield cell, None, kind, "nothing", f"segments of {n}"
-            if ROLES_FOLLOW or more:
-                yield cell, None, kind, "nothing", f"turns after segments of {n}"
-    for cell, kind, how in by_roles(*ROLES):
-        yield cell, None, kind, "nothing", how
-    if ROLES_FOLLOW or more:
-        for n in LENGTHS:
-            for cell, kind in cut(n):
-                yield replace(cell, name=f"{cell.name}, then roles"), None, kind, "nothing", f"roles after segments of {n}"
-        for cell, kind, how in by_roles(*THROUGHOUT):
+            yield cell, None, kind, "nothing", f"turns after segments of {n}"
+            yield replace(cell, name=f"{cell.name}, then roles"), None, kind, "nothing", f"roles after segments of {n}"
+    for ways in (ROLES, THROUGHOUT, SHORTLY):
+        for cell, kind, how in by_roles(*ways):
             yield cell, None, kind, "nothing", how
 
 
@@ -93,14 +86,12 @@ def schedule_of(cell: Cell, how: str, arch: str) -> Schedule | None:
     instance = backward_of(cell)
     if not how:
         return None
-    if how in ROLES | THROUGHOUT:
-        return backward_by_roles(instance, (ROLES | THROUGHOUT)[how])
+    if how in WAYS:
+        return backward_by_roles(instance, WAYS[how])
     size = int(how.split()[-1])
     if "roles" in how:
-        return backward_by_roles(instance, Way(segment=size, follows=True))
-    turns = "turns" in how
-    whole = whole_scans(arch, instance, 1, 8, "triton", merges=MERGES if turns else "")[0]
-    return in_segments(whole, instance, size, TURNS if turns else GATHERED)
+        return backward_by_roles(instance, Way(segment=size, walk=WALK))
+    return in_segments(whole_scans(arch, instance, 1, 8, "triton", merges=MERGES)[0], instance, size, TURNS)
 
 
 def backend_of(how: str) -> str:
@@ -143,7 +134,6 @@ def main() -> None:
     p.add_argument("--arch", default="sm_90", help="sm_80 runs from PTX")
     p.add_argument("--part", default="0/1", help="i/n: the i-th of n parts, to run in n processes")
     p.add_argument("--only", default="", help="cells whose names have one of these in them, separated by semicolons")
-    p.add_argument("--more", action="store_true", help="also what would serve once all of it has been checked")
     p.add_argument("--resume", default="", help="a page of results: what it has of the very same sources is not run again")
     a = p.parse_args()
     known = {key(r) for r in json.loads(Path(a.resume).read_text())["rows"] if "failed" not in r} if a.resume else set()
@@ -152,7 +142,7 @@ def main() -> None:
     part, parts = (int(i) for i in a.part.split("/"))
     rows: list[dict[str, Any]] = []
     only = a.only.split(";")
-    wanted = (c for c in shipped(a.more) if any(name in c[0].name for name in only) and (not c[4] or a.arch == "sm_90"))
+    wanted = (c for c in shipped() if any(name in c[0].name for name in only) and (not c[4] or a.arch == "sm_90"))
     if known:
         wanted = (c for c in list(wanted) if key(ahead(*c, a.arch)) not in known)
     for i, (cell, scans, kind, keep, how) in enumerate(wanted):

@@ -5,7 +5,6 @@ an A100's shared memory, compiled and checked but not timed.
 """
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,6 @@ CROWDED = 48                                               # sequences x heads f
 SEGMENTS = False                                           # whether few long sequences are cut (docs/performance-log.md)
 SEGMENT = 64                                               # chunks of one
 ROLES_IN_SEGMENTS = True                                   # whether sequences are cut where roles can scan them
-ROLES_FOLLOW = False                                       # True once bench/verify_backward.py --more has run all of its cells
 BACK_IN_SEGMENTS = True                                    # and those of a backward (schedules/adjoints.py)
 ROLES_IN_ONE = True                                        # whether roles may make the inverses too
 TURNS = "gathered-turns"                                   # what serves a backward of whole scans on Hopper
@@ -205,14 +203,9 @@ def roles_fit(arch: str, instance: Instance, sequences: int, heads: int, tokens:
     return roles_can(arch, instance) and (crowded or long)
 
 
-def roles_follow() -> bool:
-    """Whether roles follow a backward's scans, or one kernel its segments."""
-    return ROLES_FOLLOW or os.environ.get("GDN_IR_UNVERIFIED") == "1"
-
-
 def way_of_backward(arch: str, instance: Instance, sequences: int, heads: int, tokens: int) -> role_backward.Way | None:
     """How roles scan the sequences of a backward; None where they should not be the fastest."""
-    return role_backward.way(instance, sequences, heads, tokens, MULTIPROCESSORS[arch], roles_follow())
+    return role_backward.way(instance, sequences, heads, tokens, MULTIPROCESSORS[arch])
 
 
 def scan_width(arch: str, instance: Instance, scans: int) -> int:
@@ -277,10 +270,9 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
     """The same for a backward: on Hopper in segments, where these should win."""
     if backend == "tilelang" and roles_can(arch, instance) and \
             (how := way_of_backward(arch, instance, sequences, heads, tokens)):
-        said = "; not verified on a GPU in full (GDN_IR_UNVERIFIED=1)" if how.follows and not ROLES_FOLLOW else ""
         return backward_by_roles(instance, how), (
             f"{arch}: states again, and their adjoints in reverse, of {sequences} x {heads} sequences x heads on "
-            f"{MULTIPROCESSORS[arch]} multiprocessors, {how}; the rest by triton{said}")
+            f"{MULTIPROCESSORS[arch]} multiprocessors, {how}; the rest by triton")
     if not lean(arch, instance, backend):
         return whole_scans(arch, instance, sequences, heads, backend)
     # one kernel for inner and grads takes halves of K in turn, and is for all that they make
@@ -292,10 +284,7 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
             "state's, value heads that share a key head, bf16, K x V of 128 x 128, nothing normalised or kept"
     if not size or not adjoints.can(instance):
         return schedule, why
-    merged = roles_follow()                                # nor has one kernel after segments run on all cells
-    if not merged:
-        schedule, _ = whole_scans(arch, instance, sequences, heads, backend)
-    return adjoints.in_segments(schedule, instance, size, adjoints.TURNS if merged else adjoints.GATHERED), (
+    return adjoints.in_segments(schedule, instance, size, adjoints.TURNS), (
         f"{arch}: {sequences * heads} serial scans each way would not fill {MULTIPROCESSORS[arch]} multiprocessors for long; "
         f"each is cut into segments of {size} chunks")
 

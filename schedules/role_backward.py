@@ -17,8 +17,8 @@ MANY = 32                                                  # sequences x heads f
 
 # what makes u's gradient by the outputs before the adjoint's scan, which then only adds it
 BEFORE = (("peel", "d_u", "d_u_o"), ("turn", "d_u_o"), ("hoist", "d_u_o", "io", "local"), ("move", "local", "again"))
-WALK = 8                                                   # chunks of a sequence that a block goes through
-FILLED = 0.48                                              # of the multiprocessors, by blocks of what follows the scans
+WALK, SHORT = 8, 2                                         # chunks of a sequence that a block goes through
+FILLED = 0.48                                              # of the multiprocessors, by blocks of long walks
 HALF = 64                                                  # columns of V that a block owns where two share a head
 
 
@@ -64,40 +64,45 @@ def the_rest_by(backend: str, schedule: Schedule) -> Schedule:
 @dataclass(frozen=True)
 class Way:
     """How sequences are scanned: whole, a block for each head or, with `halves`, two; or in segments of so many chunks, by
-    Triton. aside: the two scans beside each other. follows: what comes after them as roles too."""
+    Triton. aside: the two scans beside each other. walk: chunks of a block of what comes after them, as roles too (0: by
+    Triton)."""
     halves: bool = False
     aside: bool = False
     segment: int = 0
-    follows: bool = False
+    walk: int = 0
 
     def __str__(self) -> str:
         blocks = "two blocks" if self.halves else "one block"
         whole = f"as roles in {blocks} for each, {'beside each other' if self.aside else 'one after the other'}"
         scans = f"each cut into segments of {self.segment} chunks, which triton scans" if self.segment else whole
-        return f"{scans}{'; what follows them as roles, for all chunks at once' if self.follows else ''}"
+        return f"{scans}{f'; what follows them as roles, {self.walk} chunks to a block' if self.walk else ''}"
 
 
-def way(instance: Instance, sequences: int, heads: int, tokens: int, units: int, follow: bool) -> Way | None:
-    """How roles serve a backward, where they should be the fastest: whole sequences where these and heads are many (several
-    sequences of few heads may be unequal: then a block has most of them). follow: whether roles may also follow the scans, for
-    which there must be blocks enough (units: multiprocessors; two value heads are taken to share a key head) and beta itself
-    (where it comes as logits its gradient is no sum of rows times beta). Then half a head to a block wins from 16 heads on, and
-    segments where they do by Triton alone."""
+def way(instance: Instance, sequences: int, heads: int, tokens: int, units: int) -> Way | None:
+    """How roles serve a backward; None where they should not be the fastest. units: multiprocessors.
+
+    Roles follow the scans, in long walks where blocks of these are enough (two value heads are taken to share a key head), but
+    not where beta comes as logits: its gradient is no sum of rows times beta then. Whole heads are scanned where these and
+    sequences are many (several sequences of few heads may be unequal: then a block has most of them); where they are few,
+    halves of heads, or segments where they win by Triton alone."""
     scans, walks = sequences * heads, tokens * heads // (2 * CHUNK * WALK)
-    follows = follow and not instance.switches.beta_sigmoid and walks >= FILLED * units
+    long = walks >= FILLED * units
+    walk = 0 if instance.switches.beta_sigmoid else WALK if long else SHORT
     if scans >= (MANY if heads >= 16 else 2 * MANY):
-        return Way(aside=2 * scans <= units, follows=follows)
-    if follows and heads >= 16:
-        return Way(halves=True, aside=4 * scans <= units, follows=True)
-    size = adjoints.segment_of(sequences, heads, tokens, units, adjoints.BY_ROLES) if follows and adjoints.can(instance) else 0
-    return Way(segment=size, follows=True) if size else None
+        return Way(aside=2 * scans <= units, walk=walk)
+    if not walk:
+        return None
+    if long and heads < 16 and adjoints.can(instance) and \
+            (size := adjoints.segment_of(sequences, heads, tokens, units, adjoints.BY_ROLES)):
+        return Way(segment=size, walk=walk)
+    return Way(halves=True, aside=4 * scans <= units, walk=walk)
 
 
 def served(base: Schedule, instance: Instance, how: Way) -> Schedule:
     """As it serves: what is of the outputs' gradient among the roles; all that is no role by Triton. base: "gathered-turns"."""
     made = adjoints.in_segments(base, instance, how.segment, adjoints.TURNS) if how.segment else \
         as_roles(base, AGAIN, BACK_ALONE, how.halves, how.aside)
-    return the_rest_by("triton", inner_as_roles(made) if how.follows else made)
+    return the_rest_by("triton", inner_as_roles(made, chunks=how.walk) if how.walk else made)
 
 
 def lacks(arch: str, instance: Instance) -> str:
