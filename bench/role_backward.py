@@ -74,11 +74,10 @@ def candidates(instance: Instance, sequences: int, heads: int, segments: Sequenc
     found |= {s.name.removeprefix("backward-"): s for s in (*roles, *inner)}
     for n in segments:
         cut = in_segments(turns, instance, n, CUT)
-        found |= {s.name.removeprefix("backward-"): s for s in (cut, inner_as_roles(cut))}
+        found |= {s.name.removeprefix("backward-"): s for s in (cut, inner_as_roles(cut), inner_as_roles(as_roles(cut)))}
     for n, halves in product(segments, (False, True)):
         cut = in_segments(gathered, instance, n)
-        made = as_roles(cut, halves=halves)
-        found |= {cut.name.removeprefix("backward-"): cut, f"{made.name.removeprefix('backward-')}, segments of {n}": made}
+        found |= {s.name.removeprefix("backward-"): s for s in (cut, as_roles(cut, halves=halves))}
     return {n: the_rest_by("triton", s) for n, s in found.items()}
 
 

@@ -33,9 +33,9 @@ def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: b
     for name, roles in (("again", again), ("back", back)):
         kept[name] = KernelOptions(HALF if halves else None, roles=in_halves(roles) if halves else roles, backend="tilelang",
                                    aside=aside and name == "again")
-    kin = {"gathered-merged": "-merged", "gathered-turns": "-turns"}
-    name = next((x for n, x in kin.items() if n in base.name), "")
-    name = f"backward-roles{name}{'-alone' if alone else ''}{'-halves' if halves else ''}{'-aside' if aside else ''}"
+    plan = next((f"-{p}" for p in ("merged", "turns") if p in base.name), "")
+    cut = base.name[base.name.index("-segments"):] if "-segments" in base.name else ""
+    name = f"backward-roles{plan}{'-alone' if alone else ''}{'-halves' if halves else ''}{'-aside' if aside else ''}{cut}"
     return replace(base, name=name, steps=(*steps, ("accumulate", "d_S")), kernels=tuple(kept.items()))
 
 
