@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from gdn_ir.schedules import adjoints
-from gdn_ir.schedules.plans import CHUNK
+from gdn_ir.schedules.plans import CHUNK, Steps
 from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE, INNER, Roles, in_halves
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 MANY = 32                                                  # sequences x heads from which roles win, a whole head to a block
 
 # what makes u's gradient by the outputs before the adjoint's scan, which then only adds it
-BEFORE = (("peel", "d_u", "d_u_o"), ("turn", "d_u_o"), ("hoist", "d_u_o", "io", "local"), ("move", "local", "again"))
+BEFORE = (("peel", "d_u", "d_u_o"), ("turn", "d_u_o"), ("hoist", "d_u_o", "io", "local"))
 WALK, SHORT = 8, 2                                         # chunks of a sequence that a block goes through
 FILLED = 0.48                                              # of the multiprocessors, by blocks of long walks
 HALF = 64                                                  # columns of V that a block owns where two share a head
@@ -27,7 +27,7 @@ def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: b
     kernel local (of whole sequences). halves: two blocks share a head, each with half of its columns: for few heads. aside: the
     two run beside each other, in two streams (likewise). Nothing follows a scan of roles yet: it counts no chunks."""
     alone = any(e.do == "issue" and e.value == "qk" for r in back.roles for e in r.events)
-    steps = tuple(s for s in base.steps if not alone or s not in BEFORE)
+    steps = without_local(base.steps) if alone else base.steps
     last = "inner" if "inner" in dict(base.kernels) else "grads"               # what follows both scans
     kept = {k: replace(o, follows=o.follows and k != last) for k, o in base.kernels if not alone or k != "local"}
     for name, roles in (("again", again), ("back", back)):
@@ -37,6 +37,14 @@ def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: b
     cut = base.name[base.name.index("-segments"):] if "-segments" in base.name else ""
     name = f"backward-roles{plan}{'-alone' if alone else ''}{'-halves' if halves else ''}{'-aside' if aside else ''}{cut}"
     return replace(base, name=name, steps=(*steps, ("accumulate", "d_S")), kernels=tuple(kept.items()))
+
+
+def without_local(steps: Steps) -> Steps:
+    """With u's gradient by the outputs made where it is added: what comes before kernel local then comes before what that came
+    before."""
+    goes = next((s[2] for s in steps if s[:2] == ("move", "local")), None)
+    kept = (s for s in steps if s not in BEFORE and s[:2] != ("move", "local"))
+    return tuple(("move", s[1], goes) if s[0] == "move" and s[2] == "local" else s for s in kept)
 
 
 def inner_as_roles(base: Schedule, inner: Roles = INNER, chunks: int = WALK) -> Schedule:

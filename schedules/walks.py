@@ -99,7 +99,7 @@ def walk(pipeline: Pipeline, kernel: str, chunks: int) -> Pipeline:
     """A kernel that runs all chunks at once, in blocks that take so many chunks of a sequence, in order (the last of a sequence
     may be fewer): what is loaded for one is asked for during the one before."""
     at, p, scan = _at_once(pipeline, kernel, "walk")
-    if not isinstance(chunks, int) or chunks < 2:
-        raise refuse("walk", p, scan.node, f"a block must take 2 chunks or more, got {chunks}")
+    if not isinstance(chunks, int) or chunks < 1:
+        raise refuse("walk", p, scan.node, f"a block must take a chunk or more, got {chunks}")
     cut = Cut(p, scan)
     return put(pipeline, at, cut.program(kernel, (cut.outer((cut.inside(scan.node),)),)))
