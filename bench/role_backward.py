@@ -40,7 +40,7 @@ from gdn_ir.coverage import Cell, Layout
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.schedules.adjoints import TURNS as CUT, in_segments
 from gdn_ir.schedules.defaults import whole_scans
-from gdn_ir.schedules.role_backward import SHORT, as_roles, inner_as_roles, the_rest_by
+from gdn_ir.schedules.role_backward import SHORT, WALK, as_roles, inner_as_roles, the_rest_by
 from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE
 from gdn_ir.schedules.schedule import Schedule
 
@@ -62,11 +62,9 @@ def candidates(instance: Instance, sequences: int, heads: int, segments: Sequenc
     row = replace(gathered, kernels=tuple((k, replace(o, follows=o.follows and k == "grads")) for k, o in gathered.kernels))
     roles = [as_roles(gathered, AGAIN, *way) for way in product((BACK, BACK_ALONE), (False, True), (False, True))]
     roles += [as_roles(base, AGAIN, BACK_ALONE, *way) for base in (merged, turns) for way in product((False, True), repeat=2)]
-    inner = [*(inner_as_roles(base) for base in (merged, turns)), *(inner_as_roles(turns, chunks=n) for n in (SHORT, 4, 16))]
-    inner += [inner_as_roles(as_roles(base, AGAIN, BACK_ALONE, *way)) for base in (merged, turns)
-              for way in ((False, False), (False, True), (True, True))]
-    inner += [inner_as_roles(as_roles(turns, AGAIN, BACK_ALONE, *way), chunks=SHORT)
-              for way in ((False, False), (False, True), (True, True))]
+    inner = [inner_as_roles(merged), *(inner_as_roles(turns, chunks=n) for n in (1, SHORT, 4, WALK, 2 * WALK))]
+    inner += [inner_as_roles(as_roles(turns, AGAIN, BACK_ALONE, *way), chunks=n)
+              for way in product((False, True), repeat=2) for n in (1, SHORT, WALK)]
     one = {"merged": merged, "turns": turns}
     one |= {f"{n}, 8 warps": s.with_options(grads=replace(s.options("grads"), num_warps=8)) for n, s in one.items()}
     one |= {f"{n}, waits": s.with_options(grads=replace(s.options("grads"), follows=False)) for n, s in one.items()}
@@ -74,7 +72,9 @@ def candidates(instance: Instance, sequences: int, heads: int, segments: Sequenc
     found |= {s.name.removeprefix("backward-"): s for s in (*roles, *inner)}
     for n in segments:
         cut = in_segments(turns, instance, n, CUT)
-        found |= {s.name.removeprefix("backward-"): s for s in (cut, inner_as_roles(cut), inner_as_roles(as_roles(cut)))}
+        found |= {s.name.removeprefix("backward-"): s for s in (cut, inner_as_roles(cut))}
+        found |= {s.name.removeprefix("backward-"): s for s in (inner_as_roles(as_roles(cut, back=back), chunks=w)
+                                                                for back in (BACK, BACK_ALONE) for w in (SHORT, WALK))}
     for n, halves in product(segments, (False, True)):
         cut = in_segments(gathered, instance, n)
         found |= {s.name.removeprefix("backward-"): s for s in (cut, as_roles(cut, halves=halves))}
