@@ -21,7 +21,7 @@ from gdn_ir.schedules import adjoints
 from gdn_ir.schedules.defaults import (CROWDED, FUSED_LENGTHS, LENGTHS, backward_by_roles, default, lean, roles_can,
                                        segmented, whole_scans, with_triton)
 from gdn_ir.schedules.plans import Steps, backward_plan, plan
-from gdn_ir.schedules.role_backward import SHORT, WALK, Way
+from gdn_ir.schedules.role_backward import SEGMENT, SHORT, SINGLE, WALK, Way
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 MODEST = KernelOptions(64, 4, 1)
@@ -34,7 +34,7 @@ class Frame:
     to; segment: chunks of a segment, in a plan that cuts sequences into such. The plan "roles" is "solve" ("cut", where it has
     segments) with a scan as roles, which are not varied; "roles-fused", "fused" or "cut-fused", has the inverse among them.
     Of a backward "roles" has both scans as roles, one after the other, "aside" beside each other, in "halves" two blocks to a
-    head; "throughout" roles follow them too (in segments, Triton's), in "short" walks or in long ones."""
+    head; "throughout" roles follow them too, in "short" walks, "single" chunks or long walks."""
     plan: str
     chunk: int = 64
     block: int = 16
@@ -63,7 +63,7 @@ class Frame:
         """The schedule of roles that a frame of these is."""
         if instance.grads:
             words = self.plan.split("-")
-            walk = SHORT if "short" in words else WALK if "throughout" in words else 0
+            walk = next((n for word, n in (("short", SHORT), ("single", SINGLE), ("throughout", WALK)) if word in words), 0)
             return backward_by_roles(instance, Way("halves" in words, "aside" in words, self.segment, walk))
         return with_triton(instance, self.segment, self.plan == "roles-fused")
 
@@ -118,7 +118,8 @@ def space_of(backend: str, arch: str, instance: Instance) -> Space:
             names = ["roles-aside", "roles"]
             if not instance.switches.beta_sigmoid:
                 names += [f"{name}-throughout{walk}" for walk in ("", "-short") for name in (*names[:2], "roles-halves-aside")]
-            cut = [Frame("roles-throughout", segment=n) for n in adjoints.LENGTHS if adjoints.can(instance)]
+                names += ["roles-halves-aside-throughout-single"]
+            cut = [Frame("roles-throughout-short", segment=SEGMENT)] if adjoints.can(instance) else []
             return Space((*map(Frame, names), *cut), (None, 64), (1, 2, 4, 8), (1, 2))
         ways = (("roles", (0, *LENGTHS)), ("roles-fused", (0, *FUSED_LENGTHS)))
         roles = tuple(Frame(name, segment=n) for name, lengths in ways for n in lengths)

@@ -23,23 +23,27 @@ from gdn_ir.coverage import DTYPES, Cell, Layout, table
 from gdn_ir.schedules.adjoints import LENGTHS, TURNS, can, in_segments
 from gdn_ir.schedules.defaults import TURNS as MERGES, backward_by_roles, whole_scans
 from gdn_ir.schedules.plans import KEEP
-from gdn_ir.schedules.role_backward import SHORT, WALK, Way
+from gdn_ir.schedules.role_backward import SEGMENT, SHORT, SINGLE, WALK, Way
 from gdn_ir.schedules.schedule import Schedule
 
 SIZES = ((16, 16), (16, 128), (48, 96), (128, 64), (80, 112), (32, 32), (96, 128), (64, 128), (256, 256), (160, 192), (256, 64),
          (64, 256))
 
+LAYOUTS = {"packed": replace(PACKED, lengths=(700, 0, 64, 129, 1, 63)), "dense": DENSE}
+NO_STATE = replace(FULL, initial_state=False)
 ROLES = {"roles": Way(aside=True), "roles in a row": Way()}                # what follows them by Triton
 THROUGHOUT = {"roles throughout": Way(aside=True, walk=WALK), "roles throughout, in a row": Way(walk=WALK),
               "roles throughout, in halves": Way(halves=True, aside=True, walk=WALK)}
 SHORTLY = {n.replace("throughout", "throughout, short walks"): replace(how, walk=SHORT) for n, how in THROUGHOUT.items()}
-WAYS = ROLES | THROUGHOUT | SHORTLY
+SINGLY = {"roles throughout, single chunks, in halves": Way(halves=True, aside=True, walk=SINGLE)}
+IN_SEGMENTS = {f"roles throughout, segments of {SEGMENT}": Way(segment=SEGMENT, walk=SHORT)}
+WAYS = ROLES | THROUGHOUT | SHORTLY | SINGLY | IN_SEGMENTS
 
 
 def shipped() -> Iterator[tuple[Cell, int | None, str, str, str]]:
     """What is checked: cells, how many scans (sequences x heads) to choose the default schedule for, kind of inputs, what is
-    kept of the forward, and how the scans run, where that is not the default's choice ("": as by default): "turns" or "roles
-    after segments of" so many chunks, or one of WAYS."""
+    kept of the forward, and how the scans run, where that is not the default's choice ("": as by default): "turns after
+    segments of" so many chunks, or one of WAYS."""
     for cell, scans, kind in recomputed():
         yield cell, scans, kind, "nothing", ""
     for keep in KEEP[1:]:
@@ -49,24 +53,33 @@ def shipped() -> Iterator[tuple[Cell, int | None, str, str, str]]:
     for n in LENGTHS:
         for cell, kind in cut(n):
             yield cell, None, kind, "nothing", f"turns after segments of {n}"
-            yield replace(cell, name=f"{cell.name}, then roles"), None, kind, "nothing", f"roles after segments of {n}"
     for ways in (ROLES, THROUGHOUT, SHORTLY):
         for cell, kind, how in by_roles(*ways):
             yield cell, None, kind, "nothing", how
+    for how in SINGLY:
+        alone = (Cell(f"the backward's {how}, {n}, H = HV, bf16", FULL, "bf16", replace(y, H=y.HV)) for n, y in LAYOUTS.items())
+        for cell in (*crowded(f"the backward's {how}", *LAYOUTS.values()), *alone):
+            if not cell.switches.beta_sigmoid:
+                yield cell, None, "model", "nothing", how
+        for kind in KINDS:
+            yield Cell(f"accuracy of the backward's {how}, bf16", NO_STATE, "bf16", PEERS), None, kind, "nothing", how
+    for how in IN_SEGMENTS:
+        for cell, kind in cut(SEGMENT):
+            yield replace(cell, name=f"{cell.name}, by roles"), None, kind, "nothing", how
 
 
 def by_roles(ways: str, row: str, halves: str = "") -> Iterator[tuple[Cell, str, str]]:
     """Scans as roles; heads that share none, too; each kind of inputs. Beside each other, and less in a row; in halves."""
-    layouts = (replace(PACKED, lengths=(700, 0, 64, 129, 1, 63)), DENSE)
     for how in (ways, *([halves] if halves else [])):
-        for cell in crowded(f"the backward's {how}", *layouts):
+        for cell in crowded(f"the backward's {how}", *LAYOUTS.values()):
             if not (halves and cell.switches.beta_sigmoid):
                 yield cell, "model", how
-    for lay, layout in zip(layouts, ("packed", "dense")):
+    for layout, lay in LAYOUTS.items():
         yield Cell(f"the backward's {row}, {layout}, bf16", FULL, "bf16", lay), "model", row
-        yield Cell(f"the backward's {ways}, {layout}, H = HV, bf16", FULL, "bf16", replace(lay, H=lay.HV)), "model", ways
+        for how in (ways, *([halves] if halves else [])):
+            yield Cell(f"the backward's {how}, {layout}, H = HV, bf16", FULL, "bf16", replace(lay, H=lay.HV)), "model", how
     for kind in KINDS:
-        yield Cell(f"accuracy of the backward's {ways}, bf16", replace(FULL, initial_state=False), "bf16", PEERS), kind, ways
+        yield Cell(f"accuracy of the backward's {ways}, bf16", NO_STATE, "bf16", PEERS), kind, ways
 
 
 def cut(chunks: int) -> Iterator[tuple[Cell, str]]:
@@ -88,10 +101,7 @@ def schedule_of(cell: Cell, how: str, arch: str) -> Schedule | None:
         return None
     if how in WAYS:
         return backward_by_roles(instance, WAYS[how])
-    size = int(how.split()[-1])
-    if "roles" in how:
-        return backward_by_roles(instance, Way(segment=size, walk=WALK))
-    return in_segments(whole_scans(arch, instance, 1, 8, "triton", merges=MERGES)[0], instance, size, TURNS)
+    return in_segments(whole_scans(arch, instance, 1, 8, "triton", merges=MERGES)[0], instance, int(how.split()[-1]), TURNS)
 
 
 def backend_of(how: str) -> str:

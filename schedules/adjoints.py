@@ -13,10 +13,9 @@ if TYPE_CHECKING:
 TURNS, GATHERED = "gathered-turns-segments", "gathered-segments"
 PLANS = (TURNS, GATHERED, "segments")
 LENGTHS = (16, 32)                                         # chunks that a segment may have (64 gains 1.4% at most)
-# microseconds a token and head of what is not scanned, as it serves and with roles ("what follows the scans as roles, measured"
-# in docs/performance-log.md)
-BY_TRITON, BY_ROLES = 2.9e-3, 1.8e-3
-WORTH = 0.9                                                # of the time of whole scans
+REST = 2.9e-3                                              # microseconds a token and head of what is not scanned
+WORTH, WORTH_ROLES = 0.9, 0.85                             # of the time of whole scans
+UNEQUAL = 2.2                                              # the longest of several packed sequences, for one of equal ones
 
 
 def in_segments(base: Schedule, instance: Instance, segment: int, plan: str = "gathered-segments") -> Schedule:
@@ -52,18 +51,34 @@ def can(instance: Instance) -> bool:
         and (instance.io, instance.beta) == ("bf16", "bf16")
 
 
-def segment_of(sequences: int, heads: int, tokens: int, units: int, rest: float = BY_TRITON) -> int:
+def segment_of(sequences: int, heads: int, tokens: int, units: int) -> int:
     """Chunks of a segment, one of LENGTHS; 0 where sequences should stay whole. By what an H100 takes, in microseconds: both
     scans 5.6 a chunk where two blocks share a multiprocessor; what has not faded of transition and offset 1 a chunk and scan,
-    composing 4 a segment; then the rest, which takes all chunks at once. Whole scans, by Triton beside each other, take 1.6 a
-    chunk where no two blocks share one, 3.4 where they do, and hide some of the rest. Fitted to 4, 8, 16 and 32 heads."""
+    composing 4 a segment; then the rest, which takes all chunks at once. Fitted to 4, 8, 16 and 32 heads."""
     chunks, scans, work = -(-tokens // (64 * sequences)), sequences * heads, tokens * heads
 
     def takes(size: int) -> float:
         segments = -(-chunks // size)
         waves = -(-segments * scans * 4 // (2 * units))    # tiles of 32 columns
-        return waves * 5.6 * size + 2 * (size + 4 * segments + 10) + rest * work
-    blocks = 2 * scans * 4                                 # of both
-    whole = chunks * (1.6 if blocks <= units else 3.4 * -(-blocks // (2 * units))) + 0.7 * BY_TRITON * work
+        return waves * 5.6 * size + 2 * (size + 4 * segments + 10) + REST * work
     best = min(LENGTHS, key=takes)
-    return best if best < chunks and takes(best) < WORTH * whole else 0
+    return best if best < chunks and takes(best) < WORTH * uncut(chunks, scans, work, units) else 0
+
+
+def uncut(chunks: float, scans: int, work: int, units: int) -> float:
+    """Microseconds of whole scans by Triton beside each other: 1.6 a chunk where no two blocks share a multiprocessor, 3.4
+    where they do; some of the rest hides behind them."""
+    blocks = 2 * scans * 4                                 # of both
+    return chunks * (1.6 if blocks <= units else 3.4 * -(-blocks // (2 * units))) + 0.7 * REST * work
+
+
+def roles_win(sequences: int, heads: int, tokens: int, units: int, size: int) -> bool:
+    """Whether roles should scan segments of so many chunks, for there are too few sequences and heads for whole ones: both
+    scans take 4.6 a chunk, or by memory 1.15e-3 a token and head; between them what segment_of counts and some launches;
+    inverses and what follows 1.75e-3 a token and head."""
+    chunks, scans, work = -(-tokens // (64 * sequences)), sequences * heads, tokens * heads
+    segments = -(-chunks // size)
+    both = max(-(-segments * scans // units) * 4.6 * size, 1.15e-3 * work)
+    takes = both + 2 * (size + 4 * segments + 10) + 60 + 1.75e-3 * work
+    longest = chunks * (UNEQUAL if sequences > 2 else 1)
+    return size < chunks and takes < WORTH_ROLES * uncut(longest, scans, work, units)

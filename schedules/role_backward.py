@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from gdn_ir.compiler import Instance
 
 MANY = 32                                                  # sequences x heads from which roles win, a whole head to a block
+SOME = 8                                                   # sequences from which that is so of few heads too
 
 # what makes u's gradient by the outputs before the adjoint's scan, which then only adds it
 BEFORE = (("peel", "d_u", "d_u_o"), ("turn", "d_u_o"), ("hoist", "d_u_o", "io", "local"))
-WALK, SHORT = 8, 2                                         # chunks of a sequence that a block goes through
-FILLED = 0.48                                              # of the multiprocessors, by blocks of long walks
+WALK, SHORT, SINGLE = 8, 2, 1                              # chunks of a sequence that a block goes through
+FILLED = 3                                                 # times the multiprocessors, by blocks of long walks
+BRIEF = 1024                                               # tokens of a sequence whose chunks go to a block each
+SEGMENT = 32                                               # chunks of a segment
 HALF = 64                                                  # columns of V that a block owns where two share a head
 
 
@@ -71,8 +74,8 @@ def the_rest_by(backend: str, schedule: Schedule) -> Schedule:
 
 @dataclass(frozen=True)
 class Way:
-    """How sequences are scanned: whole, a block for each head or, with `halves`, two; or in segments of so many chunks, by
-    Triton. aside: the two scans beside each other. walk: chunks of a block of what comes after them, as roles too (0: by
+    """How sequences are scanned by roles: whole, a block for each head or, with `halves`, two; or in segments of so many
+    chunks. aside: the two scans beside each other. walk: chunks of a block of what comes after them, as roles too (0: by
     Triton)."""
     halves: bool = False
     aside: bool = False
@@ -80,35 +83,38 @@ class Way:
     walk: int = 0
 
     def __str__(self) -> str:
-        blocks = "two blocks" if self.halves else "one block"
-        whole = f"as roles in {blocks} for each, {'beside each other' if self.aside else 'one after the other'}"
-        scans = f"each cut into segments of {self.segment} chunks, which triton scans" if self.segment else whole
-        return f"{scans}{f'; what follows them as roles, {self.walk} chunks to a block' if self.walk else ''}"
+        part = f" segment of {self.segment} chunks" if self.segment else ""
+        blocks = f"{'two blocks' if self.halves else 'one block'} for each{part}"
+        rest = f"; what follows them as roles, {self.walk} chunk{'s' * (self.walk > 1)} to a block" if self.walk else ""
+        return f"as roles in {blocks}, {'beside each other' if self.aside else 'one after the other'}{rest}"
 
 
 def way(instance: Instance, sequences: int, heads: int, tokens: int, units: int) -> Way | None:
-    """How roles serve a backward; None where they should not be the fastest. units: multiprocessors.
+    """How roles serve a backward; None where they should not be the fastest. units: multiprocessors. By what TRAIN's shapes
+    took on an H100 ("every way on TRAIN's shapes" in docs/performance-log.md).
 
-    Roles follow the scans, in long walks where blocks of these are enough (two value heads are taken to share a key head), but
-    not where beta comes as logits: its gradient is no sum of rows times beta then. Whole heads are scanned where these and
-    sequences are many (several sequences of few heads may be unequal: then a block has most of them); where they are few,
-    halves of heads, or segments where they win by Triton alone."""
-    scans, walks = sequences * heads, tokens * heads // (2 * CHUNK * WALK)
-    long = walks >= FILLED * units
-    walk = 0 if instance.switches.beta_sigmoid else WALK if long else SHORT
-    if scans >= (MANY if heads >= 16 else 2 * MANY):
-        return Way(aside=2 * scans <= units, walk=walk)
+    Roles follow the scans, but not where beta comes as logits: its gradient is no sum of rows times beta then. Where sequences
+    and heads are many these are scanned whole, beside each other as long as each scan's blocks have a multiprocessor; by halves
+    where two waves of these even out what unequal sequences leave. Few heads of one sequence go in halves, or in segments where
+    it is long; of several sequences roles of few blocks lose to Triton's, which follow each other chunk by chunk."""
+    scans, walks = sequences * heads, tokens * heads // (2 * CHUNK * WALK)         # two value heads taken to share a key head
+    walk = 0 if instance.switches.beta_sigmoid else WALK if walks >= FILLED * units else SHORT
+    if scans >= MANY and (heads >= 16 or scans >= 2 * MANY or sequences >= SOME):
+        halves = bool(walk) and units < 4 * scans <= 2 * units
+        return Way(halves, aside=scans <= units if walk else 2 * scans <= units, walk=walk)
     if not walk:
         return None
-    if long and heads < 16 and adjoints.can(instance) and \
-            (size := adjoints.segment_of(sequences, heads, tokens, units, adjoints.BY_ROLES)):
-        return Way(segment=size, walk=walk)
-    return Way(halves=True, aside=4 * scans <= units, walk=walk)
+    if heads >= 16:
+        return Way(halves=True, aside=True, walk=walk)
+    if adjoints.can(instance) and adjoints.roles_win(sequences, heads, tokens, units, SEGMENT):
+        return Way(segment=SEGMENT, walk=SHORT)
+    return Way(halves=True, aside=True, walk=SINGLE) if tokens <= BRIEF * sequences else None
 
 
 def served(base: Schedule, instance: Instance, how: Way) -> Schedule:
-    """As it serves: what is of the outputs' gradient among the roles; all that is no role by Triton. base: "gathered-turns"."""
-    made = adjoints.in_segments(base, instance, how.segment, adjoints.TURNS) if how.segment else \
+    """As it serves: what is of the outputs' gradient among the roles, where sequences are whole; all that is no role by Triton.
+    base: "gathered-turns"."""
+    made = as_roles(adjoints.in_segments(base, instance, how.segment, adjoints.TURNS)) if how.segment else \
         as_roles(base, AGAIN, BACK_ALONE, how.halves, how.aside)
     return the_rest_by("triton", inner_as_roles(made, chunks=how.walk) if how.walk else made)
 
