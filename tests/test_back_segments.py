@@ -287,7 +287,7 @@ def test_the_bench_has_candidates_of_each_plan() -> None:
 def test_where_scans_should_be_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few heads over many tokens; not where blocks fill the GPU, nor what no GPU has run."""
     schedule, why = default("sm_90", BF16, 1, 4, 32768)
-    assert schedule.name == "backward-gathered-segments-32" and "segments of 32 chunks" in why
+    assert schedule.name == "backward-gathered-turns-segments-32" and "segments of 32 chunks" in why
     assert default("sm_90", BF16, 8, 32, 32768)[0].name == "backward-gathered-turns-32"
     assert default("sm_90", replace(BF16, keep="states"), 1, 4, 32768)[0].name == "backward-gathered-turns-16, given states"
     assert default("sm_90", replace(BF16, grads=("q",)), 1, 4, 32768)[0].name == "backward-16"

@@ -118,7 +118,7 @@ def test_a_neighbour_of_another_kind_does_not_serve(records: Records, monkeypatc
     monkeypatch.setattr(lookup, "device_here", lambda target: H100)
     train = replace(BF16, switches=Switches(), grads=("q", "k", "v", "g", "beta"))
     names = {n: default("sm_90", train, 1, 4, n)[0].name for n in (8192, 14000, 16384)}
-    assert names == {8192: "backward-gathered-turns-16", **dict.fromkeys((14000, 16384), "backward-gathered-segments-16")}
+    assert names == {8192: "backward-gathered-turns-16", **dict.fromkeys((14000, 16384), "backward-gathered-turns-segments-16")}
     mine = default("sm_90", train, 1, 4, 14000)[0].with_options(grads=KernelOptions(None, 8, 1))
     sources = tuple((s.kernel, s.hash) for s in variant(train, mine, "triton", "sm_90").sources)
     subject = replace(winner().subject, instance=train)

@@ -22,7 +22,7 @@ from gdn_ir.coverage import Cell, Layout
 from gdn_ir.nodes import IRError
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.schedules.adjoints import in_segments
-from gdn_ir.schedules import adjoints, defaults
+from gdn_ir.schedules import adjoints
 from gdn_ir.schedules.defaults import whole_scans
 from gdn_ir.schedules.execute import execute
 from gdn_ir.schedules.pipeline import IllegalStep
@@ -141,8 +141,8 @@ def test_the_bench_has_candidates() -> None:
         ways = [f"{half}{aside}" for half in ("", "-halves") for aside in ("", "-aside")]
         roles = [f"roles{how}{way}" for how in ("", "-alone", "-merged-alone", "-turns-alone") for way in ways]
         one = [f"{how}{way}" for way in ("", ", 8 warps", ", waits", ", 8 warps, waits") for how in ("merged", "turns")]
-        inner = [f"roles-{how}-alone{way}-inner" for how in ("merged", "turns") for way in ("", "-aside", "-halves-aside")]
-        inner += ["gathered-merged-inner", *(f"gathered-turns-inner{n}" for n in ("", "-4", "-16"))]
+        inner = [f"roles-turns-alone{way}-inner{n}" for way in ways for n in ("-1", "-2", "")]
+        inner += ["gathered-merged-inner", *(f"gathered-turns-inner{n}" for n in ("-1", "-2", "-4", "", "-16"))]
         assert {*found} == {"gathered", "gathered, in a row", *one, *roles, *inner}
         for name, s in found.items():
             kernels = variant(bench.TIMED, s, "triton", "sm_90").compiled.kernels
@@ -158,45 +158,42 @@ def test_the_bench_has_candidates() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["roles", "roles-alone-aside", "roles-halves", "roles-alone-halves-aside", "roles-turns-alone",
-                                  "roles-turns-alone-aside", "roles-merged-alone-inner", "roles-turns-alone-inner",
-                                  "roles-turns-alone-aside-inner", "gathered-turns-inner"])
+                                  "roles-turns-alone-aside", "gathered-merged-inner", "roles-turns-alone-inner",
+                                  "roles-turns-alone-aside-inner", "roles-turns-alone-halves-aside-inner-1",
+                                  "roles-turns-segments-2-inner-2", "gathered-turns-inner"])
 def test_on_a_gpu(name: str) -> None:
     """Ragged ends, an empty sequence, states in and out, over poison, against float64 and "gathered"."""
-    (cell, kind), made = bench.CHECKS[0], bench.candidates(gradients.backward_of(bench.CHECKS[0][0]), 6, 2)
+    (cell, kind), made = bench.CHECKS[0], bench.candidates(gradients.backward_of(bench.CHECKS[0][0]), 6, 2, (2,))
     want = gradients.expected(cell, gradients.make(cell, kind=kind), gradients.backward_of(cell).grads)
     assert all(bench.checked((cell, kind), want, {n: made[n] for n in ("gathered", name)})["right"].values())
 
 
 @pytest.mark.parametrize(("sequences", "heads", "tokens", "how"), [
-    (1, 32, 4096, Way(False, True)), (2, 33, 8192, Way(False, True)), (8, 32, 32768, Way()), (8, 8, 8192, Way(False, True)),
-    (1, 32, 1024, Way(False, True)), (1, 16, 8192, Way(True, True)), (1, 8, 32768, Way(segment=32)),
-    (1, 4, 32768, Way(segment=32)), (4, 8, 4096, None), (1, 4, 8192, None), (2, 8, 8192, None), (1, 16, 1024, None)])
-@pytest.mark.parametrize("follow", [True, False])
-def test_what_serves(sequences: int, heads: int, tokens: int, how: Way | None, follow: bool,
-                     monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scans beside each other where both have a multiprocessor for each block. Where roles may follow them, and have
-    blocks enough to do so, half a head to a block where heads are fewer, segments where tokens are many."""
-    monkeypatch.setattr(defaults, "ROLES_FOLLOW", follow)
+    (1, 32, 4096, Way(False, True, walk=2)), (1, 32, 32768, Way(False, True, walk=8)), (2, 33, 8192, Way(True, True, walk=2)),
+    (8, 32, 32768, Way(walk=8)), (8, 8, 8192, Way(True, True, walk=2)), (8, 4, 8192, Way(False, True, walk=2)),
+    (1, 16, 8192, Way(True, True, walk=2)), (1, 16, 32768, Way(True, True, walk=8)), (1, 8, 32768, Way(segment=32, walk=2)),
+    (1, 4, 32768, Way(segment=32, walk=2)), (4, 8, 4096, Way(True, True, walk=1)), (1, 4, 768, Way(True, True, walk=1)),
+    (1, 4, 8192, None), (2, 8, 8192, None), (1, 4, 16384, None)])
+def test_what_serves(sequences: int, heads: int, tokens: int, how: Way | None) -> None:
+    """Whole heads or halves, beside each other where the blocks of one scan have a multiprocessor each; segments where few
+    heads have many tokens; Triton alone in between. After them walks of more chunks where there are blocks enough."""
     registry.forget()
-    how = how if not how or follow or not (how.halves or how.segment) else None
-    how = replace(how, follows=follow and tokens > 1024) if how else None
     option = registry.options(bench.TIMED, "sm_90", sequences, heads, tokens)[0]
     assert isinstance(option.variant, Variant) and (option.backend == "triton") == (how is None)
     kernels = option.variant.compiled.kernels
-    roles = [k.name for k in kernels if k.options.roles]
-    assert roles == (["again", "back"] if how and not how.segment else []) + (["grads"] if how and how.follows else [])
+    assert [k.name for k in kernels if k.options.roles] == (["again", "back", "grads"] if how else [])
     assert [k.name for k in kernels if k.options.aside] == ["again"] * bool(how and how.aside)
     turns = whole_scans("sm_90", bench.TIMED, sequences, heads, "triton", merges="gathered-turns")[0]
-    if how is None and adjoints.segment_of(sequences, heads, tokens, 132):
-        turns = in_segments(whole_scans("sm_90", bench.TIMED, 1, heads, "triton")[0], bench.TIMED, 32)
-    wanted = turns if how is None else served(turns, bench.TIMED, how)
+    cut = adjoints.segment_of(sequences, heads, tokens, 132) if how is None else 0
+    wanted = served(turns, bench.TIMED, how) if how else in_segments(turns, bench.TIMED, cut, adjoints.TURNS) if cut else turns
     assert [s.hash for s in option.variant.sources] == [s.hash for s in variant(bench.TIMED, wanted, "triton", "sm_90").sources]
 
 
 def test_what_follows_where_beta_is_a_logit() -> None:
-    """Its gradient is no sum of rows times beta there: Triton's kernel follows the scans."""
+    """Its gradient is no sum of rows times beta there: Triton's kernel follows the scans, which have a multiprocessor each."""
     plain = replace(bench.TIMED, switches=Switches(beta_sigmoid=True))
-    assert [way(i, 1, 32, 8192, 132, True) for i in (plain, bench.TIMED)] == [Way(False, True), Way(False, True, follows=True)]
+    assert [way(i, 2, 32, 8192, 132) for i in (plain, bench.TIMED)] == [Way(False, True), Way(True, True, walk=2)]
+    assert way(plain, 4, 32, 8192, 132) == Way() and way(plain, 1, 4, 768, 132) is None
 
 
 def test_scans_in_two_streams(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,14 +142,14 @@ def test_the_backward_s_segments_are_in_the_space() -> None:
     turns, served_whole = based(frames[0], "triton", "sm_90", train, 8), default("sm_90", train, 1, 8, 32768)[0]
     assert all(turns.options(k) == o for k, o in served_whole.kernels if k != "*") and served_whole.options("grads").k_tile
     roles = space_of("tilelang", "sm_90", train).frames
-    throughout = "roles-throughout"
     assert [(f.plan, f.segment) for f in roles] == [
-        ("roles-aside", 0), ("roles", 0), ("roles-aside-throughout", 0), (throughout, 0), ("roles-halves-aside-throughout", 0),
-        (throughout, 16), (throughout, 32)]
+        ("roles-aside", 0), ("roles", 0),
+        *((f"{way}-throughout{walk}", 0) for walk in ("", "-short") for way in ("roles-aside", "roles", "roles-halves-aside")),
+        ("roles-halves-aside-throughout-single", 0), ("roles-throughout-short", 32)]
     made = [based(f, "tilelang", "sm_90", train, 32) for f in roles]
-    assert [s.options("again").aside for s in made] == [True, False, True, False, True, False, False]
+    assert [s.options("again").aside for s in made] == [True, False] * 2 + [True] * 2 + [False] + [True] * 2 + [False]
     assert [[k for k, o in s.kernels if o.roles] for s in made] == [
-        *[["again", "back"]] * 2, *[["again", "back", "grads"]] * 3, *[["grads"]] * 2]
+        *[["again", "back"]] * 2, *[["again", "back", "grads"]] * 8]
     wide = replace(train, io="f16", beta="f16")
     assert all("segments" not in f.plan for f in space_of("triton", "sm_90", wide).frames)
 
