@@ -19,7 +19,7 @@ SOME = 8                                                   # sequences from whic
 # what makes u's gradient by the outputs before the adjoint's scan, which then only adds it
 BEFORE = (("peel", "d_u", "d_u_o"), ("turn", "d_u_o"), ("hoist", "d_u_o", "io", "local"))
 WALK, SHORT, SINGLE = 8, 2, 1                              # chunks of a sequence that a block goes through
-FILLED = 3                                                 # times the multiprocessors, by blocks of long walks
+FILLED = 1.9                                               # times the multiprocessors, by blocks of long walks
 BRIEF = 1024                                               # tokens of a sequence whose chunks go to a block each
 SEGMENT = 32                                               # chunks of a segment
 HALF = 64                                                  # columns of V that a block owns where two share a head

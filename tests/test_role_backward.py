@@ -169,7 +169,7 @@ def test_on_a_gpu(name: str) -> None:
 
 
 @pytest.mark.parametrize(("sequences", "heads", "tokens", "how"), [
-    (1, 32, 4096, Way(False, True, walk=2)), (1, 32, 32768, Way(False, True, walk=8)), (2, 33, 8192, Way(True, True, walk=2)),
+    (1, 32, 4096, Way(False, True, walk=2)), (1, 32, 8192, Way(False, True, walk=8)), (2, 33, 8192, Way(True, True, walk=8)),
     (8, 32, 32768, Way(walk=8)), (8, 8, 8192, Way(True, True, walk=2)), (8, 4, 8192, Way(False, True, walk=2)),
     (1, 16, 8192, Way(True, True, walk=2)), (1, 16, 32768, Way(True, True, walk=8)), (1, 8, 32768, Way(segment=32, walk=2)),
     (1, 4, 32768, Way(segment=32, walk=2)), (4, 8, 4096, Way(True, True, walk=1)), (1, 4, 768, Way(True, True, walk=1)),
@@ -192,7 +192,7 @@ def test_what_serves(sequences: int, heads: int, tokens: int, how: Way | None) -
 def test_what_follows_where_beta_is_a_logit() -> None:
     """Its gradient is no sum of rows times beta there: Triton's kernel follows the scans, which have a multiprocessor each."""
     plain = replace(bench.TIMED, switches=Switches(beta_sigmoid=True))
-    assert [way(i, 2, 32, 8192, 132) for i in (plain, bench.TIMED)] == [Way(False, True), Way(True, True, walk=2)]
+    assert [way(i, 2, 32, 8192, 132) for i in (plain, bench.TIMED)] == [Way(False, True), Way(True, True, walk=8)]
     assert way(plain, 4, 32, 8192, 132) == Way() and way(plain, 1, 4, 768, 132) is None
 
 
