@@ -6,7 +6,6 @@ Loaded packs come before all of these: they hold kernels that are compiled alrea
 """
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from gdn_ir.autotune.records import Records, Winner, default_path, winners
 from gdn_ir.autotune.tables import shipped
 from gdn_ir.backends import BACKENDS
 from gdn_ir.compiler import Instance, variant
+from gdn_ir.environment import switched
 from gdn_ir.schedules.defaults import default
 from gdn_ir.schedules.plans import Steps
 from gdn_ir.schedules.schedule import Schedule
@@ -66,7 +66,7 @@ def find(target: str, instance: Instance, sequences: int, heads: int, tokens: in
 def ranked(target: str, instance: Instance, shape: tuple[int, int, int], backend: str) -> Iterator[tuple[str, Winner]]:
     """What was tuned for such a call, the best match first: for its very shape; or for one near it that the heuristic takes by
     the same plan, whatever won there if it is close, and only with that plan if not."""
-    if os.environ.get("GDN_IR_TUNED") == "0":
+    if not switched("GDN_IR_TUNED", default=True):
         return
     here = device_here(target)
     versions: dict[str, str] | None = None                 # asked for where something was tuned: it may import a compiler

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gdn_ir import cache
+from gdn_ir.environment import switched
 
 if TYPE_CHECKING:
     from gdn_ir.backends.base import Backend, Kernel, Source
@@ -171,7 +172,7 @@ def at_hand(backend: Backend, kernel: Kernel, source: Source, arch: str) -> bool
     is allowed and possible."""
     if packed(backend.recipe(kernel, source, arch)):
         return True
-    return not PACKS and os.environ.get("GDN_IR_NO_JIT") != "1" and backend.toolchain(arch) is not None
+    return not PACKS and not switched("GDN_IR_NO_JIT") and backend.toolchain(arch) is not None
 
 
 def obtain(backend: Backend, kernel: Kernel, source: Source, arch: str) -> Artifact:
@@ -190,7 +191,7 @@ def obtain(backend: Backend, kernel: Kernel, source: Source, arch: str) -> Artif
     found = here.get(key)
     if found is not None:
         return found
-    if os.environ.get("GDN_IR_NO_JIT") == "1":
+    if switched("GDN_IR_NO_JIT"):
         raise NotCompiled(f"{kernel.name} for {arch} by {backend.name} is neither in the cache nor in a loaded pack")
     began = time.perf_counter()
     LOG.info("compiling %s for %s by %s", kernel.name, arch, backend.name)

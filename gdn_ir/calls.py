@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from gdn_ir.autotune.keys import Shape
 from gdn_ir.bench import cases
-from gdn_ir.compiler import Instance
+from gdn_ir.compiler import NAMES, Instance
 from gdn_ir.programs.gated_delta import Switches
 
 GRADIENTS = ("q", "k", "v", "g", "beta")
@@ -24,6 +24,8 @@ def instances(op: str, shapes: Iterable[Shape], dtype: str, K: int, V: int, flag
     of a backward, separated by commas; said: what the user calls shapes. Raises ValueError naming what is wrong."""
     if op not in OPS:
         raise ValueError(f"--op: got {op!r}; accepts {', '.join(OPS)}")
+    if dtype not in NAMES.values():
+        raise ValueError(f"--dtype: got {dtype!r}; accepts {', '.join(NAMES.values())}")
     known = [n for n, f in Switches.__dataclass_fields__.items() if f.type == "bool"]
     words = listed(flags)
     for w in words:
@@ -37,6 +39,8 @@ def instances(op: str, shapes: Iterable[Shape], dtype: str, K: int, V: int, flag
     if "initial_state" in named:
         switches = replace(switches, initial_state=True)
     every = tuple(n for n in (*GRADIENTS, "initial_state") if n in Instance(switches, K, V, dtype, dtype, True).program.read())
+    if unknown := [n for n in named if n not in every]:
+        raise ValueError(f"--grads: got {unknown[0]!r}; accepts {', '.join(every)}")
     found: dict[Instance, list[Shape]] = {}
     for s in shapes:
         if dense and len(set(s.lengths)) > 1:

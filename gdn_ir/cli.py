@@ -91,17 +91,18 @@ def explain(shapes: Annotated[Optional[list[str]], typer.Argument(help=f"calls: 
             K: int = 128, V: int = 128,
             dense: Dense = False,
             grads: Grads = "",
-            keep: Keep = "nothing",
+            keep: Annotated[str, typer.Option(help=f"{words.KEEP} (for a backward what GDN_IR_KEEP asks for)")] = "",
             json: Annotated[bool, typer.Option("--json", help="as data: a list, an entry for each call")] = False) -> None:
     """Say which variant serves a call, and why: where its schedule comes from, too."""
     from json import dumps
 
     from gdn_ir.calls import instances, shapes_of
-    from gdn_ir.registry import architecture_here, explained, named
+    from gdn_ir.registry import architecture_here, explained, keep_here, named
     said = []
+    op = op or ("backward" if grads else "forward")
+    keep = keep or keep_here(op == "backward")
     for s in shapes_of(",".join(shapes or [words.ONE]), "shapes"):
-        for i in instances(op or ("backward" if grads else "forward"), [s], dtype, K, V, flags, dense, grads=grads, keep=keep,
-                           said="shapes"):
+        for i in instances(op, [s], dtype, K, V, flags, dense, grads=grads, keep=keep, said="shapes"):
             said.append(explained(i, named(arch or architecture_here()), len(s.lengths), s.H, s.HV, s.tokens))
     print(dumps([s.data() for s in said], indent=1) if json else "\n".join(map(str, said)))
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from gdn_ir.artifacts import NotCompiled
 from gdn_ir.autodiff import backward
 from gdn_ir.backends.base import TORCH, Backend, Call, Kernel, Launch, Source
 from gdn_ir.backends.temporaries import in_order
+from gdn_ir.environment import switched
 from gdn_ir.follow import beside, clears, first_beside, followers
 from gdn_ir.inverse import doubled
 from gdn_ir.legalize import collapse, small_products, split_products, ungrouped
@@ -262,7 +262,7 @@ class Compiled:
 
     @cached_property
     def launches(self) -> tuple[Launch, ...]:
-        if os.environ.get("GDN_IR_PRINT") == "1":
+        if switched("GDN_IR_PRINT"):
             print(*(s.text for s in self.sources), sep="\n", file=sys.stderr)
         every = zip(self.makers, self.kernels, self.sources, strict=True)
         return tuple(b.compile(k, s, self.arch) for b, k, s in every)

@@ -1,7 +1,6 @@
 """Which variant serves a call, and why: the fastest backend that can, its schedule chosen for the architecture and shape."""
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from collections.abc import Hashable
@@ -16,6 +15,7 @@ from gdn_ir.artifacts import at_hand
 from gdn_ir.autotune.lookup import find
 from gdn_ir.autotune.records import Winner
 from gdn_ir.compiler import NAMES, Instance, Unsupported, Variant, variant
+from gdn_ir.environment import switched
 from gdn_ir.explanation import Choice, Explanation
 from gdn_ir.policy import forbid, use
 from gdn_ir.schedules.defaults import roles_fit, roles_want
@@ -123,7 +123,7 @@ def options(instance: Instance, arch: str, sequences: int, heads: int, tokens: i
         try:
             tuned = find(target, instance, sequences, heads, tokens, name)
             why = unseen(instance, name, arch, any(o.roles for _, o in tuned.schedule.kernels))
-            if why and os.environ.get("GDN_IR_UNVERIFIED") != "1":
+            if why and not switched("GDN_IR_UNVERIFIED"):
                 if instance.grads and name == "tilelang":
                     why = f"{roles_want(arch, instance, sequences, heads)}; without them {why}"
                 found.append(Option(name, None, f"{why} (GDN_IR_UNVERIFIED=1 lets it)"))
@@ -239,12 +239,12 @@ def _warn_kept(keep: str, reason: str) -> None:
 
 def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, sequences: int | None = None,
             dtype: str | torch.dtype = "bf16", arch: str | None = None, recurrent: bool = False, grads: tuple[str, ...] = (),
-            keep: str = "nothing", **switches: bool | str) -> Explanation:
+            keep: str | None = None, **switches: bool | str) -> Explanation:
     """Every variant that could serve such a call, and why it is or is not chosen: printed it is a page to read, and `data()` of
     it is plain data. dtype: "bf16", "f16", "f32", "f64" or torch's; sequences: of packed input (None: dense, B of them); arch:
     "cpu", "sm_80", "sm_90" (None: this machine's); recurrent: one token at a time; grads: a backward, of these inputs; keep:
-    what is left to a backward, or it is given (`gdn_ir.keep`); further keywords: `Switches`' fields, such as l2norm=True. H and
-    HV: heads of q and of v; T: tokens of a batch row."""
+    what is left to a backward, or it is given (None: for a backward what `gdn_ir.keep` asks for here); further keywords:
+    `Switches`' fields, such as l2norm=True. H and HV: heads of q and of v; T: tokens of a batch row."""
     arch = named(arch or architecture_here())
     io = NAMES.get(dtype, str(dtype)) if isinstance(dtype, torch.dtype) else dtype
     for name, size, least in (("H", H, 1), ("T", T, 0), ("B", B, 1), ("sequences", sequences or 0, 0)):
@@ -259,8 +259,13 @@ def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, 
     if HV < H or HV % H:
         raise ValueError(f"HV: got {HV}; accepts a multiple of H = {H}")
     instance = Instance(Switches(**switches), K, V, io, io, sequences is not None, tuple(grads),  # type: ignore[arg-type]
-                        grouped=not grads or HV > H, recurrent=recurrent, keep=keep)
+                        grouped=not grads or HV > H, recurrent=recurrent, keep=keep or keep_here(bool(grads)))
     return explained(instance, arch, sequences or B, H, HV, B * T)
+
+
+def keep_here(back: bool) -> str:
+    """What a backward is given where nobody says; a forward by itself leaves nothing."""
+    return policy.keeping() if back else policy.NOTHING
 
 
 def explained(instance: Instance, arch: str, sequences: int, H: int, HV: int, tokens: int) -> Explanation:

@@ -448,6 +448,11 @@ def test_what_no_gpu_has_run_is_not_served(monkeypatch: pytest.MonkeyPatch) -> N
     assert served(rows, "sm_90") == served(rows, "sm_80") == ["triton", "tilelang", "torch"]
     first = registry.options(back, "sm_80", 1, 32, 8192)[0]
     assert "triton's backward has not run on all it ships for on sm_80 (GDN_IR_UNVERIFIED=1 lets it)" in first.reason
+    for name in ("GDN_IR_UNVERIFIED", "GDN_IR_TUNED"):
+        with monkeypatch.context() as m, pytest.raises(RuntimeError, match=f"{name}: got 'yes'; accepts 1, 0 or nothing"):
+            m.setenv(name, "yes")
+            registry.forget()
+            registry.options(BF16, "sm_80", 1, 4, 64)
     monkeypatch.setenv("GDN_IR_UNVERIFIED", "1")
     assert served(back, "sm_80", 8191)[0] == "triton"
 

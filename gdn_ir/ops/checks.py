@@ -1,12 +1,12 @@
 """What the op accepts: every argument checked before anything is launched, each error naming it, what came and what fits."""
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 
 from gdn_ir.compiler import LARGEST
+from gdn_ir.environment import switched
 
 Tensor = torch.Tensor
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -145,7 +145,7 @@ def boundaries(cu: Tensor | None, cpu: Tensor | None, T: int) -> None:
 
 
 def _readable(x: Tensor) -> bool:
-    return x.device.type == "cpu" or os.environ.get("GDN_IR_CHECK") == "1"
+    return x.device.type == "cpu" or switched("GDN_IR_CHECK")
 
 
 def _short(values: list[int]) -> str:
