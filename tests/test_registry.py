@@ -346,12 +346,12 @@ def test_emit_takes_a_schedule_file(command: Callable[..., tuple[int, str, str]]
     (("emit", "--schedule", "best"), "--schedule: got 'best'; accepts default, naive, fused"),
     (("emit", "--schedule", "--schedule: got 'none.json'; accepts"), "--schedule: got 'none.json'; accepts"),
     (("emit", "--schedule", "wy", "--grads", "v"), "--schedule: got 'wy'; accepts default, naive, fused, states, grouped,"),
-    (("emit", "--grads", "q,w"), "grads: got w; accepts"),
+    (("emit", "--grads", "q,w"), "--grads: got 'w'; accepts q, k, v"),
     (("emit", "1x64:3/4"), "shape: got heads 3/4; accepts H/HV with HV a multiple of H"),
     (("emit", "forward"), "shape: got forward; accepts one call"),
     (("emit", "--flags", "no-eraser"), "--flags: got 'no-eraser'; accepts erase,"),
     (("emit", "--grads", "q", "--op", "forward"), "--grads: got 'q' with --op forward; accepts"),
-    (("explain", "--grads", "o"), "grads: got o; accepts"),
+    (("explain", "--grads", "o"), "--grads: got 'o'; accepts q, k, v"),
     (("emit", "--backend", "cuda"), "--backend: got 'cuda'; accepts triton, tilelang, torch"),
     (("emit", "--op", "recurrent", "--schedule", "states"), "--schedule: got 'states' with --op recurrent; accepts default"),
     (("emit", "--schedule", "roles", "--flags", "no-decay"), "--schedule roles: roles need a decay"),
@@ -452,7 +452,7 @@ def test_what_no_gpu_has_run_is_not_served(monkeypatch: pytest.MonkeyPatch) -> N
         with monkeypatch.context() as m, pytest.raises(RuntimeError, match=f"{name}: got 'yes'; accepts 1, 0 or nothing"):
             m.setenv(name, "yes")
             registry.forget()
-            registry.options(BF16, "sm_80", 1, 4, 64)
+            registry.options(back, "sm_80", 1, 4, 64)
     monkeypatch.setenv("GDN_IR_UNVERIFIED", "1")
     assert served(back, "sm_80", 8191)[0] == "triton"
 
