@@ -129,6 +129,9 @@ def executed(chosen: Variant, cell: Cell, late: bool, kind: str = "model") -> tu
             continue
         x |= {n: torch.full(call.shape(kernel, tensors[n]), float("nan"), dtype=TORCH[tensors[n].dtype])
               for n in kernel.program.written()}
+        x |= {kernel.counts.name: torch.zeros(call.shape(kernel, kernel.counts), dtype=torch.int32)} if kernel.counts else {}
+        x |= {t.name: torch.full(call.shape(kernel, t), enough, dtype=torch.int32)             # of scans by torch
+              for t, enough, _ in kernel.awaits if t.name not in x}
         emulated.run(kernel, source, x, 128 ** -0.5, call, late)
     parts = {n: slice(None if n.endswith("state") else rows) for n in instance.grads}
     return {n: x[f"d_{n}"][part] for n, part in parts.items()}, {n: want[n][part] for n, part in parts.items()}

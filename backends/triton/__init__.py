@@ -58,6 +58,8 @@ class Triton:
             return Reason("triton: one split axis a kernel")
         if (kernel.leads or kernel.beside) and arch != "sm_90" and not interpreting():
             return Reason("triton: one kernel follows another on sm_90 alone, which can start it beside the other")
+        if kernel.awaits and kernel.parallel and len(kernel.parallel.chain) > 1:
+            return Reason("triton: who follows takes one chunk a block; roles of tilelang walk through several")
         return None if interpreting() else denied(kernel, arch)
 
     def tile(self, axis: str, extent: int, arch: str) -> int:
