@@ -52,7 +52,8 @@ class Sync:
     counts: str = ""
 
     def __str__(self) -> str:
-        return " ".join(x for x in (self.kind, self.barrier, self.counts, f"{self.engine} {self.most}" if self.kind == "drain" else "",
+        return " ".join(x for x in (self.kind, self.barrier, self.counts,
+                                    f"{self.engine} {self.most}" if self.kind == "drain" else "",
                                     "ragged" if self.ragged else "", "late" if self.late else "") if x)
 
 

@@ -32,7 +32,7 @@ def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: b
     blocks of both have; but a block of roles takes a multiprocessor, so where both have more than there are, back starts when
     again ends, and nothing is won."""
     if aside and follows:
-        raise ValueError("as_roles: got aside and follows; accepts one of them: a follower starts in the stream of what it follows")
+        raise ValueError("as_roles: got aside and follows; accepts one of them: who follows is in the stream of both scans")
     alone = any(e.do == "issue" and e.value == "qk" for r in back.roles for e in r.events)
     steps = tuple(s for s in base.steps if not alone or s not in BEFORE)
     last = "inner" if "inner" in dict(base.kernels) else "grads"               # what follows both scans

@@ -35,6 +35,8 @@ from tests import emulated
 
 TILELANG = BACKENDS["tilelang"]
 TOKENS = re.compile(r"(?P<barrier>\w+)\[(?P<slot>[^\]]*)\]\.(?P<what>wait|arrive)\((?P<parity>.*)\);"
+                    r"|(?P<beside>count_stored|await_count)\(\(&\((?P<counts>\w+)_\[.*, (?P<columns>\d+)\);"
+                    r"|(?P<written>tma_store_wait<0, false>)"
                     r"|(?P<fence>fence_proxy_async)|wait_wgmma<(?P<most>\d+)>|(?P<stored>tma_store_wait)|(?P<other>__sync_?thread|bar\.sync|mbarrier)")
 
 
@@ -95,6 +97,9 @@ def synchronised(kernel: Kernel, cuda: str) -> None:
     p = derive(printer.laid)
     copies_ = [printer.laid.instances(r) for r in printer.roles.roles if printer.alike(r)]
     init, body = cuda.split("fence_barrier_init();", 1)
+    starts, ends = "cudaTriggerProgrammaticLaunchCompletion();", "cudaGridDependencySynchronize();"
+    assert (body.count(starts), body.count(ends)) == (kernel.leads, kernel.beside)
+    assert not kernel.leads or body.index(starts) < body.index(".wait(")
     for name, b in p.barriers.items():
         array, first = printer.places[name]
         for i in range(b.slots):
@@ -115,7 +120,14 @@ def synchronised(kernel: Kernel, cuda: str) -> None:
                 assert evaluated(found["slot"], c, x.late, row) == (first or 0) + c % slots, found[0]
                 assert x.kind == "arrive" or evaluated(found["parity"], c, x.late) % 2 == (c // slots + x.flip) % 2, found[0]
         x = copies[0]
-        if not found["barrier"]:
+        if found["beside"]:
+            waits = {t.name: n for t, n, _ in kernel.awaits}
+            assert (x.kind, x.counts, int(found["columns"])) == (
+                ("await", found["counts"], waits[found["counts"]]) if found["beside"] == "await_count" else
+                ("count", "", kernel.columns)), found[0]
+        elif found["written"]:
+            assert (x.kind, x.engine) == ("drain", "memory"), found[0]
+        elif not found["barrier"]:
             what = ("fence", "") if found["fence"] else ("drain", "copy") if found["stored"] else ("drain", "tensor")
             assert (x.kind, x.engine) == what and (not found["most"] or x.most == int(found["most"])), found[0]
     assert not expected

@@ -55,7 +55,7 @@ def supports(kernel: Kernel, arch: str) -> Reason | None:
 
 
 @lru_cache(maxsize=64)
-def seen(program: Program, roles: Roles, beside: Beside = Beside()) -> None:
+def seen(program: Program, roles: Roles, beside: Beside) -> None:
     """Whoever wrote the order of events: what it computes is seen before it runs. (Once, for a tuner varies what is around a
     scan by the hundred.) Raises Fault."""
     execute(derive(Laid(program, roles, beside)), 4, seeds=1)
