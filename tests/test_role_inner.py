@@ -1,6 +1,7 @@
 """What follows the backward's scans as roles: steps, its plan, its text, executed on the CPU; what nvcc makes of it."""
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
@@ -31,7 +32,7 @@ from gdn_ir.schedules.roles import AGAIN, BACK_ALONE, INNER, Event, Roles
 from tests.emulated import Language
 from tests.test_backward import AXES, CU, FAMILY, in_f64, memory
 from tests.test_role_backward import executed
-from tests.test_role_kernels import TILELANG, spilled, synchronised
+from tests.test_role_kernels import TILELANG, ptx, spilled, synchronised
 from tests.test_roles import unseen
 
 STATES = Switches(initial_state=True, final_state=True)
@@ -184,6 +185,39 @@ def test_cuda(tmp_path: Path, varlen: bool, plan: str, chunks: int) -> None:
     assert shared + 1024 <= SHARED["sm_90"]                # its barriers have the rest
     synchronised(made, cuda)
     assert spilled(tmp_path, cuda) == 0
+
+
+COUNT = ["cp.async.bulk.wait_group 0", "fence.proxy.async", "fence.acq_rel.gpu", "bar.warp.sync",
+         "red.release.gpu.global.add.s32"]
+AWAIT = ["ld.acquire.gpu.global.s32", "nanosleep.u32", "ld.acquire.gpu.global.s32", "bar.warp.sync", "fence.proxy.async"]
+
+
+@pytest.mark.parametrize("name", ["again", "back", "grads"])
+def test_instructions(tmp_path: Path, name: str) -> None:
+    """A warp counts once its own copies lie in memory, for the whole GPU, and both sides fence between the two ways there; who
+    follows lets nothing that others write meanwhile be read through a cache of what never changes."""
+    made = next(k for k in made_of(SMALL, "follows-roles-turns", 8).compiled.kernels if k.name == name)
+    source = TILELANG.emit(made, "sm_90")
+    function = getattr(load_source("tilelang", source.kernel, source.hash, source.text), source.kernel)
+    cuda, _ = lowered(function, "sm_90", TILELANG.flags(made))
+    text = ptx(tmp_path, cuda)
+    what = "|".join(map(re.escape, {*COUNT, *AWAIT}))
+    found = " ".join(re.findall(rf"^\s*({what})(?=[\s;])", text, re.M))
+    assert (" ".join(COUNT) in found, " ".join(AWAIT) in found) == (name != "grads", name == "grads")
+    assert found.count(COUNT[0]) == found.count(COUNT[2]) and ("ld.acquire" in found) == (name == "grads")
+    beside = ("griddepcontrol.launch_dependents;" in text, "griddepcontrol.wait;" in text)
+    assert beside == (name != "grads", name != "again")
+    assert "ld.global.nc" not in text or name == "again"
+
+
+@pytest.mark.parametrize(("name", "beside"), [("again", False), ("back", True)])
+def test_a_library_keeps_how_it_is_launched(name: str, beside: bool) -> None:
+    """What a pack holds too: TileLang's runtime launches what waits for the kernel before it, at its end, beside that."""
+    made = next(k for k in made_of(SMALL, "follows-roles-turns", 8).compiled.kernels if k.name == name)
+    if TILELANG.toolchain("sm_90") is None:
+        pytest.skip("no nvcc")
+    (library,) = TILELANG.build(made, TILELANG.emit(made, "sm_90"), "sm_90").files.values()
+    assert (b"use_programtic_dependent_launch" in library) == beside
 
 
 @pytest.mark.parametrize("plan", ["merged", "turns"])

@@ -161,19 +161,29 @@ def test_nvcc_serialises_nothing(tmp_path: Path, varlen: bool, segment: int) -> 
 
 def spilled(folder: Path, cuda: str) -> int:
     """Bytes that nvcc spills, of a kernel of which it serialises nothing."""
+    notes = compiled(folder, cuda, "-gencode", "arch=compute_90a,code=sm_90a", "-Xptxas", "-v", "-cubin")
+    assert not re.search(r"C75\d\d", notes)
+    (stored,) = re.findall(r"(\d+) bytes spill stores", notes)
+    return int(stored)
+
+
+def ptx(folder: Path, cuda: str) -> str:
+    compiled(folder, cuda, "-gencode", "arch=compute_90a,code=compute_90a", "-ptx")
+    return (folder / "x").read_text()
+
+
+def compiled(folder: Path, cuda: str, *flags: str) -> str:
+    """What nvcc says while it compiles to the file x."""
     compiler()
     from tilelang.contrib import nvcc
     from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH
     if shutil.which(nvcc.get_nvcc_compiler()) is None:
         pytest.skip("no nvcc")
     (folder / "scan.cu").write_text(cuda)
-    command = [nvcc.get_nvcc_compiler(), "-std=c++20", "-O3", "--use_fast_math", "-gencode", "arch=compute_90a,code=sm_90a",
-               f"-I{TILELANG_TEMPLATE_PATH}", f"-I{CUTLASS_INCLUDE_DIR}", "-Xptxas", "-v", "-cubin", "-o", "x", "scan.cu"]
+    command = [nvcc.get_nvcc_compiler(), "-std=c++20", "-O3", "--use_fast_math", f"-I{TILELANG_TEMPLATE_PATH}",
+               f"-I{CUTLASS_INCLUDE_DIR}", *flags, "-o", "x", "scan.cu"]
     said = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    notes = said.stdout + said.stderr
-    assert not re.search(r"C75\d\d", notes)
-    (stored,) = re.findall(r"(\d+) bytes spill stores", notes)
-    return int(stored)
+    return said.stdout + said.stderr
 
 
 def test_asked_for_by_a_schedule(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ BESIDE = """
 static __device__ __forceinline__ void count_stored(int* count, int columns) {
     // what this warp has stored comes before the count
     asm volatile("fence.proxy.async;" ::: "memory");
-    __threadfence();
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
     __syncwarp();
     if (threadIdx.x % 32 == 0)
         asm volatile("red.release.gpu.global.add.s32 [%0], %1;" :: "l"(count), "r"(columns) : "memory");

@@ -297,11 +297,12 @@ class RolePrinter(RoleSteps):
                 self.put(depth, f"if T.truncmod(T.truncdiv({self.c}, {member}), {self.plan.few}) == 0:")
                 counts, enough = next((t, n) for t, n, _ in self.kernel.awaits if t.name == x.counts)
                 self.put(depth + 1, self.counted("await_count", counts, enough))
-            elif x.engine == "memory" or x.kind == "count":
+            elif x.kind == "drain" and x.engine == "memory":
                 self.put(depth, f"if {self.done()}:")
-                for y in (x, *(rest.pop(0) for _ in range(bool(rest) and x.engine == "memory"))):
-                    self.put(depth + 1, "T.tma_store_wait(0, False)" if y.kind == "drain" else
-                             self.counted("count_stored", self.kernel.counts, self.kernel.columns))
+                self.put(depth + 1, f"T.tma_store_wait({x.most}, False)")
+            elif x.kind == "count" and self.kernel.counts:
+                self.put(depth, f"if {self.done()}:")
+                self.put(depth + 1, self.counted("count_stored", self.kernel.counts, self.kernel.columns))
             elif x.kind == "drain" and x.engine == "tensor":
                 self.put(depth, f"T.wait_wgmma({x.most})")
             elif x.kind == "arrive":
