@@ -116,6 +116,12 @@ class Kernel:
         """Those of V that a block owns."""
         return self.tile("V") if "V" in self.splits else self.extents["V"]
 
+    @cached_property
+    def changes(self) -> frozenset[str]:
+        """The names of the tensors that it writes, counts and rows past the last sequence among them."""
+        more = (t.name for t in (self.counts, self.clears, *self.turns.values()) if t)
+        return frozenset((*self.program.written(), *(s["tensor"].name for s in self.sweeps), *more))
+
     @property
     def counters(self) -> int:
         """How many count the columns of one chunk: of roles each warp that stores, else the block."""

@@ -33,6 +33,9 @@ def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: b
     again ends, and nothing is won."""
     if aside and follows:
         raise ValueError("as_roles: got aside and follows; accepts one of them: who follows is in the stream of both scans")
+    if follows and "-segments" in base.name:
+        raise ValueError(f"as_roles.follows: got true with {base.name}; accepts a schedule of whole sequences: segments are "
+                         "not counted")
     alone = any(e.do == "issue" and e.value == "qk" for r in back.roles for e in r.events)
     steps = tuple(s for s in base.steps if not alone or s not in BEFORE)
     last = "inner" if "inner" in dict(base.kernels) else "grads"               # what follows both scans

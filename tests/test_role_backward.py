@@ -116,6 +116,7 @@ def test_who_follows_what(halves: bool) -> None:
         "S_kept": "again_ready", "u": "again_ready", "d_r": "back_ready"}
     when = dict(zip(kernels, moments(made.compiled.kernels), strict=True))
     assert when["solve"] < when["again"] == when["back"] == when["inner"] < when["heads"]
+    assert "again_ready" in kernels["again"].changes and "back_ready" in kernels["solve"].changes      # copied back, if moved
     lives = temporaries(made.compiled.kernels)
     assert {n: life.first for n, life in lives.items() if n.endswith("_ready")} == {"back_ready": 1, "again_ready": 0}
     texts = {s.kernel: s.text for s in made.sources}
@@ -130,8 +131,13 @@ def test_what_cannot_be_followed() -> None:
         as_roles(base, aside=True, follows=True)
     with pytest.raises(ValueError, match="got true with segments"):
         Way(segment=32, follows=True)
-    with pytest.raises(IRError, match="must step through chunks in one scan each"):
-        variant(bench.TIMED, as_roles(in_segments(base, bench.TIMED, 32), follows=True), "triton", "sm_90")
+    cut = in_segments(base, bench.TIMED, 32)
+    with pytest.raises(ValueError, match=r"as_roles\.follows: got true with .*; accepts a schedule of whole sequences"):
+        as_roles(cut, follows=True)
+    cut = as_roles(cut)
+    follows = {n: replace(cut.options(n), follows=True) for n in ("back", "inner")}
+    with pytest.raises(IRError, match="follow: back takes all its chunks at once, so that there is nothing to follow"):
+        variant(bench.TIMED, cut.with_options(**follows), "triton", "sm_90")
 
 
 @pytest.mark.parametrize("walk", [0, 2, 8])
@@ -139,7 +145,9 @@ def test_a_way_follows(walk: int) -> None:
     turns = whole_scans("sm_90", bench.TIMED, 1, 32, "triton", merges="gathered-turns")[0]
     for halves in (False, True):
         way = Way(halves, True, walk=walk, follows=True)
-        kernels = variant(bench.TIMED, served(turns, bench.TIMED, way), "triton", "sm_90").compiled.kernels
+        schedule = served(turns, bench.TIMED, way)
+        assert Schedule.from_json(schedule.to_json()) == schedule
+        kernels = variant(bench.TIMED, schedule, "triton", "sm_90").compiled.kernels
         assert [k.name for k in kernels if k.beside] == ["back", "grads"] and not any(k.options.aside for k in kernels)
         assert all(k.options.around for k in kernels if k.name == "grads") and "as soon as" in str(way)
 

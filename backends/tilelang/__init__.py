@@ -85,7 +85,7 @@ class TileLang:
         from gdn_ir.backends.tilelang.runtime import LIBRARY, for_cpu, for_gpu, library
         artifact = obtain(self, kernel, source, arch)
         path, order = artifact.path(LIBRARY), list(artifact.launch["order"])
-        written = frozenset(f"{t}_" for t in kernel.program.written())
+        written = frozenset(f"{t}_" for t in kernel.changes)
         run = for_cpu(path, order) if arch == "cpu" else for_gpu(library(path), order, written)
         tensors, params, sizes = kernel.tensors(), kernel.program.params(), heads(kernel)
 
