@@ -21,7 +21,7 @@ from gdn_ir.schedules import adjoints
 from gdn_ir.schedules.defaults import (CROWDED, FUSED_LENGTHS, LENGTHS, backward_by_roles, default, lean, roles_can,
                                        segmented, whole_scans, with_triton)
 from gdn_ir.schedules.plans import Steps, backward_plan, plan
-from gdn_ir.schedules.role_backward import SEGMENT, SHORT, SINGLE, WALK, Way
+from gdn_ir.schedules.role_backward import WAYS
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 MODEST = KernelOptions(64, 4, 1)
@@ -33,8 +33,7 @@ class Frame:
     products; sums: whether the log decay's running sums are hoisted beside the solve; dot: what products' operands are rounded
     to; segment: chunks of a segment, in a plan that cuts sequences into such. The plan "roles" is "solve" ("cut", where it has
     segments) with a scan as roles, which are not varied; "roles-fused", "fused" or "cut-fused", has the inverse among them.
-    Of a backward "roles" has both scans as roles, one after the other, "aside" beside each other, in "halves" two blocks to a
-    head; "throughout" roles follow them too, in "short" walks, "single" chunks or long walks."""
+    Of a backward "roles" and its kin are what `role_backward.WAYS` says."""
     plan: str
     chunk: int = 64
     block: int = 16
@@ -62,9 +61,7 @@ class Frame:
     def roles(self, instance: Instance) -> Schedule:
         """The schedule of roles that a frame of these is."""
         if instance.grads:
-            words = self.plan.split("-")
-            walk = next((n for word, n in (("short", SHORT), ("single", SINGLE), ("throughout", WALK)) if word in words), 0)
-            return backward_by_roles(instance, Way("halves" in words, "aside" in words, self.segment, walk))
+            return backward_by_roles(instance, WAYS[self.plan])
         return with_triton(instance, self.segment, self.plan == "roles-fused")
 
     def __str__(self) -> str:
@@ -115,12 +112,9 @@ def space_of(backend: str, arch: str, instance: Instance) -> Space:
         return Space(((Frame("recurrent", 1),) if not back else ()) + tuple(chunked), v_tile=(None, 16, 32, 64))
     if backend == "tilelang" and roles_can(arch, instance):            # without roles it takes half again what Triton does
         if back:
-            names = ["roles-aside", "roles"]
-            if not instance.switches.beta_sigmoid:
-                names += [f"{name}-throughout{walk}" for walk in ("", "-short") for name in (*names[:2], "roles-halves-aside")]
-                names += ["roles-halves-aside-throughout-single"]
-            cut = [Frame("roles-throughout-short", segment=SEGMENT)] if adjoints.can(instance) else []
-            return Space((*map(Frame, names), *cut), (None, 64), (1, 2, 4, 8), (1, 2))
+            able = {n: w for n, w in WAYS.items() if not (w.walk and instance.switches.beta_sigmoid)
+                    and (adjoints.can(instance) or not w.segment)}
+            return Space(tuple(Frame(n, segment=w.segment) for n, w in able.items()), (None, 64), (1, 2, 4, 8), (1, 2))
         ways = (("roles", (0, *LENGTHS)), ("roles-fused", (0, *FUSED_LENGTHS)))
         roles = tuple(Frame(name, segment=n) for name, lengths in ways for n in lengths)
         return Space((*roles, Frame("states")), (None, 32, 64), (1, 2, 4, 8), (1, 2, 3))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from gdn_ir.ops import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.schedules.adjoints import TURNS as CUT, in_segments
 from gdn_ir.schedules.defaults import TURNS, backward_by_roles, whole_scans, with_triton
-from gdn_ir.schedules.role_backward import SHORT, SINGLE, WALK, Way
+from gdn_ir.schedules.role_backward import WAYS
 
 LENGTHS = [130, 64, 0, 71, 37]                             # whole chunks, ragged ends, no token; the last is nobody's
 
@@ -69,10 +70,10 @@ def by_roles(x: dict[str, torch.Tensor], ends: torch.Tensor) -> dict[str, torch.
 
 
 def backward_more(roles: bool) -> dict[str, torch.Tensor]:
-    """What serves a backward elsewhere: segments of two chunks, and its scans as roles, beside each other and in a row."""
+    """What serves a backward elsewhere: segments of two chunks, and each way of roles."""
     cell = Cell("sanitized", Switches(), "bf16", Layout((*LENGTHS[:-1],), True, 2, 4, 128, 128))
     instance, x = gradients.backward_of(cell), gradients.make(cell, "cuda", tail=LENGTHS[-1])
-    ways = (Way(aside=True), Way(aside=True, walk=WALK), Way(halves=True, walk=SHORT), Way(segment=2, walk=SINGLE))
+    ways = (replace(how, segment=2) if how.segment else how for how in WAYS.values())
     cut = in_segments(whole_scans("sm_90", instance, 4, 4, "triton", merges=TURNS)[0], instance, 2, CUT)
     found: dict[str, torch.Tensor] = {}
     for schedule in (cut, *(backward_by_roles(instance, how) for how in ways if roles)):

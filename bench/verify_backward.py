@@ -23,7 +23,7 @@ from gdn_ir.coverage import DTYPES, Cell, Layout, table
 from gdn_ir.schedules.adjoints import LENGTHS, TURNS, can, in_segments
 from gdn_ir.schedules.defaults import TURNS as MERGES, backward_by_roles, whole_scans
 from gdn_ir.schedules.plans import KEEP
-from gdn_ir.schedules.role_backward import SEGMENT, SHORT, SINGLE, WALK, Way
+from gdn_ir.schedules.role_backward import SEGMENT, WAYS
 from gdn_ir.schedules.schedule import Schedule
 
 SIZES = ((16, 16), (16, 128), (48, 96), (128, 64), (80, 112), (32, 32), (96, 128), (64, 128), (256, 256), (160, 192), (256, 64),
@@ -31,19 +31,20 @@ SIZES = ((16, 16), (16, 128), (48, 96), (128, 64), (80, 112), (32, 32), (96, 128
 
 LAYOUTS = {"packed": replace(PACKED, lengths=(700, 0, 64, 129, 1, 63)), "dense": DENSE}
 NO_STATE = replace(FULL, initial_state=False)
-ROLES = {"roles": Way(aside=True), "roles in a row": Way()}                # what follows them by Triton
-THROUGHOUT = {"roles throughout": Way(aside=True, walk=WALK), "roles throughout, in a row": Way(walk=WALK),
-              "roles throughout, in halves": Way(halves=True, aside=True, walk=WALK)}
-SHORTLY = {n.replace("throughout", "throughout, short walks"): replace(how, walk=SHORT) for n, how in THROUGHOUT.items()}
-SINGLY = {"roles throughout, single chunks, in halves": Way(halves=True, aside=True, walk=SINGLE)}
-IN_SEGMENTS = {f"roles throughout, segments of {SEGMENT}": Way(segment=SEGMENT, walk=SHORT)}
-WAYS = ROLES | THROUGHOUT | SHORTLY | SINGLY | IN_SEGMENTS
+# of role_backward.WAYS, in the words of rows; what follows the first two is Triton's
+ROLES = {"roles": "roles-aside", "roles in a row": "roles"}
+THROUGHOUT = {"roles throughout": "roles-aside-throughout", "roles throughout, in a row": "roles-throughout",
+              "roles throughout, in halves": "roles-halves-aside-throughout"}
+SHORTLY = {n.replace("throughout", "throughout, short walks"): f"{way}-short" for n, way in THROUGHOUT.items()}
+SINGLY = {"roles throughout, single chunks, in halves": "roles-halves-aside-throughout-single"}
+IN_SEGMENTS = {f"roles throughout, segments of {SEGMENT}": "roles-segments-throughout-short"}
+NAMES = ROLES | THROUGHOUT | SHORTLY | SINGLY | IN_SEGMENTS
 
 
 def shipped() -> Iterator[tuple[Cell, int | None, str, str, str]]:
     """What is checked: cells, how many scans (sequences x heads) to choose the default schedule for, kind of inputs, what is
     kept of the forward, and how the scans run, where that is not the default's choice ("": as by default): "turns after
-    segments of" so many chunks, or one of WAYS."""
+    segments of" so many chunks, or one of NAMES."""
     for cell, scans, kind in recomputed():
         yield cell, scans, kind, "nothing", ""
     for keep in KEEP[1:]:
@@ -51,7 +52,7 @@ def shipped() -> Iterator[tuple[Cell, int | None, str, str, str]]:
             if cell.switches.erase:                        # all that the op serves
                 yield replace(cell, name=f"{cell.name}, keeps {keep}"), scans, kind, keep, ""
     for n in LENGTHS:
-        for cell, kind in cut(n):
+        for cell, kind in cut(n, KINDS if n == LENGTHS[0] else ()):
             yield cell, None, kind, "nothing", f"turns after segments of {n}"
     for ways in (ROLES, THROUGHOUT, SHORTLY):
         for cell, kind, how in by_roles(*ways):
@@ -64,7 +65,7 @@ def shipped() -> Iterator[tuple[Cell, int | None, str, str, str]]:
         for kind in KINDS:
             yield Cell(f"accuracy of the backward's {how}, bf16", NO_STATE, "bf16", PEERS), None, kind, "nothing", how
     for how in IN_SEGMENTS:
-        for cell, kind in cut(SEGMENT):
+        for cell, kind in cut(SEGMENT, KINDS):
             yield replace(cell, name=f"{cell.name}, by roles"), None, kind, "nothing", how
 
 
@@ -82,15 +83,15 @@ def by_roles(ways: str, row: str, halves: str = "") -> Iterator[tuple[Cell, str,
         yield Cell(f"accuracy of the backward's {ways}, bf16", NO_STATE, "bf16", PEERS), kind, ways
 
 
-def cut(chunks: int) -> Iterator[tuple[Cell, str]]:
-    """Segments of that many chunks: some sequences end with one, some a token after; and each kind of inputs."""
+def cut(chunks: int, kinds: tuple[str, ...] = ()) -> Iterator[tuple[Cell, str]]:
+    """Segments of that many chunks: some sequences end with one, some a token after; and of kinds of inputs."""
     size = 64 * chunks
     packed = Layout((size + 300, 0, 129, size + 1), True, 1, 2, 128, 128)
     dense = Layout((size + 200, size + 200), False, 1, 2, 128, 128)
     for cell in crowded(f"segments of {chunks}", packed, dense):
         if can(backward_of(cell)):
             yield cell, "model"
-    for kind in KINDS if chunks == LENGTHS[0] else ():
+    for kind in kinds:
         yield Cell(f"accuracy of segments of {chunks}, bf16", replace(FULL, initial_state=False), "bf16", packed), kind
 
 
@@ -99,8 +100,8 @@ def schedule_of(cell: Cell, how: str, arch: str) -> Schedule | None:
     instance = backward_of(cell)
     if not how:
         return None
-    if how in WAYS:
-        return backward_by_roles(instance, WAYS[how])
+    if how in NAMES:
+        return backward_by_roles(instance, WAYS[NAMES[how]])
     return in_segments(whole_scans(arch, instance, 1, 8, "triton", merges=MERGES)[0], instance, int(how.split()[-1]), TURNS)
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from gdn_ir.autotune.keys import Shape
 from gdn_ir.bench import cases
 from gdn_ir.compiler import NAMES, Instance
+from gdn_ir.policy import kept_by
 from gdn_ir.programs.gated_delta import Switches
 
 GRADIENTS = ("q", "k", "v", "g", "beta")
@@ -21,11 +22,13 @@ REPRESENTATIVE = ("1x2048:2/8,1x8192:2/8,1x32768:2/8,1x2048:4/16,1x8192:4/16,1x3
 def instances(op: str, shapes: Iterable[Shape], dtype: str, K: int, V: int, flags: str, dense: bool,
               beta: str = "", grads: str = "", keep: str = "nothing", said: str = "--shapes") -> dict[Instance, list[Shape]]:
     """The instances that an operation on shapes takes, each with its shapes. beta: its dtype, where it is another; grads: those
-    of a backward, separated by commas; said: what the user calls shapes. Raises ValueError naming what is wrong."""
+    of a backward, separated by commas; keep: "" for what is asked for here (`policy.kept_by`); said: what the user calls
+    shapes. Raises ValueError naming what is wrong."""
     if op not in OPS:
         raise ValueError(f"--op: got {op!r}; accepts {', '.join(OPS)}")
-    if dtype not in NAMES.values():
-        raise ValueError(f"--dtype: got {dtype!r}; accepts {', '.join(NAMES.values())}")
+    for name, given in (("dtype", dtype), ("beta", beta or dtype)):
+        if given not in NAMES.values():
+            raise ValueError(f"--{name}: got {given!r}; accepts {', '.join(NAMES.values())}")
     known = [n for n, f in Switches.__dataclass_fields__.items() if f.type == "bool"]
     words = listed(flags)
     for w in words:
@@ -46,7 +49,8 @@ def instances(op: str, shapes: Iterable[Shape], dtype: str, K: int, V: int, flag
         if dense and len(set(s.lengths)) > 1:
             raise ValueError(f"{said}: got {s} with --dense; accepts sequences of one length there")
         wanted = (named or every) if op == "backward" else ()
-        i = Instance(switches, K, V, dtype, beta or dtype, not dense, wanted, not wanted or s.HV > s.H, op == "recurrent", keep)
+        i = Instance(switches, K, V, dtype, beta or dtype, not dense, wanted, not wanted or s.HV > s.H, op == "recurrent",
+                     keep or kept_by(op == "backward"))
         found.setdefault(i, []).append(s)
     return found
 

@@ -16,7 +16,7 @@ Flags = Annotated[str, typer.Option(help=words.FLAGS)]
 Dtype = Annotated[str, typer.Option(help="of q, k, v and beta: bf16, f16, f32 or f64")]
 Dense = Annotated[bool, typer.Option("--dense", help=words.DENSE)]
 Grads = Annotated[str, typer.Option(help=words.GRADS)]
-Keep = Annotated[str, typer.Option(help=words.KEEP)]
+Keep = Annotated[str, typer.Option(help=f"{words.KEEP} (of a backward what GDN_IR_KEEP asks for)")]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="The chunkwise gated delta rule, written once and compiled.")
@@ -51,7 +51,7 @@ def emit(shape: Annotated[str, typer.Argument(help=f"a call: {words.SHAPE}; the 
          K: int = 128, V: int = 128,
          dense: Dense = False,
          grads: Grads = "",
-         keep: Keep = "nothing",
+         keep: Keep = "",
          schedule: Annotated[str, typer.Option(help="default (what serves the call); a plan with modest options, such as naive "
                                                     "or states (any other word lists them); roles or roles-fused (tilelang, "
                                                     "sm_90); or a JSON file")] = "default",
@@ -91,16 +91,15 @@ def explain(shapes: Annotated[Optional[list[str]], typer.Argument(help=f"calls: 
             K: int = 128, V: int = 128,
             dense: Dense = False,
             grads: Grads = "",
-            keep: Annotated[str, typer.Option(help=f"{words.KEEP} (for a backward what GDN_IR_KEEP asks for)")] = "",
+            keep: Keep = "",
             json: Annotated[bool, typer.Option("--json", help="as data: a list, an entry for each call")] = False) -> None:
     """Say which variant serves a call, and why: where its schedule comes from, too."""
     from json import dumps
 
     from gdn_ir.calls import instances, shapes_of
-    from gdn_ir.registry import architecture_here, explained, keep_here, named
+    from gdn_ir.registry import architecture_here, explained, named
     said = []
     op = op or ("backward" if grads else "forward")
-    keep = keep or keep_here(op == "backward")
     for s in shapes_of(",".join(shapes or [words.ONE]), "shapes"):
         for i in instances(op, [s], dtype, K, V, flags, dense, grads=grads, keep=keep, said="shapes"):
             said.append(explained(i, named(arch or architecture_here()), len(s.lengths), s.H, s.HV, s.tokens))
@@ -154,8 +153,9 @@ def report(results: Annotated[Path, typer.Argument(help="the folder that bench w
 
 def main() -> None:
     """The entry point: what a user got wrong is said in a line, without a traceback."""
+    from gdn_ir.environment import BadSwitch
     try:
         app()
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, BadSwitch) as e:
         Console(stderr=True).print(f"gdn-ir: {e}", style="red", markup=False, highlight=False)
         raise SystemExit(2) from None

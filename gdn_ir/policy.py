@@ -35,6 +35,11 @@ def keeping() -> str:
     return keep_from_environment(_kept) if here is None else here
 
 
+def kept_by(back: bool) -> str:
+    """What a backward here is given where nobody says; a forward by itself leaves nothing."""
+    return keeping() if back else NOTHING
+
+
 def _takes_references() -> bool:
     """Whether this torch keeps what it is told to stash without counting that it does, as 2.11 does and 2.13 does not."""
     probe = object()

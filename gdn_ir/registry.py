@@ -118,14 +118,15 @@ def options(instance: Instance, arch: str, sequences: int, heads: int, tokens: i
     kind = "cpu" if arch == "cpu" else "cuda"
     found = []
     roles = roles_fit(arch, instance, sequences, heads, tokens)
+    unverified = switched("GDN_IR_UNVERIFIED")
     for name in PREFERENCE[kind]:
         target = "torch" if name == "torch" else arch       # it has one schedule, wherever it runs
         try:
             tuned = find(target, instance, sequences, heads, tokens, name)
             why = unseen(instance, name, arch, any(o.roles for _, o in tuned.schedule.kernels))
-            if why and not switched("GDN_IR_UNVERIFIED"):
+            if why and not unverified:
                 if instance.grads and name == "tilelang":
-                    why = f"{roles_want(arch, instance, sequences, heads)}; without them {why}"
+                    why = f"{roles_want(arch, instance, sequences, heads, tokens)}; without them {why}"
                 found.append(Option(name, None, f"{why} (GDN_IR_UNVERIFIED=1 lets it)"))
                 continue
             found.append(Option(name, variant(instance, tuned.schedule, name, target), tuned.why, tuned.winner))
@@ -259,13 +260,8 @@ def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, 
     if HV < H or HV % H:
         raise ValueError(f"HV: got {HV}; accepts a multiple of H = {H}")
     instance = Instance(Switches(**switches), K, V, io, io, sequences is not None, tuple(grads),  # type: ignore[arg-type]
-                        grouped=not grads or HV > H, recurrent=recurrent, keep=keep or keep_here(bool(grads)))
+                        grouped=not grads or HV > H, recurrent=recurrent, keep=keep or policy.kept_by(bool(grads)))
     return explained(instance, arch, sequences or B, H, HV, B * T)
-
-
-def keep_here(back: bool) -> str:
-    """What a backward is given where nobody says; a forward by itself leaves nothing."""
-    return policy.keeping() if back else policy.NOTHING
 
 
 def explained(instance: Instance, arch: str, sequences: int, H: int, HV: int, tokens: int) -> Explanation:

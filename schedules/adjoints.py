@@ -13,9 +13,13 @@ if TYPE_CHECKING:
 TURNS, GATHERED = "gathered-turns-segments", "gathered-segments"
 PLANS = (TURNS, GATHERED, "segments")
 LENGTHS = (16, 32)                                         # chunks that a segment may have (64 gains 1.4% at most)
-REST = 2.9e-3                                              # microseconds a token and head of what is not scanned
-WORTH, WORTH_ROLES = 0.9, 0.85                             # of the time of whole scans
-UNEQUAL = 2.2                                              # the longest of several packed sequences, for one of equal ones
+# microseconds on an H100: of what is not scanned, a token and head, by Triton, and by roles with the inverses among it; of both
+# scans as roles, a chunk, and a token and head where memory limits them; of launches between segments
+REST, REST_ROLES, SCANS_ROLES, BYTES_ROLES, BETWEEN = 2.9e-3, 1.75e-3, 4.6, 1.15e-3, 60
+WORTH, WORTH_ROLES = 0.9, 0.85                             # of whole scans' time, which follow each other: for a margin
+UNEQUAL = 2.2                                              # the longest of several packed sequences, for a mean of 1, in TRAIN
+ONLY = "all five gradients and no state's, value heads that share a key head, bf16, K x V of 128 x 128, nothing normalised " \
+    "or kept"
 
 
 def in_segments(base: Schedule, instance: Instance, segment: int, plan: str = "gathered-segments") -> Schedule:
@@ -52,33 +56,40 @@ def can(instance: Instance) -> bool:
 
 
 def segment_of(sequences: int, heads: int, tokens: int, units: int) -> int:
-    """Chunks of a segment, one of LENGTHS; 0 where sequences should stay whole. By what an H100 takes, in microseconds: both
-    scans 5.6 a chunk where two blocks share a multiprocessor; what has not faded of transition and offset 1 a chunk and scan,
-    composing 4 a segment; then the rest, which takes all chunks at once. Fitted to 4, 8, 16 and 32 heads."""
+    """Chunks of a segment that Triton scans, one of LENGTHS; 0 where sequences should stay whole."""
     chunks, scans, work = -(-tokens // (64 * sequences)), sequences * heads, tokens * heads
+    best = min(LENGTHS, key=lambda size: cut(chunks, scans, work, units, size))
+    wins = cut(chunks, scans, work, units, best) < WORTH * uncut(chunks, scans, work, units)
+    return best if best < chunks and wins else 0
 
-    def takes(size: int) -> float:
-        segments = -(-chunks // size)
-        waves = -(-segments * scans * 4 // (2 * units))    # tiles of 32 columns
-        return waves * 5.6 * size + 2 * (size + 4 * segments + 10) + REST * work
-    best = min(LENGTHS, key=takes)
-    return best if best < chunks and takes(best) < WORTH * uncut(chunks, scans, work, units) else 0
+
+def cut(chunks: int, scans: int, work: int, units: int, size: int) -> float:
+    """Microseconds in segments by Triton: both scans 5.6 a chunk where two blocks share a multiprocessor, then the rest, which
+    takes all chunks at once. Fitted to 4, 8, 16 and 32 heads. work: tokens x heads."""
+    segments = -(-chunks // size)
+    waves = -(-segments * scans * 4 // (2 * units))        # tiles of 32 columns
+    return waves * 5.6 * size + states(segments, size) + REST * work
+
+
+def states(segments: int, size: int) -> float:
+    """Of the states that segments start with: what has not faded of transition and offset 1 a chunk, composing 4 a segment."""
+    return 2 * (size + 4 * segments + 10)
 
 
 def uncut(chunks: float, scans: int, work: int, units: int) -> float:
-    """Microseconds of whole scans by Triton beside each other: 1.6 a chunk where no two blocks share a multiprocessor, 3.4
-    where they do; some of the rest hides behind them."""
+    """Of whole scans by Triton beside each other: 1.6 a chunk where no two blocks share a multiprocessor, 3.4 where they do;
+    some of the rest hides behind them."""
     blocks = 2 * scans * 4                                 # of both
     return chunks * (1.6 if blocks <= units else 3.4 * -(-blocks // (2 * units))) + 0.7 * REST * work
 
 
-def roles_win(sequences: int, heads: int, tokens: int, units: int, size: int) -> bool:
-    """Whether roles should scan segments of so many chunks, for there are too few sequences and heads for whole ones: both
-    scans take 4.6 a chunk, or by memory 1.15e-3 a token and head; between them what segment_of counts and some launches;
-    inverses and what follows 1.75e-3 a token and head."""
+def roles_win(sequences: int, heads: int, tokens: int, units: int, size: int, packed: bool) -> bool:
+    """Whether roles should scan segments of so many chunks faster than Triton whole sequences or segments ("every way on
+    TRAIN's shapes" in docs/performance-log.md). Of several packed sequences the longest counts; two that were timed were near
+    enough to equal."""
     chunks, scans, work = -(-tokens // (64 * sequences)), sequences * heads, tokens * heads
     segments = -(-chunks // size)
-    both = max(-(-segments * scans // units) * 4.6 * size, 1.15e-3 * work)
-    takes = both + 2 * (size + 4 * segments + 10) + 60 + 1.75e-3 * work
-    longest = chunks * (UNEQUAL if sequences > 2 else 1)
-    return size < chunks and takes < WORTH_ROLES * uncut(longest, scans, work, units)
+    both = max(-(-segments * scans // units) * SCANS_ROLES * size, BYTES_ROLES * work)
+    takes = both + states(segments, size) + BETWEEN + REST_ROLES * work
+    whole = uncut(chunks * (UNEQUAL if packed and sequences > 2 else 1), scans, work, units)
+    return size < chunks and takes < min(WORTH_ROLES * whole, *(cut(chunks, scans, work, units, n) for n in LENGTHS))

@@ -187,25 +187,21 @@ def roles_can(arch: str, instance: Instance) -> bool:
     return not (role_backward.lacks if instance.grads else roles_lack)(arch, instance)
 
 
-def roles_want(arch: str, instance: Instance, sequences: int, heads: int) -> str:
-    """Why roles do not serve a backward."""
-    few = f"roles want {role_backward.MANY} sequences x heads, twice as many where a sequence has fewer than 16 heads, not " \
-        f"{sequences} x {heads}"
-    return role_backward.lacks(arch, instance) or few
+def roles_want(arch: str, instance: Instance, sequences: int, heads: int, tokens: int) -> str:
+    """Why roles do not serve a backward; "" where they do."""
+    if why := role_backward.lacks(arch, instance):
+        return why
+    how = role_backward.way(instance, sequences, heads, tokens, MULTIPROCESSORS[arch])
+    return how if isinstance(how, str) else ""
 
 
 def roles_fit(arch: str, instance: Instance, sequences: int, heads: int, tokens: int) -> bool:
-    """Whether they should also be the fastest for a call: one block takes a whole sequence and head, so there must be enough of
-    these to be busy beside each other; or sequences so long, in the mean, that they are worth cutting."""
+    """Whether they should also be the fastest for a call. Of a forward one block takes a whole sequence and head, so there must
+    be enough of these to be busy beside each other; or sequences so long, in the mean, that they are worth cutting."""
     if instance.grads:
-        return roles_can(arch, instance) and way_of_backward(arch, instance, sequences, heads, tokens) is not None
+        return not roles_want(arch, instance, sequences, heads, tokens)
     crowded, long = sequences * heads >= CROWDED, ROLES_IN_SEGMENTS and tokens >= LONG * 64 * sequences
     return roles_can(arch, instance) and (crowded or long)
-
-
-def way_of_backward(arch: str, instance: Instance, sequences: int, heads: int, tokens: int) -> role_backward.Way | None:
-    """How roles scan the sequences of a backward; None where they should not be the fastest."""
-    return role_backward.way(instance, sequences, heads, tokens, MULTIPROCESSORS[arch])
 
 
 def scan_width(arch: str, instance: Instance, scans: int) -> int:
@@ -267,9 +263,9 @@ def lean(arch: str, instance: Instance, backend: str) -> bool:
 
 def backward_default(arch: str, instance: Instance, sequences: int, heads: int, tokens: int, backend: str) \
         -> tuple[Schedule, str]:
-    """The same for a backward: on Hopper in segments, where these should win."""
-    if backend == "tilelang" and roles_can(arch, instance) and \
-            (how := way_of_backward(arch, instance, sequences, heads, tokens)):
+    """The same for a backward: on Hopper by roles, or by Triton in segments, where these should win."""
+    if backend == "tilelang" and roles_can(arch, instance) and not isinstance(
+            how := role_backward.way(instance, sequences, heads, tokens, MULTIPROCESSORS[arch]), str):
         return backward_by_roles(instance, how), (
             f"{arch}: states again, and their adjoints in reverse, of {sequences} x {heads} sequences x heads on "
             f"{MULTIPROCESSORS[arch]} multiprocessors, {how}; the rest by triton")
@@ -280,8 +276,7 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
     schedule, why = whole_scans(arch, instance, sequences, heads, backend, merges=TURNS if one else "")
     size = adjoints.segment_of(sequences, heads, tokens, MULTIPROCESSORS[arch]) if BACK_IN_SEGMENTS else 0
     if size and not adjoints.can(instance):
-        why += f"; segments of {size} chunks may be faster, but serve only what a GPU has run so: all five gradients and no " \
-            "state's, value heads that share a key head, bf16, K x V of 128 x 128, nothing normalised or kept"
+        why += f"; segments of {size} chunks may be faster, but serve only what a GPU has run so: {adjoints.ONLY}"
     if not size or not adjoints.can(instance):
         return schedule, why
     return adjoints.in_segments(schedule, instance, size, adjoints.TURNS), (
@@ -290,8 +285,8 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
 
 
 def backward_by_roles(instance: Instance, how: role_backward.Way) -> Schedule:
-    """The scans, or what follows them, or both as roles. (Of Triton's schedule only what is no scan stays, for which numbers of
-    sequences and heads do not matter.)"""
+    """The scans, and perhaps what follows them, as roles. (Of Triton's schedule only what is no scan stays, for which numbers
+    of sequences and heads do not matter.)"""
     return role_backward.served(whole_scans("sm_90", instance, 1, 32, "triton", merges=TURNS)[0], instance, how)
 
 

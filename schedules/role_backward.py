@@ -15,55 +15,72 @@ if TYPE_CHECKING:
 
 MANY = 32                                                  # sequences x heads from which roles win, a whole head to a block
 SOME = 8                                                   # sequences from which that is so of few heads too
+WALK, SHORT, SINGLE = 8, 2, 1                              # chunks of a sequence that a block of what comes after goes through
+# times the multiprocessors, by blocks of WALK: 1x8192, 16/32, where it was timed, has 1.94; SHORT won where there are fewer
+FILLED = 1.9
+BRIEF = 1024                                               # tokens of a sequence, in the mean, up to which roles cost no more
+SEGMENT = 32                                               # chunks of a segment
+HALF = 64                                                  # columns of V that a block owns where two share a head
+FOLLOWS = "-follows"                                       # of a schedule's name
 
 # what makes u's gradient by the outputs before the adjoint's scan, which then only adds it
 BEFORE = (("peel", "d_u", "d_u_o"), ("turn", "d_u_o"), ("hoist", "d_u_o", "io", "local"))
-WALK, SHORT, SINGLE = 8, 2, 1                              # chunks of a sequence that a block goes through
-FILLED = 1.9                                               # times the multiprocessors, by blocks of long walks
-BRIEF = 1024                                               # tokens of a sequence whose chunks go to a block each
-SEGMENT = 32                                               # chunks of a segment
-HALF = 64                                                  # columns of V that a block owns where two share a head
 
 
-def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: bool = False, aside: bool = False) -> Schedule:
+def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: bool = False, aside: bool = False,
+             follows: bool = False) -> Schedule:
     """The plan "gathered" of `base`, one of its kin, or "gathered-segments", its scans as roles. back: BACK_ALONE needs no
-    kernel local (of whole sequences). halves: two blocks share a head, each with half of its columns: for few heads. aside: the
-    two run beside each other, in two streams (likewise). Nothing follows a scan of roles yet: it counts no chunks."""
+    kernel local. halves: two blocks share a head, each with half of its columns: for few heads. aside: the
+    two run beside each other, in two streams (likewise). follows: beside each other in one stream, and what comes after them
+    follows both, as it follows Triton's (of whole sequences). It is right wherever it runs, for who follows starts when all
+    blocks of both have; but a block of roles takes a multiprocessor, so where both have more than there are, back starts when
+    again ends, and nothing is won."""
+    if aside and follows:
+        raise ValueError("as_roles: got aside and follows; accepts one of them: who follows is in the stream of both scans")
+    if follows and "-segments" in base.name:
+        raise ValueError(f"as_roles.follows: got true with {base.name}; accepts a schedule of whole sequences: segments are "
+                         "not counted")
     alone = any(e.do == "issue" and e.value == "qk" for r in back.roles for e in r.events)
     steps = without_local(base.steps) if alone else base.steps
     last = "inner" if "inner" in dict(base.kernels) else "grads"               # what follows both scans
-    kept = {k: replace(o, follows=o.follows and k != last) for k, o in base.kernels if not alone or k != "local"}
+    kept = {k: replace(o, follows=o.follows and (k != last or follows)) for k, o in base.kernels if not alone or k != "local"}
     for name, roles in (("again", again), ("back", back)):
         kept[name] = KernelOptions(HALF if halves else None, roles=in_halves(roles) if halves else roles, backend="tilelang",
-                                   aside=aside and name == "again")
+                                   aside=aside and name == "again", follows=follows and name == "back")
     plan = next((f"-{p}" for p in ("merged", "turns") if p in base.name), "")
     cut = base.name[base.name.index("-segments"):] if "-segments" in base.name else ""
-    name = f"backward-roles{plan}{'-alone' if alone else ''}{'-halves' if halves else ''}{'-aside' if aside else ''}{cut}"
+    how = "-aside" if aside else FOLLOWS if follows else ""
+    name = f"backward-roles{plan}{'-alone' if alone else ''}{'-halves' if halves else ''}{how}{cut}"
     return replace(base, name=name, steps=(*steps, ("accumulate", "d_S")), kernels=tuple(kept.items()))
 
 
 def without_local(steps: Steps) -> Steps:
-    """With u's gradient by the outputs made where it is added: what comes before kernel local then comes before what that came
-    before."""
+    """With u's gradient by the outputs made where it is added, and no kernel local: what was moved before that goes to where it
+    was moved."""
     goes = next((s[2] for s in steps if s[:2] == ("move", "local")), None)
     kept = (s for s in steps if s not in BEFORE and s[:2] != ("move", "local"))
     return tuple(("move", s[1], goes) if s[0] == "move" and s[2] == "local" else s for s in kept)
 
 
-def inner_as_roles(base: Schedule, inner: Roles = INNER, chunks: int = WALK) -> Schedule:
+def inner_as_roles(base: Schedule, inner: Roles = INNER, chunks: int = WALK, follows: bool = False) -> Schedule:
     """The plan "gathered-merged" or "gathered-turns" of `base`, or one of these with its scans as roles, and what follows them
     as roles too: each block walks through so many chunks of a sequence, with turns of all value heads of a key head, so that
-    none waits for another. What is of rows alone is made after it, by Triton, of the sums that it stores."""
+    none waits for another. What is of rows alone is made after it, by Triton, of the sums that it stores. follows: it starts
+    beside both scans, by Triton or as roles, which run beside each other in one stream; walks in the middle first, for there
+    they meet."""
     if "merged" not in base.name and "turns" not in base.name:
         raise ValueError(f"inner_as_roles: got {base.name}; accepts a schedule of the plans gathered-merged and gathered-turns")
+    if follows and not base.options("back").follows:
+        raise ValueError(f"inner_as_roles.follows: got true with {base.name}, whose scans run one after the other or in two "
+                         "streams; accepts a schedule whose back follows")
     kernels = {k: o for k, o in base.kernels if k != "grads"}
-    kernels |= {"grads": KernelOptions(None, roles=inner, backend="tilelang"),
+    kernels |= {"grads": KernelOptions(None, roles=inner, backend="tilelang", follows=follows, around=follows),
                 "rows": KernelOptions(None, 1, 1, backend=base.options("solve").backend)}
     steps = (*base.steps, ("products_last", "grads"), ("in_parts", "grads", "bf16"), ("rows_after", "grads", "rows"),
              ("walk", "grads", chunks))
     width = base.name.rsplit("-", 1)[-1]                   # of Triton's scans
-    name = base.name.removesuffix(f"-{width}" if width.isdigit() and "segments" not in base.name else "") + "-inner"
-    name += f"-{chunks}" * (chunks != WALK)
+    name = base.name.removesuffix(f"-{width}" if width.isdigit() and "segments" not in base.name else "")
+    name = (name.removesuffix(FOLLOWS) if follows else name) + "-inner" + f"-{chunks}" * (chunks != WALK) + FOLLOWS * follows
     return replace(base, name=name, steps=steps, kernels=tuple(kernels.items()))
 
 
@@ -75,48 +92,76 @@ def the_rest_by(backend: str, schedule: Schedule) -> Schedule:
 @dataclass(frozen=True)
 class Way:
     """How sequences are scanned by roles: whole, a block for each head or, with `halves`, two; or in segments of so many
-    chunks. aside: the two scans beside each other. walk: chunks of a block of what comes after them, as roles too (0: by
-    Triton)."""
+    chunks. aside: the two scans beside each other, in two streams. walk: chunks of a block of what comes after them, as roles
+    too (0: by Triton). follows: that starts beside both, and they beside each other in one stream."""
     halves: bool = False
     aside: bool = False
     segment: int = 0
     walk: int = 0
+    follows: bool = False
+
+    def __post_init__(self) -> None:
+        if self.segment and (self.follows or self.halves or self.aside):
+            raise ValueError(f"Way.segment: got {self.segment} with halves, aside or follows; accepts 0 there: they are of "
+                             "whole sequences")
+        if self.follows and (self.aside or not self.walk):
+            raise ValueError("Way.follows: got true with aside or without walks; accepts false there: roles follow in one "
+                             "stream")
 
     def __str__(self) -> str:
         part = f" segment of {self.segment} chunks" if self.segment else ""
         blocks = f"{'two blocks' if self.halves else 'one block'} for each{part}"
-        rest = f"; what follows them as roles, {self.walk} chunk{'s' * (self.walk > 1)} to a block" if self.walk else ""
-        return f"as roles in {blocks}, {'beside each other' if self.aside else 'one after the other'}{rest}"
+        rest = f"; what comes after them as roles, {self.walk} chunk{'s' * (self.walk > 1)} to a block" if self.walk else ""
+        rest += ", as soon as its chunks are there" if self.follows else ""
+        beside = self.aside or self.follows
+        return f"as roles in {blocks}, {'beside each other' if beside else 'one after the other'}{rest}"
 
 
-def way(instance: Instance, sequences: int, heads: int, tokens: int, units: int) -> Way | None:
-    """How roles serve a backward; None where they should not be the fastest. units: multiprocessors. By what TRAIN's shapes
-    took on an H100 ("every way on TRAIN's shapes" in docs/performance-log.md).
+# all that `way` chooses from, by the names that the tuner has for them: a GPU has run each (bench/verify_backward.py)
+WAYS = {"roles-aside": Way(aside=True), "roles": Way(),
+        "roles-aside-throughout": Way(aside=True, walk=WALK), "roles-throughout": Way(walk=WALK),
+        "roles-halves-aside-throughout": Way(halves=True, aside=True, walk=WALK),
+        "roles-aside-throughout-short": Way(aside=True, walk=SHORT), "roles-throughout-short": Way(walk=SHORT),
+        "roles-halves-aside-throughout-short": Way(halves=True, aside=True, walk=SHORT),
+        "roles-halves-aside-throughout-single": Way(halves=True, aside=True, walk=SINGLE),
+        "roles-segments-throughout-short": Way(segment=SEGMENT, walk=SHORT)}
+
+
+def way(instance: Instance, sequences: int, heads: int, tokens: int, units: int) -> Way | str:
+    """How roles serve a backward, or why they should not. units: multiprocessors. By what TRAIN's shapes took on an H100
+    ("every way on TRAIN's shapes" in docs/performance-log.md; tests/test_role_backward.py holds it to these).
 
     Roles follow the scans, but not where beta comes as logits: its gradient is no sum of rows times beta then. Where sequences
     and heads are many these are scanned whole, beside each other as long as each scan's blocks have a multiprocessor; by halves
-    where two waves of these even out what unequal sequences leave. Few heads of one sequence go in halves, or in segments where
-    it is long; of several sequences roles of few blocks lose to Triton's, which follow each other chunk by chunk."""
-    scans, walks = sequences * heads, tokens * heads // (2 * CHUNK * WALK)         # two value heads taken to share a key head
-    walk = 0 if instance.switches.beta_sigmoid else WALK if walks >= FILLED * units else SHORT
+    where two waves of these even out what unequal sequences leave. Few heads go in halves where there are 16 of them, else in
+    segments where sequences are long. Up to BRIEF tokens they cost about what Triton's kernels do, and err less on inputs of
+    which much cancels; between the two these win, for they follow each other chunk by chunk."""
+    scans, packed = sequences * heads, instance.varlen and sequences > 1
+    blocks = tokens * heads // ((2 if instance.grouped else 1) * CHUNK * WALK)     # two value heads taken to share a key head
+    walk = 0 if instance.switches.beta_sigmoid else WALK if blocks >= FILLED * units else SHORT
     if scans >= MANY and (heads >= 16 or scans >= 2 * MANY or sequences >= SOME):
-        halves = bool(walk) and units < 4 * scans <= 2 * units
+        halves = bool(walk) and packed and units < 4 * scans <= 2 * units
         return Way(halves, aside=scans <= units if walk else 2 * scans <= units, walk=walk)
+    few = f"roles want {MANY} sequences x heads (twice as many where a sequence has fewer than 16 heads and there are fewer " \
+        f"than {SOME}), not {sequences} x {heads}"
     if not walk:
-        return None
+        return f"{few}, where beta comes as logits"
     if heads >= 16:
         return Way(halves=True, aside=True, walk=walk)
-    if adjoints.can(instance) and adjoints.roles_win(sequences, heads, tokens, units, SEGMENT):
-        return Way(segment=SEGMENT, walk=SHORT)
-    return Way(halves=True, aside=True, walk=SINGLE) if tokens <= BRIEF * sequences else None
+    if adjoints.can(instance) and adjoints.roles_win(sequences, heads, tokens, units, SEGMENT, instance.varlen):
+        return Way(segment=SEGMENT, walk=SHORT)            # of its walks the only ones that were timed and run on all cells
+    if tokens <= BRIEF * sequences:
+        return Way(halves=True, aside=True, walk=SINGLE)
+    return f"{few}; or 16 heads, or at most {BRIEF} tokens a sequence in the mean, or segments of sequences longer " \
+        f"than {tokens // sequences if sequences else 0} tokens (only of {adjoints.ONLY})"
 
 
 def served(base: Schedule, instance: Instance, how: Way) -> Schedule:
     """As it serves: what is of the outputs' gradient among the roles, where sequences are whole; all that is no role by Triton.
     base: "gathered-turns"."""
     made = as_roles(adjoints.in_segments(base, instance, how.segment, adjoints.TURNS)) if how.segment else \
-        as_roles(base, AGAIN, BACK_ALONE, how.halves, how.aside)
-    return the_rest_by("triton", inner_as_roles(made, chunks=how.walk) if how.walk else made)
+        as_roles(base, AGAIN, BACK_ALONE, how.halves, how.aside, how.follows)
+    return the_rest_by("triton", inner_as_roles(made, chunks=how.walk, follows=how.follows) if how.walk else made)
 
 
 def lacks(arch: str, instance: Instance) -> str:

@@ -35,6 +35,7 @@ from gdn_ir.registry import options
 from gdn_ir.schedules import adjoints
 from gdn_ir.schedules.defaults import (FUSED_LENGTHS, LENGTHS, default, roles_fit, roles_in_one, way_of_roles, whole_scans,
                                        with_triton)
+from gdn_ir.schedules.role_backward import WAYS
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 SMALL = Instance(Switches(final_state=True), 16, 16, "f32", "f32", True)
@@ -142,14 +143,11 @@ def test_the_backward_s_segments_are_in_the_space() -> None:
     turns, served_whole = based(frames[0], "triton", "sm_90", train, 8), default("sm_90", train, 1, 8, 32768)[0]
     assert all(turns.options(k) == o for k, o in served_whole.kernels if k != "*") and served_whole.options("grads").k_tile
     roles = space_of("tilelang", "sm_90", train).frames
-    assert [(f.plan, f.segment) for f in roles] == [
-        ("roles-aside", 0), ("roles", 0),
-        *((f"{way}-throughout{walk}", 0) for walk in ("", "-short") for way in ("roles-aside", "roles", "roles-halves-aside")),
-        ("roles-halves-aside-throughout-single", 0), ("roles-throughout-short", 32)]
+    assert [(f.plan, f.segment) for f in roles] == [(n, 32 * ("segments" in n)) for n in WAYS]
     made = [based(f, "tilelang", "sm_90", train, 32) for f in roles]
-    assert [s.options("again").aside for s in made] == [True, False] * 2 + [True] * 2 + [False] + [True] * 2 + [False]
+    assert [s.options("again").aside for s in made] == ["aside" in f.plan for f in roles]
     assert [[k for k, o in s.kernels if o.roles] for s in made] == [
-        *[["again", "back"]] * 2, *[["again", "back", "grads"]] * 8]
+        ["again", "back", *["grads"] * ("throughout" in f.plan)] for f in roles]
     wide = replace(train, io="f16", beta="f16")
     assert all("segments" not in f.plan for f in space_of("triton", "sm_90", wide).frames)
 

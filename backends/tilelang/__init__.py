@@ -36,8 +36,8 @@ class TileLang:
     def supports(self, kernel: Kernel, arch: str) -> Reason | None:
         if arch not in ("cpu", "sm_80", "sm_90"):
             return Reason(f"tilelang lowers to cpu, sm_80 and sm_90, not to {arch}")
-        if kernel.leads or kernel.beside:
-            return Reason("tilelang does not start one kernel beside another; triton does on sm_90")
+        if (kernel.leads or kernel.beside) and not (kernel.options.roles and arch == "sm_90"):
+            return Reason("tilelang starts one kernel beside another as roles alone, on sm_90; triton does others there")
         refused = {"f64": "float64"} | ({"bf16": "bfloat16", "f16": "float16"} if arch == "cpu" else {})
         for n in kernel.program.nodes():
             if n.type.dtype in refused:
@@ -85,7 +85,7 @@ class TileLang:
         from gdn_ir.backends.tilelang.runtime import LIBRARY, for_cpu, for_gpu, library
         artifact = obtain(self, kernel, source, arch)
         path, order = artifact.path(LIBRARY), list(artifact.launch["order"])
-        written = frozenset(f"{t}_" for t in kernel.program.written())
+        written = frozenset(f"{t}_" for t in kernel.changes)
         run = for_cpu(path, order) if arch == "cpu" else for_gpu(library(path), order, written)
         tensors, params, sizes = kernel.tensors(), kernel.program.params(), heads(kernel)
 

@@ -196,7 +196,7 @@ class Batch:
         self.params = tuple(dict.fromkeys(p for k in kernels for p in k.program.params()))
         self.unset = uncleared(kernels)
         self.hosts, self.over = outputs(kernels), overwritten(kernels)
-        self.written = {n for k in kernels for n in (*k.program.written(), *(s["tensor"].name for s in k.sweeps))}
+        self.written = {n for k in kernels for n in k.changes}
 
     def __call__(self, memory: Mapping[str, torch.Tensor], values: Mapping[str, float], call: Call) -> None:
         """Tensors that are not aligned to 16 bytes are copied first: the code was compiled for those that are."""
