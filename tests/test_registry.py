@@ -351,6 +351,7 @@ def test_emit_takes_a_schedule_file(command: Callable[..., tuple[int, str, str]]
     (("emit", "forward"), "shape: got forward; accepts one call"),
     (("emit", "--flags", "no-eraser"), "--flags: got 'no-eraser'; accepts erase,"),
     (("emit", "--grads", "q", "--op", "forward"), "--grads: got 'q' with --op forward; accepts"),
+    (("explain", "--dtype", "b"), "--dtype: got 'b'; accepts bf16, f16, f32, f64"),
     (("explain", "--grads", "o"), "--grads: got 'o'; accepts q, k, v"),
     (("emit", "--backend", "cuda"), "--backend: got 'cuda'; accepts triton, tilelang, torch"),
     (("emit", "--op", "recurrent", "--schedule", "states"), "--schedule: got 'states' with --op recurrent; accepts default"),
