@@ -57,9 +57,9 @@ def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: b
 def without_local(steps: Steps) -> Steps:
     """With u's gradient by the outputs made where it is added, and no kernel local: what was moved before that goes to where it
     was moved."""
-    goes = next((s[2] for s in steps if s[:2] == ("move", "local")), None)
+    goes = [s[2] for s in steps if s[:2] == ("move", "local")]
     kept = (s for s in steps if s not in BEFORE and s[:2] != ("move", "local"))
-    return tuple(("move", s[1], goes) if s[0] == "move" and s[2] == "local" else s for s in kept)
+    return tuple(("move", s[1], *goes) if s[0] == "move" and s[2] == "local" else s for s in kept)
 
 
 def inner_as_roles(base: Schedule, inner: Roles = INNER, chunks: int = WALK, follows: bool = False) -> Schedule:
