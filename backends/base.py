@@ -36,13 +36,13 @@ class Kernel:
 
     extents: sizes of the axes fixed at compile time (C, K, V). tiles: extents of the tiles over them, larger where an axis is
     padded, smaller where it is split over the grid. varlen: sequences are found through cu_seqlens, else all have length T.
-    counts: of a scan that is followed, where it counts a chunk's columns that are stored; awaits: of its follower, those counts
-    of each scan that it follows, how high they must be, and whether the scan goes backwards; clears: of a kernel before such a
-    scan, the counts that it sets to zero; ready: of what it reads of those scans, the counts that say so, by the tensor's name
-    (`gdn_ir.follow`). beside: whether it may start while the kernel before it runs;
-    leads: whether the one after it may. sweeps: stores whose rows past the last sequence it clears: another kernel's, or its
-    own, where it is serial. turns: for each tensor that several blocks store their part of a sum in, how many have: they add it
-    one after another, in the order of the grid.
+    counts: of a scan that is followed, where it counts a chunk's columns that are stored (of roles by each warp that stores);
+    awaits: of its follower, those counts of each scan that it follows, how high they must be, and whether the scan goes
+    backwards; clears: of a kernel before such a scan, the counts that it sets to zero; ready: of what it reads of those
+    scans, the counts that say so, by the tensor's name (`gdn_ir.follow`). beside: whether it may start while the kernel
+    before it runs; leads: whether the one after it may. sweeps: stores whose rows past the last sequence it clears: another
+    kernel's, or its own, where it is serial. turns: for each tensor that several blocks store their part of a sum in, how
+    many have: they add it one after another, in the order of the grid.
     """
     name: str
     program: Program

@@ -27,8 +27,8 @@ def apart(before: Program, after: Program) -> bool:
 
 def ready(scan: Program, follower: Program) -> Tensor | None:
     """The counts that `follower` waits for: for the first chunk of each few, and each grid point, how many columns of them
-    `scan` has stored; None where it need not wait. Raises IRError naming what forbids it: another grid, or a load of what the
-    scan stores elsewhere than in the same chunk's turn."""
+    `scan` has stored (roles: times the warps that store); None where it need not wait. Raises IRError naming what forbids it:
+    another grid, or a load of what the scan stores elsewhere than in the same chunk's turn."""
     if apart(scan, follower):
         return None
     serial, parallel = _only_scan(scan), _only_scan(follower)

@@ -30,11 +30,11 @@ BEFORE = (("peel", "d_u", "d_u_o"), ("turn", "d_u_o"), ("hoist", "d_u_o", "io", 
 def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: bool = False, aside: bool = False,
              follows: bool = False) -> Schedule:
     """The plan "gathered" of `base`, one of its kin, or "gathered-segments", its scans as roles. back: BACK_ALONE needs no
-    kernel local. halves: two blocks share a head, each with half of its columns: for few heads. aside: the
-    two run beside each other, in two streams (likewise). follows: beside each other in one stream, and what comes after them
+    kernel local. halves: two blocks share a head, each with half of its columns: for few heads. aside: the two run beside
+    each other, in two streams (of whole sequences). follows: beside each other in one stream, and what comes after them
     follows both, as it follows Triton's (of whole sequences). It is right wherever it runs, for who follows starts when all
-    blocks of both have; but a block of roles takes a multiprocessor, so where both have more than there are, back starts when
-    again ends, and nothing is won."""
+    blocks of both have; but a block of roles takes a multiprocessor, so where both have more than there are, back starts
+    with the last of again's, and little is won."""
     if aside and follows:
         raise ValueError("as_roles: got aside and follows; accepts one of them: who follows is in the stream of both scans")
     if follows and "-segments" in base.name:
@@ -148,12 +148,13 @@ def way(instance: Instance, sequences: int, heads: int, tokens: int, units: int)
         return f"{few}, where beta comes as logits"
     if heads >= 16:
         return Way(halves=True, aside=True, walk=walk)
-    if adjoints.can(instance) and adjoints.roles_win(sequences, heads, tokens, units, SEGMENT, instance.varlen):
+    cut = adjoints.roles_win(sequences, heads, tokens, units, SEGMENT, instance.varlen)
+    if cut and adjoints.can(instance):
         return Way(segment=SEGMENT, walk=SHORT)            # of its walks the only ones that were timed and run on all cells
     if tokens <= BRIEF * sequences:
         return Way(halves=True, aside=True, walk=SINGLE)
-    return f"{few}; or 16 heads, or at most {BRIEF} tokens a sequence in the mean, or segments of sequences longer " \
-        f"than {tokens // sequences if sequences else 0} tokens (only of {adjoints.ONLY})"
+    segments = f"would be the fastest, but serve only {adjoints.ONLY}" if cut else "would take longer than triton"
+    return f"{few}; or 16 value heads, or at most {BRIEF} tokens a sequence in the mean; segments {segments}"
 
 
 def served(base: Schedule, instance: Instance, how: Way) -> Schedule:

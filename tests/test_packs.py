@@ -188,7 +188,7 @@ def test_a_pack_of_other_code_is_not_served(native: Path, tmp_path: Path) -> Non
     ({"targets": "sm_75"}, "--target: got 'sm_75'; accepts sm_80, sm_90, cpu"),
     ({"backends": "torch"}, "--backends: got 'torch'; accepts triton, tilelang"),
     ({"grads": "q"}, "--grads: got 'q' with --op forward"),
-    ({"op": "backward", "grads": "z"}, "grads: got z; accepts"),
+    ({"op": "backward", "grads": "z"}, "--grads: got 'z'; accepts"),
     ({"dtype": "f64", "targets": "sm_90"}, "float64"),
 ])
 def test_wrong_words(change: dict[str, str], message: str, tmp_path: Path) -> None:

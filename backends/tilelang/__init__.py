@@ -38,6 +38,9 @@ class TileLang:
             return Reason(f"tilelang lowers to cpu, sm_80 and sm_90, not to {arch}")
         if (kernel.leads or kernel.beside) and not (kernel.options.roles and arch == "sm_90"):
             return Reason("tilelang starts one kernel beside another as roles alone, on sm_90; triton does others there")
+        if kernel.clears:
+            return Reason(f"tilelang sets no counts to zero, as {kernel.name} should for one that runs beside another; triton "
+                          "does")
         refused = {"f64": "float64"} | ({"bf16": "bfloat16", "f16": "float16"} if arch == "cpu" else {})
         for n in kernel.program.nodes():
             if n.type.dtype in refused:

@@ -40,8 +40,11 @@ class Lies:
 
 
 def beside(kernel: Kernel) -> Beside:
-    """What a kernel has to do with those beside it. A block that walks through chunks starts at a multiple of as many."""
-    few = math.gcd(TOGETHER, kernel.extents[kernel.parallel.chain[-1]]) if kernel.awaits and kernel.parallel else TOGETHER
+    """What a kernel has to do with those beside it. A block that waits walks through chunks, from a multiple of as many on."""
+    few = TOGETHER
+    if kernel.awaits:
+        assert kernel.parallel and len(kernel.parallel.chain) == 2, kernel.name
+        few = math.gcd(TOGETHER, kernel.extents[kernel.parallel.chain[-1]])
     return Beside(kernel.counts is not None, tuple((name, t.name) for name, t in kernel.ready.items()), few)
 
 

@@ -58,7 +58,8 @@ def supports(kernel: Kernel, arch: str) -> Reason | None:
 def seen(program: Program, roles: Roles, beside: Beside) -> None:
     """Whoever wrote the order of events: what it computes is seen before it runs. (Once, for a tuner varies what is around a
     scan by the hundred.) Raises Fault."""
-    execute(derive(Laid(program, roles, beside)), 4, seeds=1)
+    counted = beside.counts or beside.ready                # to the group after the next, of those that are counted as one
+    execute(derive(Laid(program, roles, beside)), 2 * beside.few + 1 if counted else 4, seeds=1)
 
 
 class RolePrinter(RoleSteps):
@@ -300,7 +301,8 @@ class RolePrinter(RoleSteps):
             elif x.kind == "drain" and x.engine == "memory":
                 self.put(depth, f"if {self.done()}:")
                 self.put(depth + 1, f"T.tma_store_wait({x.most}, False)")
-            elif x.kind == "count" and self.kernel.counts:
+            elif x.kind == "count":
+                assert self.kernel.counts is not None
                 self.put(depth, f"if {self.done()}:")
                 self.put(depth + 1, self.counted("count_stored", self.kernel.counts, self.kernel.columns))
             elif x.kind == "drain" and x.engine == "tensor":
