@@ -138,7 +138,7 @@ def test_what_cannot_be_followed() -> None:
             Way(follows=True, **how)
     merged = whole_scans("sm_90", bench.TIMED, 1, 32, "triton", merges="gathered-turns")[0]
     after = inner_as_roles(as_roles(merged, AGAIN, BACK_ALONE, follows=True), follows=True)
-    with pytest.raises(Unsupported, match="tilelang sets no counts to zero, as solve should"):          # solve would, in TileLang
+    with pytest.raises(Unsupported, match="tilelang sets no counts to zero, as solve should"):
         variant(bench.TIMED, after, "tilelang", "sm_90")
     cut = in_segments(base, bench.TIMED, 32)
     with pytest.raises(ValueError, match=r"as_roles\.follows: got true with .*; accepts a schedule of whole sequences"):
