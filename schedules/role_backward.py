@@ -37,9 +37,9 @@ def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: b
     with the last of again's, and little is won."""
     if aside and follows:
         raise ValueError("as_roles: got aside and follows; accepts one of them: who follows is in the stream of both scans")
-    if follows and "-segments" in base.name:
-        raise ValueError(f"as_roles.follows: got true with {base.name}; accepts a schedule of whole sequences: segments are "
-                         "not counted")
+    if (aside or follows) and "-segments" in base.name:
+        raise ValueError(f"as_roles.{'aside' if aside else 'follows'}: got true with {base.name}; accepts a schedule of whole "
+                         "sequences: segments fill the GPU by themselves, and are not counted")
     alone = any(e.do == "issue" and e.value == "qk" for r in back.roles for e in r.events)
     steps = without_local(base.steps) if alone else base.steps
     last = "inner" if "inner" in dict(base.kernels) else "grads"               # what follows both scans

@@ -143,6 +143,8 @@ def test_what_cannot_be_followed() -> None:
     cut = in_segments(base, bench.TIMED, 32)
     with pytest.raises(ValueError, match=r"as_roles\.follows: got true with .*; accepts a schedule of whole sequences"):
         as_roles(cut, follows=True)
+    with pytest.raises(ValueError, match=r"as_roles\.aside: got true with .*; accepts a schedule of whole sequences"):
+        as_roles(cut, aside=True)
     cut = as_roles(cut)
     follows = {n: replace(cut.options(n), follows=True) for n in ("back", "inner")}
     with pytest.raises(IRError, match="follow: back takes all its chunks at once, so that there is nothing to follow"):

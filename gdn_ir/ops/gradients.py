@@ -5,7 +5,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from torch import library
+from torch.library import Library, register_autograd
 from torch._guards import TracingContext         # of this thread, while torch.compile traces
 
 from gdn_ir import policy, registry
@@ -161,10 +161,10 @@ def _below(below: Any, *inputs: Any) -> Any:
 
 
 def _autograd(keys: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
-    """What `library.register_autograd` would do, which reads the schema anew in every call."""
+    """What `register_autograd` would do, which reads the schema anew in every call."""
     return recorded(partial(_below, keys & torch._C._after_autograd_keyset), *inputs)
 
 
-FRAGMENT = library.Library("gdn_ir", "FRAGMENT")           # held: what it registers goes when it goes
+FRAGMENT = Library("gdn_ir", "FRAGMENT")                   # held: what it registers goes when it goes
 FRAGMENT.impl("chunk_forward", _autograd, "Autograd", with_keyset=True)
-library.register_autograd("gdn_ir::chunk_backward", _twice)
+register_autograd("gdn_ir::chunk_backward", _twice)
