@@ -95,7 +95,7 @@ def op_call(op: Callable[..., tuple[torch.Tensor, torch.Tensor | None]], x: Tens
     """An op with flash-linear-attention's arguments: dense batches of one, boundaries in cu_seqlens."""
     def forward(y: Tensors) -> tuple[torch.Tensor, torch.Tensor | None]:
         o, state = op(*(y[n][None] for n in LEAVES), output_final_state=not train, cu_seqlens=y["cu_seqlens"])
-        return o[0], state
+        return o.squeeze(0), state                         # a view: o[0]'s backward fills and copies what is timed
     return differentiated(forward, x) if train else undifferentiated(forward, x)
 
 
