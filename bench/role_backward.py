@@ -40,7 +40,7 @@ from gdn_ir.coverage import Cell, Layout
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.schedules.adjoints import TURNS as CUT, in_segments
 from gdn_ir.schedules.defaults import whole_scans
-from gdn_ir.schedules.role_backward import SHORT, WALK, as_roles, inner_as_roles, the_rest_by
+from gdn_ir.schedules.role_backward import BACK_ONLY, BOTH, SHORT, WALK, as_roles, inner_as_roles, the_rest_by
 from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE
 from gdn_ir.schedules.schedule import Schedule
 
@@ -54,19 +54,20 @@ SECONDS = 0.2                                              # of timing, for each
 
 def candidates(instance: Instance, sequences: int, heads: int, segments: Sequence[int] = ()) -> dict[str, Schedule]:
     """"gathered", the same with nothing that follows a scan; one kernel for inner and grads, in two ways, each also with eight
-    warps; and roles, before each of these: a whole head to a block or half of one, u's gradient by the outputs made before or
-    among them, the scans in a row or beside each other; that one kernel as roles too, after scans by Triton and by roles, its
-    blocks of few chunks or of more; and it, in either way, beside both scans. segments: of so many chunks, by Triton and with
-    roles."""
+    warps; and roles, before each of these: a whole head to a block or half of one, or, beside each other, half of one in
+    reverse alone; u's gradient by the outputs made before or among them, the scans in a row or beside each other; that one
+    kernel as roles too, after scans by Triton and by roles, its blocks of few chunks or of more; and it, in either way, beside
+    both scans. segments: of so many chunks, by Triton and with roles."""
     gathered, merged, turns = (whole_scans(ARCH, instance, sequences, heads, "triton", merges=m)[0]
                                for m in ("", "gathered-merged", "gathered-turns"))
     row = replace(gathered, kernels=tuple((k, replace(o, follows=o.follows and k == "grads")) for k, o in gathered.kernels))
-    roles = [as_roles(gathered, AGAIN, *way) for way in product((BACK, BACK_ALONE), (False, True), (False, True))]
-    roles += [as_roles(base, AGAIN, BACK_ALONE, *way) for base in (merged, turns) for way in product((False, True), repeat=2)]
+    ways = [*product(((), BOTH), (False, True)), (BACK_ONLY, True)]
+    roles = [as_roles(gathered, AGAIN, back, *way) for back, way in product((BACK, BACK_ALONE), ways)]
+    roles += [as_roles(base, AGAIN, BACK_ALONE, *way) for base, way in product((merged, turns), ways)]
     inner = [inner_as_roles(merged), *(inner_as_roles(turns, chunks=n) for n in (1, SHORT, 4, WALK, 2 * WALK))]
     inner += [inner_as_roles(as_roles(turns, AGAIN, BACK_ALONE, *way), chunks=n)
-              for way in product((False, True), repeat=2) for n in (1, SHORT, WALK)]
-    beside = [as_roles(turns, AGAIN, BACK_ALONE, halves, follows=True) for halves in (False, True)]
+              for way in ways for n in (1, SHORT, WALK)]
+    beside = [as_roles(turns, AGAIN, BACK_ALONE, halves, follows=True) for halves in ((), BOTH)]
     roles += beside
     inner += [inner_as_roles(base, chunks=n, follows=True) for base in (*beside, turns) for n in (1, SHORT, WALK)]
     one = {"merged": merged, "turns": turns}
@@ -79,7 +80,7 @@ def candidates(instance: Instance, sequences: int, heads: int, segments: Sequenc
         found |= {s.name.removeprefix("backward-"): s for s in (cut, inner_as_roles(cut))}
         found |= {s.name.removeprefix("backward-"): s for s in (inner_as_roles(as_roles(cut, back=back), chunks=w)
                                                                 for back in (BACK, BACK_ALONE) for w in (SHORT, WALK))}
-    for n, halves in product(segments, (False, True)):
+    for n, halves in product(segments, ((), BOTH)):
         cut = in_segments(gathered, instance, n)
         found |= {s.name.removeprefix("backward-"): s for s in (cut, as_roles(cut, halves=halves))}
     return {n: the_rest_by("triton", s) for n, s in found.items()}

@@ -36,9 +36,11 @@ ROLES = {"roles": "roles-aside", "roles in a row": "roles"}
 THROUGHOUT = {"roles throughout": "roles-aside-throughout", "roles throughout, in a row": "roles-throughout",
               "roles throughout, in halves": "roles-halves-aside-throughout"}
 SHORTLY = {n.replace("throughout", "throughout, short walks"): f"{way}-short" for n, way in THROUGHOUT.items()}
+UNEVEN = {f"roles throughout, {walk}adjoints in halves": f"roles-back-halves-aside-throughout{name}"
+          for walk, name in (("", ""), ("short walks, ", "-short"))}
 SINGLY = {"roles throughout, single chunks, in halves": "roles-halves-aside-throughout-single"}
 IN_SEGMENTS = {f"roles throughout, segments of {SEGMENT}": "roles-segments-throughout-short"}
-NAMES = ROLES | THROUGHOUT | SHORTLY | SINGLY | IN_SEGMENTS
+NAMES = ROLES | THROUGHOUT | SHORTLY | UNEVEN | SINGLY | IN_SEGMENTS
 
 
 def shipped() -> Iterator[tuple[Cell, int | None, str, str, str]]:
@@ -57,7 +59,7 @@ def shipped() -> Iterator[tuple[Cell, int | None, str, str, str]]:
     for ways in (ROLES, THROUGHOUT, SHORTLY):
         for cell, kind, how in by_roles(*ways):
             yield cell, None, kind, "nothing", how
-    for how in SINGLY:
+    for how in (*UNEVEN, *SINGLY):
         alone = (Cell(f"the backward's {how}, {n}, H = HV, bf16", FULL, "bf16", replace(y, H=y.HV)) for n, y in LAYOUTS.items())
         for cell in (*crowded(f"the backward's {how}", *LAYOUTS.values()), *alone):
             if not cell.switches.beta_sigmoid:

@@ -21,17 +21,19 @@ FILLED = 1.9
 BRIEF = 1024                                               # tokens of a sequence, in the mean, up to which roles cost no more
 SEGMENT = 32                                               # chunks of a segment
 HALF = 64                                                  # columns of V that a block owns where two share a head
+BOTH, BACK_ONLY = ("again", "back"), ("back",)             # scans whose blocks share heads
 FOLLOWS = "-follows"                                       # of a schedule's name
 
 # what makes u's gradient by the outputs before the adjoint's scan, which then only adds it
 BEFORE = (("peel", "d_u", "d_u_o"), ("turn", "d_u_o"), ("hoist", "d_u_o", "io", "local"))
 
 
-def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: bool = False, aside: bool = False,
+def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: tuple[str, ...] = (), aside: bool = False,
              follows: bool = False) -> Schedule:
     """The plan "gathered" of `base`, one of its kin, or "gathered-segments", its scans as roles. back: BACK_ALONE needs no
-    kernel local. halves: two blocks share a head, each with half of its columns: for few heads. aside: the two run beside
-    each other, in two streams (of whole sequences). follows: beside each other in one stream, and what comes after them
+    kernel local. halves: of which of the two scans two blocks share a head, each with half of its columns: for few heads, BOTH;
+    BACK_ONLY where that fills the GPU, for a chunk of the adjoint takes half again as long. aside: the two run beside each
+    other, in two streams (of whole sequences). follows: beside each other in one stream, and what comes after them
     follows both, as it follows Triton's (of whole sequences). It is right wherever it runs, for who follows starts when all
     blocks of both have; but a block of roles takes a multiprocessor, so where both have more than there are, back starts
     with the last of again's, and little is won."""
@@ -45,12 +47,14 @@ def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: b
     last = "inner" if "inner" in dict(base.kernels) else "grads"               # what follows both scans
     kept = {k: replace(o, follows=o.follows and (k != last or follows)) for k, o in base.kernels if not alone or k != "local"}
     for name, roles in (("again", again), ("back", back)):
-        kept[name] = KernelOptions(HALF if halves else None, roles=in_halves(roles) if halves else roles, backend="tilelang",
+        half = name in halves
+        kept[name] = KernelOptions(HALF if half else None, roles=in_halves(roles) if half else roles, backend="tilelang",
                                    aside=aside and name == "again", follows=follows and name == "back")
     plan = next((f"-{p}" for p in ("merged", "turns") if p in base.name), "")
     cut = base.name[base.name.index("-segments"):] if "-segments" in base.name else ""
     how = "-aside" if aside else FOLLOWS if follows else ""
-    name = f"backward-roles{plan}{'-alone' if alone else ''}{'-halves' if halves else ''}{how}{cut}"
+    split = {(): "", BOTH: "-halves", BACK_ONLY: "-back-halves"}[halves]
+    name = f"backward-roles{plan}{'-alone' if alone else ''}{split}{how}{cut}"
     return replace(base, name=name, steps=(*steps, ("accumulate", "d_S")), kernels=tuple(kept.items()))
 
 
@@ -91,10 +95,10 @@ def the_rest_by(backend: str, schedule: Schedule) -> Schedule:
 
 @dataclass(frozen=True)
 class Way:
-    """How sequences are scanned by roles: whole, a block for each head or, with `halves`, two; or in segments of so many
-    chunks. aside: the two scans beside each other, in two streams. walk: chunks of a block of what comes after them, as roles
+    """How sequences are scanned by roles: whole, a block for each head or, of the scans in `halves`, two; or in segments of so
+    many chunks. aside: the two scans beside each other, in two streams. walk: chunks of a block of what comes after them, as roles
     too (0: by Triton). follows: that starts beside both, and they beside each other in one stream."""
-    halves: bool = False
+    halves: tuple[str, ...] = ()
     aside: bool = False
     segment: int = 0
     walk: int = 0
@@ -110,7 +114,8 @@ class Way:
 
     def __str__(self) -> str:
         part = f" segment of {self.segment} chunks" if self.segment else ""
-        blocks = f"{'two blocks' if self.halves else 'one block'} for each{part}"
+        blocks = {(): "one block for each", BOTH: "two blocks for each",
+                  BACK_ONLY: "one block for each, their adjoints in two"}[self.halves] + part
         rest = f"; what comes after them as roles, {self.walk} chunk{'s' * (self.walk > 1)} to a block" if self.walk else ""
         rest += ", as soon as its chunks are there" if self.follows else ""
         beside = self.aside or self.follows
@@ -120,10 +125,12 @@ class Way:
 # all that `way` chooses from, by the names that the tuner has for them: a GPU has run each (bench/verify_backward.py)
 WAYS = {"roles-aside": Way(aside=True), "roles": Way(),
         "roles-aside-throughout": Way(aside=True, walk=WALK), "roles-throughout": Way(walk=WALK),
-        "roles-halves-aside-throughout": Way(halves=True, aside=True, walk=WALK),
+        "roles-halves-aside-throughout": Way(BOTH, aside=True, walk=WALK),
         "roles-aside-throughout-short": Way(aside=True, walk=SHORT), "roles-throughout-short": Way(walk=SHORT),
-        "roles-halves-aside-throughout-short": Way(halves=True, aside=True, walk=SHORT),
-        "roles-halves-aside-throughout-single": Way(halves=True, aside=True, walk=SINGLE),
+        "roles-halves-aside-throughout-short": Way(BOTH, aside=True, walk=SHORT),
+        "roles-halves-aside-throughout-single": Way(BOTH, aside=True, walk=SINGLE),
+        "roles-back-halves-aside-throughout": Way(BACK_ONLY, aside=True, walk=WALK),
+        "roles-back-halves-aside-throughout-short": Way(BACK_ONLY, aside=True, walk=SHORT),
         "roles-segments-throughout-short": Way(segment=SEGMENT, walk=SHORT)}
 
 
@@ -140,19 +147,19 @@ def way(instance: Instance, sequences: int, heads: int, tokens: int, units: int)
     blocks = tokens * heads // ((2 if instance.grouped else 1) * CHUNK * WALK)     # two value heads taken to share a key head
     walk = 0 if instance.switches.beta_sigmoid else WALK if blocks >= FILLED * units else SHORT
     if scans >= MANY and (heads >= 16 or scans >= 2 * MANY or sequences >= SOME):
-        halves = bool(walk) and packed and units < 4 * scans <= 2 * units
+        halves = BOTH if walk and packed and units < 4 * scans <= 2 * units else ()
         return Way(halves, aside=scans <= units if walk else 2 * scans <= units, walk=walk)
     few = f"roles want {MANY} sequences x heads (twice as many where a sequence has fewer than 16 heads and there are fewer " \
         f"than {SOME}), not {sequences} x {heads}"
     if not walk:
         return f"{few}, where beta comes as logits"
     if heads >= 16:
-        return Way(halves=True, aside=True, walk=walk)
+        return Way(BOTH, aside=True, walk=walk)
     cut = adjoints.roles_win(sequences, heads, tokens, units, SEGMENT, instance.varlen)
     if cut and adjoints.can(instance):
         return Way(segment=SEGMENT, walk=SHORT)            # of its walks the only ones that were timed and run on all cells
     if tokens <= BRIEF * sequences:
-        return Way(halves=True, aside=True, walk=SINGLE)
+        return Way(BOTH, aside=True, walk=SINGLE)
     segments = f"would be the fastest, but serve only {adjoints.ONLY}" if cut else "would take longer than triton"
     return f"{few}; or 16 value heads, or at most {BRIEF} tokens a sequence in the mean; segments {segments}"
 

@@ -28,7 +28,7 @@ from gdn_ir.schedules import adjoints
 from gdn_ir.schedules.defaults import whole_scans
 from gdn_ir.schedules.execute import Fault, execute
 from gdn_ir.schedules.pipeline import IllegalStep
-from gdn_ir.schedules.role_backward import WAYS, Way, as_roles, inner_as_roles, served, way
+from gdn_ir.schedules.role_backward import BACK_ONLY, BOTH, WAYS, Way, as_roles, inner_as_roles, served, way
 from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE, Event, Roles
 from gdn_ir.schedules.schedule import Schedule
 from gdn_ir.schedules.steps import apply
@@ -49,7 +49,7 @@ def made_of(cell: Cell, back: Roles = BACK, halves: bool = False, again: Roles =
     instance = gradients.backward_of(cell)
     base = whole_scans("sm_90", instance, 1, 32, "triton")[0]
     base = in_segments(base, instance, segment) if segment else base
-    return variant(instance, as_roles(base, again, back, halves, follows=follows), "triton", "sm_90")
+    return variant(instance, as_roles(base, again, back, BOTH if halves else (), follows=follows), "triton", "sm_90")
 
 
 def kernel_of(name: str, back: Roles, halves: bool, follows: bool = False) -> Kernel:
@@ -155,7 +155,7 @@ def test_what_cannot_be_followed() -> None:
 def test_a_way_follows(walk: int) -> None:
     turns = whole_scans("sm_90", bench.TIMED, 1, 32, "triton", merges="gathered-turns")[0]
     for halves in (False, True):
-        way = Way(halves, walk=walk, follows=True)
+        way = Way(BOTH if halves else (), walk=walk, follows=True)
         schedule = served(turns, bench.TIMED, way)
         assert Schedule.from_json(schedule.to_json()) == schedule
         kernels = variant(bench.TIMED, schedule, "triton", "sm_90").compiled.kernels
@@ -230,7 +230,7 @@ def test_the_bench_has_candidates() -> None:
     """As they serve for a shape, with roles for nothing but the scans and what follows them, in no stream of another's."""
     for lengths, _, HV in bench.SHAPES:
         found = bench.candidates(bench.TIMED, len(lengths), HV)
-        ways = [f"{half}{aside}" for half in ("", "-halves") for aside in ("", "-aside")]
+        ways = [*(f"{half}{aside}" for half in ("", "-halves") for aside in ("", "-aside")), "-back-halves-aside"]
         roles = [f"roles{how}{way}" for how in ("", "-alone", "-merged-alone", "-turns-alone") for way in ways]
         one = [f"{how}{way}" for way in ("", ", 8 warps", ", waits", ", 8 warps, waits") for how in ("merged", "turns")]
         inner = [f"roles-turns-alone{way}-inner{n}" for way in ways for n in ("-1", "-2", "")]
@@ -255,6 +255,7 @@ def test_the_bench_has_candidates() -> None:
 @pytest.mark.parametrize("name", ["roles", "roles-alone-aside", "roles-halves", "roles-alone-halves-aside", "roles-turns-alone",
                                   "roles-turns-alone-aside", "gathered-merged-inner", "roles-turns-alone-inner",
                                   "roles-turns-alone-aside-inner", "roles-turns-alone-halves-aside-inner-1",
+                                  "roles-turns-alone-back-halves-aside-inner",
                                   "roles-turns-segments-2-inner-2", "gathered-turns-inner", "roles-turns-alone-follows",
                                   "roles-turns-alone-inner-follows", "roles-turns-alone-halves-inner-2-follows",
                                   "gathered-turns-inner-follows"])
@@ -290,10 +291,10 @@ def test_what_serves(sequences: int, heads: int, tokens: int, how: str | int) ->
 
 @pytest.mark.parametrize(("change", "sequences", "heads", "tokens", "how"), [
     ({"varlen": False}, 4, 4, 32768, "segments would take longer"), ({"varlen": True}, 4, 4, 32768, Way(segment=32, walk=2)),
-    ({"varlen": False}, 4, 16, 8192, Way(False, True, walk=2)), ({"varlen": True}, 4, 16, 8192, Way(True, True, walk=2)),
-    ({"varlen": True}, 1, 64, 8192, Way(False, True, walk=8)), ({"grouped": False}, 1, 16, 8192, Way(True, True, walk=8)),
+    ({"varlen": False}, 4, 16, 8192, Way((), True, walk=2)), ({"varlen": True}, 4, 16, 8192, Way(BOTH, True, walk=2)),
+    ({"varlen": True}, 1, 64, 8192, Way((), True, walk=8)), ({"grouped": False}, 1, 16, 8192, Way(BOTH, True, walk=8)),
     ({"switches": Switches(l2norm=True)}, 1, 8, 32768, "nothing normalised"), ({"grouped": False}, 1, 8, 32768, "that share"),
-    ({"switches": Switches(beta_sigmoid=True)}, 2, 32, 8192, Way(False, True)),
+    ({"switches": Switches(beta_sigmoid=True)}, 2, 32, 8192, Way((), True)),
     ({"switches": Switches(beta_sigmoid=True)}, 4, 32, 8192, Way()),
     ({"switches": Switches(beta_sigmoid=True)}, 1, 4, 768, "beta comes as logits")])
 def test_what_a_call_is_changes_how_it_is_served(change: dict[str, Any], sequences: int, heads: int, tokens: int,
