@@ -140,14 +140,16 @@ def way(instance: Instance, sequences: int, heads: int, tokens: int, units: int)
 
     Roles follow the scans, but not where beta comes as logits: its gradient is no sum of rows times beta then. Where sequences
     and heads are many these are scanned whole, beside each other as long as each scan's blocks have a multiprocessor; by halves
-    where two waves of these even out what unequal sequences leave. Few heads go in halves where there are 16 of them, else in
+    where two waves of these even out what unequal sequences leave, and the adjoints alone by halves where there is room for all
+    blocks. Few heads go in halves where there are 16 of them, else in
     segments where sequences are long. Up to BRIEF tokens they cost about what Triton's kernels do, and err less on inputs of
     which much cancels; between the two these win, for they follow each other chunk by chunk."""
     scans, packed = sequences * heads, instance.varlen and sequences > 1
     blocks = tokens * heads // ((2 if instance.grouped else 1) * CHUNK * WALK)     # two value heads taken to share a key head
     walk = 0 if instance.switches.beta_sigmoid else WALK if blocks >= FILLED * units else SHORT
     if scans >= MANY and (heads >= 16 or scans >= 2 * MANY or sequences >= SOME):
-        halves = BOTH if walk and packed and units < 4 * scans <= 2 * units else ()
+        even = packed and units < 4 * scans <= 2 * units
+        halves = () if not walk else BOTH if even else BACK_ONLY if 3 * scans <= units else ()
         return Way(halves, aside=scans <= units if walk else 2 * scans <= units, walk=walk)
     few = f"roles want {MANY} sequences x heads (twice as many where a sequence has fewer than 16 heads and there are fewer " \
         f"than {SOME}), not {sequences} x {heads}"
