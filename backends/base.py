@@ -36,13 +36,12 @@ class Kernel:
 
     extents: sizes of the axes fixed at compile time (C, K, V). tiles: extents of the tiles over them, larger where an axis is
     padded, smaller where it is split over the grid. varlen: sequences are found through cu_seqlens, else all have length T.
-    counts: of a scan that is followed, where it counts a chunk's columns that are stored (of roles by each warp that stores);
-    awaits: of its follower, those counts of each scan that it follows, how high they must be, and whether the scan goes
-    backwards; clears: of a kernel before such a scan, the counts that it sets to zero; ready: of what it reads of those
-    scans, the counts that say so, by the tensor's name (`gdn_ir.follow`). beside: whether it may start while the kernel
-    before it runs; leads: whether the one after it may. sweeps: stores whose rows past the last sequence it clears: another
-    kernel's, or its own, where it is serial. turns: for each tensor that several blocks store their part of a sum in, how
-    many have: they add it one after another, in the order of the grid.
+    counts: of a scan that is followed, where it counts a chunk's columns that are stored; awaits: of its follower, those counts
+    of each scan that it follows, how high they must be, and whether the scan goes backwards; clears: of a kernel before such a
+    scan, the counts that it sets to zero (`gdn_ir.follow`). beside: whether it may start while the kernel before it runs;
+    leads: whether the one after it may. sweeps: stores whose rows past the last sequence it clears: another kernel's, or its
+    own, where it is serial. turns: for each tensor that several blocks store their part of a sum in, how many have: they add it
+    one after another, in the order of the grid.
     """
     name: str
     program: Program
@@ -58,7 +57,6 @@ class Kernel:
     leads: bool = False
     sweeps: tuple[Node, ...] = ()
     turns: Mapping[str, Tensor] = field(default_factory=dict)
-    ready: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def parallel(self) -> ScanView | None:
@@ -121,12 +119,6 @@ class Kernel:
         """The names of the tensors that it writes, counts and rows past the last sequence among them."""
         more = (t.name for t in (self.counts, self.clears, *self.turns.values()) if t)
         return frozenset((*self.program.written(), *(s["tensor"].name for s in self.sweeps), *more))
-
-    @property
-    def counters(self) -> int:
-        """How many count the columns of one chunk: of roles each warp that stores, else the block."""
-        roles = self.options.roles.roles if self.options.roles else ()
-        return sum(r.warps * r.copies for r in roles if any(e.do == "store" for e in r.events)) or 1
 
     @cached_property
     def segments(self) -> dict[str, int]:

@@ -55,9 +55,9 @@ SECONDS = 0.2                                              # of timing, for each
 def candidates(instance: Instance, sequences: int, heads: int, segments: Sequence[int] = ()) -> dict[str, Schedule]:
     """"gathered", the same with nothing that follows a scan; one kernel for inner and grads, in two ways, each also with eight
     warps; and roles, before each of these: a whole head to a block or half of one, or, beside each other, half of one in
-    reverse alone; u's gradient by the outputs made before or among them, the scans in a row or beside each other; that one
-    kernel as roles too, after scans by Triton and by roles, its blocks of few chunks or of more; and it, in either way, beside
-    both scans. segments: of so many chunks, by Triton and with roles."""
+    reverse alone; u's gradient by the outputs made before or among them, the scans in a row or beside each other; and that
+    one kernel as roles too, after scans by Triton and by roles, its blocks of few chunks or of more. segments: of so many
+    chunks, by Triton and with roles."""
     gathered, merged, turns = (whole_scans(ARCH, instance, sequences, heads, "triton", merges=m)[0]
                                for m in ("", "gathered-merged", "gathered-turns"))
     row = replace(gathered, kernels=tuple((k, replace(o, follows=o.follows and k == "grads")) for k, o in gathered.kernels))
@@ -65,11 +65,7 @@ def candidates(instance: Instance, sequences: int, heads: int, segments: Sequenc
     roles = [as_roles(gathered, AGAIN, back, *way) for back, way in product((BACK, BACK_ALONE), ways)]
     roles += [as_roles(base, AGAIN, BACK_ALONE, *way) for base, way in product((merged, turns), ways)]
     inner = [inner_as_roles(merged), *(inner_as_roles(turns, chunks=n) for n in (1, SHORT, 4, WALK, 2 * WALK))]
-    inner += [inner_as_roles(as_roles(turns, AGAIN, BACK_ALONE, *way), chunks=n)
-              for way in ways for n in (1, SHORT, WALK)]
-    beside = [as_roles(turns, AGAIN, BACK_ALONE, halves, follows=True) for halves in ((), BOTH)]
-    roles += beside
-    inner += [inner_as_roles(base, chunks=n, follows=True) for base in (*beside, turns) for n in (1, SHORT, WALK)]
+    inner += [inner_as_roles(as_roles(turns, AGAIN, BACK_ALONE, *way), chunks=n) for way in ways for n in (1, SHORT, WALK)]
     one = {"merged": merged, "turns": turns}
     one |= {f"{n}, 8 warps": s.with_options(grads=replace(s.options("grads"), num_warps=8)) for n, s in one.items()}
     one |= {f"{n}, waits": s.with_options(grads=replace(s.options("grads"), follows=False)) for n, s in one.items()}
@@ -142,7 +138,7 @@ def timed(shape: Shape, made: dict[str, Schedule]) -> dict[str, Any]:
             continue
         runs[name] = timer([run], "cuda")
         row["sources"] = {s.kernel: s.hash for s in chosen.sources}
-        if name == "gathered" or schedule.options("again").aside or "follows" in name:         # each by itself: where in a row
+        if name == "gathered" or schedule.options("again").aside:         # each by itself: where in a row
             continue
         row["kernels"] = ms = kernels(chosen, run)
         if "inner" in name:                                # of each chunk and head

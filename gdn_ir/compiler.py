@@ -175,16 +175,14 @@ def lower(program: Program, schedule: Schedule, backend: Backend, arch: str, siz
         tiles |= {str(columns(p, tokens)): turned[p.name]} if p.name in turned else {}
         padded = {a for a in tile_axes(p) if a in tokens or own[a] % tiles[a]}
         p = pad(p, frozenset(padded))
-        whole_tiles = {j: -(-extents["V"] // kernels[j].columns) * kernels[j].columns * kernels[j].counters
-                       for j in followed.get(i, ())}
+        whole_tiles = {j: -(-extents["V"] // kernels[j].columns) * kernels[j].columns for j in followed.get(i, ())}
         awaits = tuple((t, whole_tiles[j], bool(pipeline[j].roots[0]["reverse"])) for j, t in followed.get(i, {}).items())
-        ready = {n: t for j, t in followed.get(i, {}).items() for n in p.read() if n in pipeline[j].written()}
         turn = turns_of(p) if b.in_turn else {}
         if turn and not options.around and len({backwards for _, _, backwards in awaits}) == 2:
             raise steps.IllegalStep(f"kernels: {p.name}.around: got false where it follows two scans, its blocks in turns, "
                                     "who would wait for others that start later; accepts true")
         kernels.append(Kernel(p.name, p, own, tiles, options, varlen, origin, counting.get(i), awaits,
-                              cleared.get(i), i in followed, i + 1 in followed, turns=turn, ready=ready))
+                              cleared.get(i), i in followed, i + 1 in followed, turns=turn))
     return swept(tuple(kernels), backend)
 
 

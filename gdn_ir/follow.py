@@ -2,17 +2,13 @@
 
 A serial scan of few blocks leaves most of a GPU idle, and the kernel after it, which takes all chunks at once, waits for the
 last of them though most are long done. Where all that it reads of the scan belongs to its own chunk it need not: the scan
-counts, for every few chunks (`TOGETHER`), the columns that it has stored, and the follower waits for that count alone; where
-its blocks walk through chunks, for those of each when they come to it. A kernel that reads nothing of the one before it waits
-for nothing: the two run beside each other. Two scans may, and one kernel follow both.
-
-No block of a follower waits in vain: it starts once all blocks of the scan before it have started, which say so at once, and of
-that one's blocks the same holds. So all of the scans are at work, or done, before it takes a multiprocessor.
+counts, for every few chunks (`TOGETHER`), the columns that it has stored, and the follower waits for that count alone. A kernel
+that reads nothing of the one before it waits for nothing: the two run beside each other. Two scans may, and one kernel follow
+both.
 """
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from dataclasses import replace
 
 from gdn_ir.nodes import IRError, Node, Op, Rows, Slot, Tensor
 from gdn_ir.program import Program, ScanView
@@ -27,8 +23,8 @@ def apart(before: Program, after: Program) -> bool:
 
 def ready(scan: Program, follower: Program) -> Tensor | None:
     """The counts that `follower` waits for: for the first chunk of each few, and each grid point, how many columns of them
-    `scan` has stored (roles: times the warps that store); None where it need not wait. Raises IRError naming what forbids it:
-    another grid, or a load of what the scan stores elsewhere than in the same chunk's turn."""
+    `scan` has stored; None where it need not wait. Raises IRError naming what forbids it: another grid, or a load of what the
+    scan stores elsewhere than in the same chunk's turn."""
     if apart(scan, follower):
         return None
     serial, parallel = _only_scan(scan), _only_scan(follower)
@@ -40,8 +36,7 @@ def ready(scan: Program, follower: Program) -> Tensor | None:
     if grid != other:
         raise IRError(f"follow: {scan.name} has a block for each of {', '.join(grid)}, and {follower.name} for each of "
                       f"{', '.join(other)}")
-    walks = len(parallel["chain"]) > 1 and not any(s["carries"] for s in follower.scans())
-    if len(serial["chain"]) > 1 or (len(parallel["chain"]) > 1 and not walks):
+    if len(serial["chain"]) > 1 or len(parallel["chain"]) > 1:
         raise IRError(f"follow: {scan.name} and {follower.name} must step through chunks in one scan each, not in nested ones")
     if {a for a in scan.grid if a.endswith("#")} - {"V#"} or set(follower.written()) & set(scan.read()):
         raise IRError(f"follow: {scan.name} must be split along V alone, and read nothing that {follower.name} writes")
@@ -121,5 +116,5 @@ def _only_scan(p: Program) -> Node:
 
 
 def _chunk(n: Node) -> tuple[object, ...]:
-    """The terms by which a place in memory belongs to the chunk at hand, if it does, however a block came to it."""
-    return tuple(replace(t, chain=t.chain[-1:]) for t in n["index"] if isinstance(t, Rows | Slot))
+    """The terms by which a place in memory belongs to the chunk at hand, if it does."""
+    return tuple(t for t in n["index"] if isinstance(t, Rows | Slot))

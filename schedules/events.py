@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from gdn_ir.follow import TOGETHER
 from gdn_ir.nodes import FUNCTIONS, IRError, Node, Op, Rows, Tensor, twin
 from gdn_ir.program import Program, ScanView, uses
 from gdn_ir.schedules.roles import MAKE, Event, Role, Roles
@@ -36,27 +35,15 @@ class Access:
 
 
 @dataclass(frozen=True)
-class Beside:
-    """What a kernel has to do with those that run beside it (`gdn_ir.follow`). counts: whether it counts what it has stored;
-    ready: of tensors that others store meanwhile, and the counts by which one knows that a chunk of them is there; few: of how
-    many chunks in a row, from a multiple on, one asks that once."""
-    counts: bool = False
-    ready: tuple[tuple[str, str], ...] = ()
-    few: int = TOGETHER
-
-
-@dataclass(frozen=True)
 class Step:
     """One event of one copy of a role. engine: who touches memory: the role's threads, the tensor cores or the copy engine;
-    part: which part of a split axis it is of (None: of all). A product's accesses are its issue's; `complete` has none.
-    awaits: the counts that must be there before it reads what others store meanwhile."""
+    part: which part of a split axis it is of (None: of all). A product's accesses are its issue's; `complete` has none."""
     event: Event
     node: Node
     engine: str
     reads: tuple[Access, ...] = ()
     writes: tuple[Access, ...] = ()
     part: int | None = None
-    awaits: tuple[str, ...] = ()
 
     @property
     def late(self) -> bool:
@@ -138,9 +125,9 @@ def innermost(scan: Node) -> bool:
 class Laid:
     """A role schedule over a program. `steps`: those of each role's copies, by name ("state0", "aux"), in order."""
 
-    def __init__(self, program: Program, roles: Roles, beside: Beside = Beside()) -> None:
+    def __init__(self, program: Program, roles: Roles) -> None:
         program = untwinned(program)
-        self.program, self.roles, self.beside = program, roles, beside
+        self.program, self.roles = program, roles
         self.named = expressions(program, roles.names)
         for name, expression in roles.names:
             if name not in self.named:
@@ -168,8 +155,8 @@ class Laid:
         self.passed = {name for n, name in self.held.items() if n.op in (Op.TRI_SOLVE, Op.CUMSUM)} | set(self.matrices)
         self.carried()
         self.homes = self.lie()
-        self.steps = {name: tuple(replace(s, awaits=self.awaited(r, s)) for s in self.of(r, name, i))
-                      for r in roles.roles for i in range(r.copies) for name in [f"{r.name}{i}" if r.copies > 1 else r.name]}
+        self.steps = {name: tuple(self.of(r, name, i)) for r in roles.roles for i in range(r.copies)
+                      for name in [f"{r.name}{i}" if r.copies > 1 else r.name]}
         for r in roles.roles:
             for name in self.instances(r):
                 self.check(name)
@@ -366,22 +353,6 @@ class Laid:
                         if e.do == "issue":
                             writes = (kept if e.value not in self.carry else Access(kept.cell, self.carry[e.value], False, 1),)
                         yield Step(e, node, "tensor" if e.do == "issue" else "threads", reads, writes, part)
-
-    def awaited(self, r: Role, s: Step) -> tuple[str, ...]:
-        """The counts that a step needs before it reads memory."""
-        found: dict[str, None] = {}
-
-        def walk(n: Node) -> None:
-            if n.op is Op.LOAD and (s.event.do != "compute" or (r.name, n) not in self.fetched):
-                found.update((counts, None) for tensor, counts in self.beside.ready if tensor == n["tensor"].name)
-            for a in n.args:
-                if a not in self.held:
-                    walk(a)
-        if s.event.do in ("load", "fetch", "compute"):
-            walk(s.node)
-        if found and s.event.early:
-            raise IllegalRoles(f"{r.name}: {s}: it is of the next chunk, which {', '.join(found)} may not have reached")
-        return tuple(found)
 
     def before(self, instance: str, node: Node, ring: Access) -> Access:
         """What is stored summed over the members of a group: the sum of those before lies in the ring's only slot, where each

@@ -3,15 +3,13 @@
 Roles are interleaved step by step. A product or a bulk copy touches memory some time between its issue and its completion; what
 threads write is not seen by the asynchronous proxy before their fence. Each access is checked against vector clocks: it must
 come after whatever it conflicts with because of synchronisation, not because of luck. So one run finds a missing wait, however
-it happened to be interleaved; and what is read must be the value that the reader means. Kernels beside it are not run: who
-follows must have asked for a chunk before it reads it, and what is counted must lie in memory by then.
+it happened to be interleaved; and what is read must be the value that the reader means.
 """
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import product
 
 from gdn_ir.schedules.events import Access, Step
 from gdn_ir.schedules.protocol import ASYNC, Op, Plan
@@ -48,14 +46,13 @@ class Phases:
 
 @dataclass
 class Flight:
-    """What the tensor cores or the copy engine are at. writing: into memory, of which no barrier tells."""
+    """What the tensor cores or the copy engine are at."""
     name: str
     role: str
     step: Step
     chunk: int
     clock: Clock
     landed: bool = False
-    writing: bool = False
 
 
 def join(into: Clock, other: Clock) -> None:
@@ -91,11 +88,6 @@ class Machine:
         self.flights: dict[str, list[Flight]] = {role: [] for role in self.programs}
         self.depth = {cell: slots for slots, cells in plan.rings.values() for cell in cells}
         self.full = {cell: f"{name}_full" for name, (_, cells) in plan.rings.items() for cell in cells}
-        self.chunks = chunks
-        self.writes: dict[str, list[Flight]] = {role: [] for role in plan.ops if plan.counts}
-        self.stored: set[tuple[str, Step, int]] = set()
-        self.counted: set[tuple[str, int]] = set()
-        self.asked: dict[tuple[str, str], int] = {}        # role, counts -> the few chunks that it has asked for
         for role, ops in plan.ops.items():                 # a carry holds its first value
             for x in ops:
                 for a in x.writes if isinstance(x, Step) else ():
@@ -135,29 +127,6 @@ class Machine:
                 raise Fault(f"race: {actor} writes {a.cell} in chunk {chunk} ({step}) while it may still be used")
             c.holds, c.by, c.proxy, c.fenced, c.reads = (a.value, chunk + a.ahead), (actor, clock[actor]), proxy, None, {}
 
-    # -- chunks that are counted
-
-    def few(self, chunk: int) -> list[int]:
-        """The chunks that are counted as one once this one is stored, as they come; none before it is the last of them."""
-        few, last = self.plan.few, self.chunks - 1
-        place = last - chunk if self.plan.reverse else chunk
-        first = place - place % few
-        if place != (first if self.plan.reverse else min(first + few - 1, last)):
-            return []
-        return [last - p if self.plan.reverse else p for p in range(first, min(first + few, self.chunks))]
-
-    def counts(self, role: str, chunk: int) -> None:
-        """What a role stores of the chunks that it counts must lie in memory."""
-        for x, c in product(self.stores(role), self.few(chunk)):
-            if (role, x, c) not in self.stored:
-                raise Fault(f"counted too early: {role} counts chunk {c} before {x}")
-        if self.few(chunk) and self.writes[role]:
-            raise Fault(f"counted too early: {role} counts what may be on its way: {self.writes[role][0].name}")
-        self.counted |= {(role, c) for c in self.few(chunk)}
-
-    def stores(self, role: str) -> list[Step]:
-        return [x for x in self.plan.ops[role] if isinstance(x, Step) and x.event.do == "store"]
-
     # -- barriers
 
     def count(self, name: str, slot: int, clock: Clock, arrivals: int, copies: int = 0) -> None:
@@ -176,16 +145,13 @@ class Machine:
         x, chunk = self.programs[role][self.at[role]]
         if isinstance(x, Step) or x.kind not in ("wait", "drain"):
             return True
-        if x.engine == "memory" and not self.few(chunk):
-            return True
         if x.kind == "drain":
             return all(f.landed for f in self.waited(role, x.engine, x.most))
         slots = self.plan.barriers[x.barrier].slots
         return self.barriers[x.barrier, chunk % slots].ended % 2 != (chunk // slots + x.flip) % 2
 
     def waited(self, role: str, engine: str, most: int) -> list[Flight]:
-        mine = [*self.writes[role]] if engine == "memory" else \
-            [f for f in self.flights[role] if f.step.engine == engine and not (engine == "copy" and f.step.writes)]
+        mine = [f for f in self.flights[role] if f.step.engine == engine and not (engine == "copy" and f.step.writes)]
         return mine[:len(mine) - most] if most else mine
 
     # -- steps
@@ -195,16 +161,9 @@ class Machine:
         self.at[role] += 1
         clock = self.clocks[role]
         if isinstance(x, Step):
-            for counts in x.awaits:
-                if self.asked.get((role, counts)) != chunk // self.plan.few:
-                    raise Fault(f"not there: {role} does {x} in chunk {chunk} and has not asked for it: {counts}")
-            if x.event.do == "store":
-                self.stored.add((role, x, chunk))
             if x.engine == "tensor" or (x.engine == "copy" and not (x.ragged and chunk in self.short)):
                 name = f"{role}'s {x} {chunk}" + ("" if x.part is None else f" part {x.part}")
                 self.flights[role].append(Flight(name, role, x, chunk, dict(clock)))
-                if x.event.do == "store" and self.plan.counts:
-                    self.writes[role].append(Flight(f"{name} into memory", role, x, chunk, {}, writing=True))
                 for a in x.writes if x.engine == "copy" else ():
                     self.count(self.full[a.cell], chunk % self.depth[a.cell], {}, 0, 1)
             else:
@@ -219,14 +178,7 @@ class Machine:
             for c in self.cells.values():
                 if c.by is not None and c.by[0] == role and c.fenced is None:
                     c.fenced = (role, clock[role])
-        elif x.kind == "count":
-            self.counts(role, chunk)
-        elif x.kind == "await" and chunk % self.plan.few == 0:
-            self.asked[role, x.counts] = chunk // self.plan.few
-        elif x.engine == "memory" and self.few(chunk):
-            for f in self.waited(role, x.engine, x.most):
-                self.writes[role].remove(f)
-        elif x.kind == "drain" and x.engine != "memory":
+        elif x.kind == "drain":
             for f in self.waited(role, x.engine, x.most):
                 join(clock, f.clock)
                 self.flights[role].remove(f)
@@ -236,9 +188,6 @@ class Machine:
         clock[role] += 1
 
     def land(self, f: Flight) -> None:
-        if f.writing:
-            f.landed = True
-            return
         for a in f.step.writes if f.step.engine == "tensor" else ():       # products are added onto the same sum in order
             by = self.cell(a, f.chunk).by
             for before in self.flights[f.role]:
@@ -258,7 +207,7 @@ class Machine:
             products = [f for f in flights if f.step.engine == "tensor" and not f.landed]
             copies = [f for f in flights if f.step.engine == "copy" and not f.landed]
             found |= {f.name: f for f in [*copies, *products[:1]]}
-        return found | {f.name: f for flights in self.writes.values() for f in flights if not f.landed}
+        return found
 
     def run(self, choose: Choose) -> None:
         while True:
@@ -273,9 +222,6 @@ class Machine:
         stuck = {r: str(p[self.at[r]][0]) for r, p in self.programs.items() if self.at[r] < len(p)}
         if stuck:
             raise Fault("deadlock: " + "; ".join(f"{r} at {x}" for r, x in stuck.items()))
-        for role, chunk in product(self.writes, range(self.chunks)):
-            if self.stores(role) and (role, chunk) not in self.counted:
-                raise Fault(f"deadlock: {role} never counts chunk {chunk}, for which others wait")
         for (name, slot), b in self.barriers.items():
             if b.arrived or b.copies:
                 raise Fault(f"count: {b.arrived} arrivals at {name}[{slot}] end no phase")

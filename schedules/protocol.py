@@ -6,9 +6,6 @@ which a fresh barrier passes. Every warp of a role arrives once a chunk, after i
 A turn is a ring that holds nothing. A role whose warps read what others of them wrote is its own reader: the same two barriers
 let its warps run apart from each other.
 
-A scan that others follow counts a few chunks' tiles once all that a role has stored of them lies in memory, and each role that
-stores does so; who follows asks for the counts before its first load of what they say (`gdn_ir.follow`).
-
 A write by threads that the asynchronous proxy (tensor cores, copy engine) is to read is followed by a fence of the writers
 before they arrive. A tile that is loaded in one piece needs none, but one that a sequence ends in is written by threads.
 """
@@ -17,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from gdn_ir.follow import TOGETHER
 from gdn_ir.nodes import IRError
 from gdn_ir.schedules.events import Access, IllegalRoles, Laid, Step
 
@@ -39,9 +35,7 @@ class Barrier:
 class Sync:
     """kind: "wait" and "arrive" at a barrier, in the slot of the chunk (late: of the one before); "fence": what the role wrote
     becomes visible to the asynchronous proxy (ragged: needed where a sequence ends in the chunk); "drain": at most `most`
-    products are left running (of the copy engine: of its reads; engine "memory": of its writes, at the end of a few chunks);
-    "count": those chunks are counted as stored; "await": until `counts` says that the next few are there. flip: added to the
-    parity that is waited for."""
+    products are left running (of the copy engine: of its reads). flip: added to the parity that is waited for."""
     kind: str
     barrier: str = ""
     flip: int = 0
@@ -49,11 +43,9 @@ class Sync:
     ragged: bool = False
     most: int = 0
     engine: str = ""
-    counts: str = ""
 
     def __str__(self) -> str:
-        return " ".join(x for x in (self.kind, self.barrier, self.counts,
-                                    f"{self.engine} {self.most}" if self.kind == "drain" else "",
+        return " ".join(x for x in (self.kind, self.barrier, f"{self.engine} {self.most}" if self.kind == "drain" else "",
                                     "ragged" if self.ragged else "", "late" if self.late else "") if x)
 
 
@@ -63,16 +55,13 @@ Op = Step | Sync
 @dataclass(frozen=True)
 class Plan:
     """ops: what each role does in a chunk, in order; warps: of each; rings: channel -> (slots, its cells). reverse: whether the
-    last chunk, which may be short, comes first; several: whether each chunk comes once for each member of a group; few: of how
-    many chunks in a row counts are; counts: whether each role that stores counts them (`events.Beside`)."""
+    last chunk, which may be short, comes first; several: whether each chunk comes once for each member of a group."""
     ops: Mapping[str, tuple[Op, ...]]
     warps: Mapping[str, int]
     barriers: Mapping[str, Barrier]
     rings: Mapping[str, tuple[int, tuple[str, ...]]]
     reverse: bool = False
     several: bool = False
-    few: int = TOGETHER
-    counts: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,17 +114,8 @@ def wire(laid: Laid) -> Plan:
         for reader, (first, last) in ch.readers.items():
             before.setdefault((reader, first), []).append(Sync("wait", full, 0, steps[reader][first].late))
             after.setdefault((reader, last), []).append(Sync("arrive", free, 0, steps[reader][last].late))
-    for role, ss in steps.items():
-        stores = [i for i, s in enumerate(ss) if s.event.do == "store"]
-        if laid.beside.counts and stores:
-            drains = any(ss[i].engine == "copy" for i in stores)
-            after.setdefault((role, stores[-1]), []).extend([Sync("drain", engine="memory")] * drains + [Sync("count")])
-        first_of = {counts: i for i, s in reversed([*enumerate(ss)]) for counts in s.awaits}
-        for counts, i in first_of.items():                 # before it waits for a slot
-            before.setdefault((role, i), []).insert(0, Sync("await", counts=counts))
     ops = {role: tuple(laid_out(ss, role, before, after)) for role, ss in steps.items()}
-    several = any(s["sum"] for s in laid.stores.values())
-    return Plan(ops, warps, barriers, rings, laid.scan.reverse, several, laid.beside.few, laid.beside.counts)
+    return Plan(ops, warps, barriers, rings, laid.scan.reverse, any(s["sum"] for s in laid.stores.values()))
 
 
 def in_ring(a: Access, laid: Laid) -> str:

@@ -22,39 +22,32 @@ BRIEF = 1024                                               # tokens of a sequenc
 SEGMENT = 32                                               # chunks of a segment
 HALF = 64                                                  # columns of V that a block owns where two share a head
 BOTH, BACK_ONLY = ("again", "back"), ("back",)             # scans whose blocks share heads
-FOLLOWS = "-follows"                                       # of a schedule's name
 
 # what makes u's gradient by the outputs before the adjoint's scan, which then only adds it
 BEFORE = (("peel", "d_u", "d_u_o"), ("turn", "d_u_o"), ("hoist", "d_u_o", "io", "local"))
 
 
-def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: tuple[str, ...] = (), aside: bool = False,
-             follows: bool = False) -> Schedule:
+def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: tuple[str, ...] = (), aside: bool = False) \
+        -> Schedule:
     """The plan "gathered" of `base`, one of its kin, or "gathered-segments", its scans as roles. back: BACK_ALONE needs no
     kernel local. halves: of which of the two scans two blocks share a head, each with half of its columns: for few heads, BOTH;
-    BACK_ONLY where that fills the GPU, for a chunk of the adjoint takes half again as long. aside: the two run beside each
-    other, in two streams (of whole sequences). follows: beside each other in one stream, and what comes after them
-    follows both, as it follows Triton's (of whole sequences). It is right wherever it runs, for who follows starts when all
-    blocks of both have; but a block of roles takes a multiprocessor, so where both have more than there are, back starts
-    with the last of again's, and little is won."""
-    if aside and follows:
-        raise ValueError("as_roles: got aside and follows; accepts one of them: who follows is in the stream of both scans")
-    if (aside or follows) and "-segments" in base.name:
-        raise ValueError(f"as_roles.{'aside' if aside else 'follows'}: got true with {base.name}; accepts a schedule of whole "
-                         "sequences: segments fill the GPU by themselves, and are not counted")
+    BACK_ONLY where there is room for all blocks, for a chunk of the adjoint takes half again as long. aside: the two run beside
+    each other, in two streams (of whole sequences)."""
+    if aside and "-segments" in base.name:
+        raise ValueError(f"as_roles.aside: got true with {base.name}; accepts a schedule of whole sequences: segments fill the "
+                         "GPU by themselves")
     alone = any(e.do == "issue" and e.value == "qk" for r in back.roles for e in r.events)
     steps = without_local(base.steps) if alone else base.steps
     last = "inner" if "inner" in dict(base.kernels) else "grads"               # what follows both scans
-    kept = {k: replace(o, follows=o.follows and (k != last or follows)) for k, o in base.kernels if not alone or k != "local"}
+    kept = {k: replace(o, follows=o.follows and k != last) for k, o in base.kernels if not alone or k != "local"}
     for name, roles in (("again", again), ("back", back)):
         half = name in halves
         kept[name] = KernelOptions(HALF if half else None, roles=in_halves(roles) if half else roles, backend="tilelang",
-                                   aside=aside and name == "again", follows=follows and name == "back")
+                                   aside=aside and name == "again")
     plan = next((f"-{p}" for p in ("merged", "turns") if p in base.name), "")
     cut = base.name[base.name.index("-segments"):] if "-segments" in base.name else ""
-    how = "-aside" if aside else FOLLOWS if follows else ""
     split = {(): "", BOTH: "-halves", BACK_ONLY: "-back-halves"}[halves]
-    name = f"backward-roles{plan}{'-alone' if alone else ''}{split}{how}{cut}"
+    name = f"backward-roles{plan}{'-alone' if alone else ''}{split}{'-aside' if aside else ''}{cut}"
     return replace(base, name=name, steps=(*steps, ("accumulate", "d_S")), kernels=tuple(kept.items()))
 
 
@@ -66,26 +59,20 @@ def without_local(steps: Steps) -> Steps:
     return tuple(("move", s[1], *goes) if s[0] == "move" and s[2] == "local" else s for s in kept)
 
 
-def inner_as_roles(base: Schedule, inner: Roles = INNER, chunks: int = WALK, follows: bool = False) -> Schedule:
+def inner_as_roles(base: Schedule, inner: Roles = INNER, chunks: int = WALK) -> Schedule:
     """The plan "gathered-merged" or "gathered-turns" of `base`, or one of these with its scans as roles, and what follows them
     as roles too: each block walks through so many chunks of a sequence, with turns of all value heads of a key head, so that
-    none waits for another. What is of rows alone is made after it, by Triton, of the sums that it stores. follows: it starts
-    beside both scans, by Triton or as roles, which run beside each other in one stream; walks in the middle first, for there
-    they meet."""
+    none waits for another. What is of rows alone is made after it, by Triton, of the sums that it stores."""
     if "merged" not in base.name and "turns" not in base.name:
         raise ValueError(f"inner_as_roles: got {base.name}; accepts a schedule of the plans gathered-merged and gathered-turns")
-    if follows and not base.options("back").follows:
-        raise ValueError(f"inner_as_roles.follows: got true with {base.name}, whose scans run one after the other or in two "
-                         "streams; accepts a schedule whose back follows")
     kernels = {k: o for k, o in base.kernels if k != "grads"}
-    kernels |= {"grads": KernelOptions(None, roles=inner, backend="tilelang", follows=follows, around=follows),
+    kernels |= {"grads": KernelOptions(None, roles=inner, backend="tilelang"),
                 "rows": KernelOptions(None, 1, 1, backend=base.options("solve").backend)}
     steps = (*base.steps, ("products_last", "grads"), ("in_parts", "grads", "bf16"), ("rows_after", "grads", "rows"),
              ("walk", "grads", chunks))
     width = base.name.rsplit("-", 1)[-1]                   # of Triton's scans
     name = base.name.removesuffix(f"-{width}" if width.isdigit() and "segments" not in base.name else "")
-    name = (name.removesuffix(FOLLOWS) if follows else name) + "-inner" + f"-{chunks}" * (chunks != WALK) + FOLLOWS * follows
-    return replace(base, name=name, steps=steps, kernels=tuple(kernels.items()))
+    return replace(base, name=name + "-inner" + f"-{chunks}" * (chunks != WALK), steps=steps, kernels=tuple(kernels.items()))
 
 
 def the_rest_by(backend: str, schedule: Schedule) -> Schedule:
@@ -96,30 +83,24 @@ def the_rest_by(backend: str, schedule: Schedule) -> Schedule:
 @dataclass(frozen=True)
 class Way:
     """How sequences are scanned by roles: whole, a block for each head or, of the scans in `halves`, two; or in segments of so
-    many chunks. aside: the two scans beside each other, in two streams. walk: chunks of a block of what comes after them, as roles
-    too (0: by Triton). follows: that starts beside both, and they beside each other in one stream."""
+    many chunks. aside: the two scans beside each other, in two streams. walk: chunks of a block of what comes after them, as
+    roles too (0: by Triton)."""
     halves: tuple[str, ...] = ()
     aside: bool = False
     segment: int = 0
     walk: int = 0
-    follows: bool = False
 
     def __post_init__(self) -> None:
-        if self.segment and (self.follows or self.halves or self.aside):
-            raise ValueError(f"Way.segment: got {self.segment} with halves, aside or follows; accepts 0 there: they are of "
-                             "whole sequences")
-        if self.follows and (self.aside or not self.walk):
-            raise ValueError("Way.follows: got true with aside or without walks; accepts false there: roles follow in one "
-                             "stream")
+        if self.segment and (self.halves or self.aside):
+            raise ValueError(f"Way.segment: got {self.segment} with halves or aside; accepts 0 there: these are of whole "
+                             "sequences")
 
     def __str__(self) -> str:
         part = f" segment of {self.segment} chunks" if self.segment else ""
         blocks = {(): "one block for each", BOTH: "two blocks for each",
                   BACK_ONLY: "one block for each, their adjoints in two"}[self.halves] + part
         rest = f"; what comes after them as roles, {self.walk} chunk{'s' * (self.walk > 1)} to a block" if self.walk else ""
-        rest += ", as soon as its chunks are there" if self.follows else ""
-        beside = self.aside or self.follows
-        return f"as roles in {blocks}, {'beside each other' if beside else 'one after the other'}{rest}"
+        return f"as roles in {blocks}, {'beside each other' if self.aside else 'one after the other'}{rest}"
 
 
 # all that `way` chooses from, by the names that the tuner has for them: a GPU has run each (bench/verify_backward.py)
@@ -138,12 +119,12 @@ def way(instance: Instance, sequences: int, heads: int, tokens: int, units: int)
     """How roles serve a backward, or why they should not. units: multiprocessors. By what TRAIN's shapes took on an H100
     ("every way on TRAIN's shapes" in docs/performance-log.md; tests/test_role_backward.py holds it to these).
 
-    Roles follow the scans, but not where beta comes as logits: its gradient is no sum of rows times beta then. Where sequences
-    and heads are many these are scanned whole, beside each other as long as each scan's blocks have a multiprocessor; by halves
-    where two waves of these even out what unequal sequences leave, and the adjoints alone by halves where there is room for all
-    blocks. Few heads go in halves where there are 16 of them, else in
-    segments where sequences are long. Up to BRIEF tokens they cost about what Triton's kernels do, and err less on inputs of
-    which much cancels; between the two these win, for they follow each other chunk by chunk."""
+    Roles do what comes after the scans too, but not where beta comes as logits: its gradient is no sum of rows times beta then.
+    Where sequences and heads are many these are scanned whole, beside each other as long as each scan's blocks have a
+    multiprocessor; by halves where two waves of these even out what unequal sequences leave, and the adjoints alone by halves
+    where there is room for all blocks. Few heads go in halves where there are 16 of them, else in segments where sequences are
+    long. Up to BRIEF tokens they cost about what Triton's kernels do, and err less on inputs of which much cancels; between the
+    two these win, for they follow each other chunk by chunk."""
     scans, packed = sequences * heads, instance.varlen and sequences > 1
     blocks = tokens * heads // ((2 if instance.grouped else 1) * CHUNK * WALK)     # two value heads taken to share a key head
     walk = 0 if instance.switches.beta_sigmoid else WALK if blocks >= FILLED * units else SHORT
@@ -170,8 +151,8 @@ def served(base: Schedule, instance: Instance, how: Way) -> Schedule:
     """As it serves: what is of the outputs' gradient among the roles, where sequences are whole; all that is no role by Triton.
     base: "gathered-turns"."""
     made = as_roles(adjoints.in_segments(base, instance, how.segment, adjoints.TURNS)) if how.segment else \
-        as_roles(base, AGAIN, BACK_ALONE, how.halves, how.aside, how.follows)
-    return the_rest_by("triton", inner_as_roles(made, chunks=how.walk, follows=how.follows) if how.walk else made)
+        as_roles(base, AGAIN, BACK_ALONE, how.halves, how.aside)
+    return the_rest_by("triton", inner_as_roles(made, chunks=how.walk) if how.walk else made)
 
 
 def lacks(arch: str, instance: Instance) -> str:

@@ -34,10 +34,9 @@ class KernelOptions:
         tile += f", by {self.backend}" if self.backend else ""
         tile += f", K in turn in tiles of {self.k_tile}" if self.k_tile else ""
         tile += ", beside the kernel after it" if self.aside else ""
-        tile += ", chunks from the middle" if self.around else ""
         if self.roles:
-            beside = ", follows the scan before it" if self.follows else ""
-            return f"roles {', '.join(r.name for r in self.roles.roles)}{tile}{beside}"
+            return f"roles {', '.join(r.name for r in self.roles.roles)}{tile}"
+        tile += ", chunks from the middle" if self.around else ""
         more = tile + (", follows the scan before it" if self.follows else "") + (", sparing" if self.sparing else "")
         return f"{self.num_warps} warp{'s' * (self.num_warps > 1)}, {self.num_stages} stage{'s' * (self.num_stages > 1)}{more}"
 

@@ -21,7 +21,6 @@ from gdn_ir.backends.tilelang import emit
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "int32": np.int32, "float16": np.float16}
 SECONDS = 60
-COUNTING = threading.Lock()
 
 
 class Buffer(np.ndarray):                                  # type: ignore[type-arg]
@@ -83,22 +82,21 @@ class Language:
     truncmod, truncdiv = staticmethod(lambda a, b: a % b), staticmethod(lambda a, b: a // b)
     ceildiv = staticmethod(lambda a, b: -(-a // b))
     min, max, serial = staticmethod(min), staticmethod(max), staticmethod(range)
-    And, Or = staticmethod(lambda a, b: a and b), staticmethod(lambda a, b: a or b)
+    And = staticmethod(lambda a, b: a and b)
     if_then_else = Select = staticmethod(lambda condition, yes, no: yes if condition else no)
     infinity = staticmethod(lambda dtype: np.float32(np.inf))
     float32, int32, bool = float, int, bool
     unroll = vectorized = staticmethod(range)
 
     def nothing(self, *_: Any, **__: Any) -> None:
-        """What has no counterpart here: one kernel ends before the next begins."""
+        """What has no counterpart here."""
     Tensor = alloc_var = annotate_layout = Fragment = set_max_nreg = fence_proxy_async = nothing
-    pdl_trigger = pdl_sync = tma_store_wait = nothing
 
     def dynamic(self, names: str) -> tuple[int, ...]:
         return tuple(self.sizes[n] for n in names.split(", "))
 
     @contextmanager
-    def Kernel(self, blocks: int, threads: tuple[int, int], prelude: str = "") -> Iterator[int]:
+    def Kernel(self, blocks: int, threads: tuple[int, int]) -> Iterator[int]:
         yield self.block
 
     def get_thread_binding(self, dimension: int = 0) -> int:
@@ -184,20 +182,6 @@ class Language:
     def reduce_sum(self, x: Any, to: Any, dim: int) -> None:
         to[...] = x.sum(axis=dim)
 
-    # -- kernels that run beside each other
-
-    def address_of(self, element: Any) -> Any:
-        return Addressed.asked.last
-
-    def call_extern(self, kind: str, function: str, address: Any, columns: int) -> None:
-        """Each warp counts; who waits for more than will ever be counted would do so for ever."""
-        counts, at = address
-        if function == "count_stored":
-            with COUNTING:
-                counts[at] += columns * self.warps
-        else:
-            assert (function, int(counts[at])) == ("await_count", columns), "deadlock"
-
     # -- synchronisation and products
 
     def alloc_barrier(self, counts: list[int]) -> Any:
@@ -245,9 +229,8 @@ def run(kernel: Kernel, source: Source, memory: Mapping[str, torch.Tensor], scal
     sizes = {"tokens": call.tokens, "sequences": call.sequences, "slots": call.slots(kernel.chunk), **call.heads,
              "boundaries": call.sequences + 1, **{f"slots_{d}": call.slots(n) for d, n in kernel.segments.items()}}
     arrays = {f"{t.name}_": array(memory[t.name], kernel.chunk) for t in kernel.tensors()}
-    arrays |= {n: x.view(Addressed) for n, x in arrays.items() if x.dtype == np.int32}         # counts
     given = {**arrays, "scale": np.float32(scale), "L": call.length, "N": call.sequences, **call.heads}
-    given |= {"block0": 0, "blocks": blocks(kernel, call)}
+    given |= {"block0": 0, "blocks": 0}
     if call.cu_seqlens is not None:
         given["cu"] = call.cu_seqlens.numpy()
     warps = [r.warps for r in kernel.options.roles.roles for _ in range(r.copies)]

@@ -75,7 +75,8 @@ def test_every_shipped_backward_was_measured(arch: str) -> None:
     # is kept is what would have been computed again, and two of these are as far off with it; one is run by each way of roles.
     both = "gated delta rule, bf16, GVA", "128 x 128, in place of roles, packed, negative eigenvalues, bf16"
     ways = [f"roles throughout{walk}{half}" for walk in ("", ", short walks") for half in ("", ", in halves")]
-    ways += ["roles", "roles throughout, single chunks, in halves"]
+    ways += ["roles", "roles throughout, single chunks, in halves", "roles throughout, adjoints in halves",
+             "roles throughout, short walks, adjoints in halves"]
     known = ["96 x 128, bf16", *(f"the backward's {how}, dense, H = HV, bf16" for how in ways),
              *(f"{cell}{kept}" for cell in both for kept in ("", ", keeps inverse", ", keeps states"))]
     assert sorted(wrong) == (sorted(known) if arch == "sm_90" else [])

@@ -13,7 +13,7 @@ import torch
 
 from gdn_ir import registry
 from gdn_ir.backends.base import SHARED, TORCH, Kernel
-from gdn_ir.backends.temporaries import launched, moments, temporaries
+from gdn_ir.backends.temporaries import launched, moments
 from gdn_ir.backends.tilelang.roles import RolePrinter
 from gdn_ir.backends.tilelang.runtime import lowered
 from gdn_ir.bench import cases, gradients, role_backward as bench
@@ -26,9 +26,9 @@ from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.schedules.adjoints import in_segments
 from gdn_ir.schedules import adjoints
 from gdn_ir.schedules.defaults import whole_scans
-from gdn_ir.schedules.execute import Fault, execute
+from gdn_ir.schedules.execute import execute
 from gdn_ir.schedules.pipeline import IllegalStep
-from gdn_ir.schedules.role_backward import BACK_ONLY, BOTH, WAYS, Way, as_roles, inner_as_roles, served, way
+from gdn_ir.schedules.role_backward import BACK_ONLY, BOTH, WAYS, Way, as_roles, served, way
 from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE, Event, Roles
 from gdn_ir.schedules.schedule import Schedule
 from gdn_ir.schedules.steps import apply
@@ -44,16 +44,16 @@ NAMES = [f"{kernel}{' alone' if back is BACK_ALONE else ''}{' in halves' if halv
 
 
 @lru_cache(maxsize=8)
-def made_of(cell: Cell, back: Roles = BACK, halves: bool = False, again: Roles = AGAIN, segment: int = 0,
-            follows: bool = False) -> Variant:
+def made_of(cell: Cell, back: Roles = BACK, halves: bool = False, again: Roles = AGAIN, segment: int = 0) \
+        -> Variant:
     instance = gradients.backward_of(cell)
     base = whole_scans("sm_90", instance, 1, 32, "triton")[0]
     base = in_segments(base, instance, segment) if segment else base
-    return variant(instance, as_roles(base, again, back, BOTH if halves else (), follows=follows), "triton", "sm_90")
+    return variant(instance, as_roles(base, again, back, BOTH if halves else ()), "triton", "sm_90")
 
 
-def kernel_of(name: str, back: Roles, halves: bool, follows: bool = False) -> Kernel:
-    return next(k for k in made_of(SMALL, back, halves, follows=follows).compiled.kernels if k.name == name)
+def kernel_of(name: str, back: Roles, halves: bool) -> Kernel:
+    return next(k for k in made_of(SMALL, back, halves).compiled.kernels if k.name == name)
 
 
 @pytest.mark.parametrize(("kernel", "back", "halves"), EVERY, ids=NAMES)
@@ -80,96 +80,32 @@ def test_nothing_derived_is_redundant(kernel: str, back: Roles) -> None:
     assert unseen(RolePrinter(kernel_of(kernel, back, True)).plan) == IMPLIED[kernel, back]
 
 
-@pytest.mark.parametrize("chunks", [0, 1, 7, 8, 9, 17])
-@pytest.mark.parametrize(("kernel", "back"), [("again", BACK), ("back", BACK_ALONE)], ids=["again", "back alone"])
-def test_what_is_followed_counts_what_lies_in_memory(kernel: str, back: Roles, chunks: int) -> None:
-    """Each role that stores, once for eight chunks and for the last; where it does so too early, or never, that is seen."""
-    p = RolePrinter(kernel_of(kernel, back, False, True)).plan
-    for ragged in (False, True):
-        execute(p, chunks, ragged)
-    counting = [role for role, ops in p.ops.items() if "count" in map(str, ops)]
-    assert counting == ["store_state", "store"]
-    for role in counting:
-        *before, drain, count = p.ops[role]
-        assert (str(drain), str(count)) == ("drain memory 0", "count")
-        for ops, why in (((*before, drain), "deadlock: .* never counts"), ((*before, count), "counts what may be on its way"),
-                         ((drain, count, *before), "counts chunk . before store")):
-            with pytest.raises(Fault, match=why) if chunks else nullcontext():
-                execute(replace(p, ops={**p.ops, role: ops}), chunks, False)
-
-
-@pytest.mark.parametrize(("kernel", "back"), IMPLIED, ids=["again", "back", "back alone"])
-def test_nothing_derived_is_redundant_where_others_follow(kernel: str, back: Roles) -> None:
-    assert unseen(RolePrinter(kernel_of(kernel, back, True, True)).plan) == IMPLIED[kernel, back]
-
-
-@pytest.mark.parametrize("halves", [False, True])
-def test_who_follows_what(halves: bool) -> None:
-    """Of Triton's kernels, what followed its own scans: both warps that store count a block's columns. back waits for nothing:
-    it reads nothing of again. All are of one moment."""
-    made = made_of(SMALL, BACK_ALONE, halves, follows=True)
-    kernels = {k.name: k for k in made.compiled.kernels}
-    assert "-follows" in made.schedule.name and not made.schedule.options("again").aside
-    assert [n for n, k in kernels.items() if k.beside] == ["back", "inner", "grads"]
-    assert [n for n, k in kernels.items() if k.leads] == ["again", "back", "heads"]
-    assert [k.columns * k.counters for n, k in kernels.items() if k.counts] == [128 if halves else 256] * 2
-    assert [(t.name, n) for t, n, _ in kernels["inner"].awaits] == [("back_ready", 256), ("again_ready", 256)]
-    assert {n: t.name for n, t in kernels["inner"].ready.items()} == {
-        "S_kept": "again_ready", "u": "again_ready", "d_r": "back_ready"}
-    when = dict(zip(kernels, moments(made.compiled.kernels), strict=True))
-    assert when["solve"] < when["again"] == when["back"] == when["inner"] < when["heads"]
-    assert "again_ready" in kernels["again"].changes and "back_ready" in kernels["solve"].changes      # copied back, if moved
-    lives = temporaries(made.compiled.kernels)
-    assert {n: life.first for n, life in lives.items() if n.endswith("_ready")} == {"back_ready": 1, "again_ready": 0}
-    texts = {s.kernel: s.text for s in made.sources}
-    assert ("T.pdl_trigger()" in texts["again"], "T.pdl_sync()" in texts["again"]) == (True, False)
-    assert ("T.pdl_trigger()" in texts["back"], "T.pdl_sync()" in texts["back"]) == (True, True)
-    assert all(texts[n].count('"count_stored"') == 2 and "await_count(" in texts["inner"] for n in ("again", "back"))
-
-
-def test_what_cannot_be_followed() -> None:
+def test_segments_run_beside_nothing() -> None:
     base = whole_scans("sm_90", bench.TIMED, 1, 32, "triton")[0]
-    with pytest.raises(ValueError, match="got aside and follows; accepts one of them"):
-        as_roles(base, aside=True, follows=True)
-    with pytest.raises(ValueError, match=r"Way\.segment: got 32 with halves, aside or follows"):
-        Way(segment=32, walk=8, follows=True)
-    for how in ({"aside": True, "walk": 8}, {}):
-        with pytest.raises(ValueError, match=r"Way\.follows: got true with aside or without walks"):
-            Way(follows=True, **how)
-    merged = whole_scans("sm_90", bench.TIMED, 1, 32, "triton", merges="gathered-turns")[0]
-    after = inner_as_roles(as_roles(merged, AGAIN, BACK_ALONE, follows=True), follows=True)
-    with pytest.raises(Unsupported, match="tilelang sets no counts to zero, as solve should"):
-        variant(bench.TIMED, after, "tilelang", "sm_90")
-    cut = in_segments(base, bench.TIMED, 32)
-    with pytest.raises(ValueError, match=r"as_roles\.follows: got true with .*; accepts a schedule of whole sequences"):
-        as_roles(cut, follows=True)
     with pytest.raises(ValueError, match=r"as_roles\.aside: got true with .*; accepts a schedule of whole sequences"):
-        as_roles(cut, aside=True)
-    cut = as_roles(cut)
-    follows = {n: replace(cut.options(n), follows=True) for n in ("back", "inner")}
-    with pytest.raises(IRError, match="follow: back takes all its chunks at once, so that there is nothing to follow"):
-        variant(bench.TIMED, cut.with_options(**follows), "triton", "sm_90")
+        as_roles(in_segments(base, bench.TIMED, 32), aside=True)
+    for how in ({"aside": True}, {"halves": BACK_ONLY}):
+        with pytest.raises(ValueError, match=r"Way\.segment: got 32 with halves or aside"):
+            Way(segment=32, walk=8, **how)
 
 
-@pytest.mark.parametrize("walk", [1, 2, 8])
-def test_a_way_follows(walk: int) -> None:
+@pytest.mark.parametrize("walk", [2, 8])
+def test_adjoints_in_halves(walk: int) -> None:
+    """Beside each other, two blocks a head of the adjoint's scan, one of the states': the kernels that both have else."""
     turns = whole_scans("sm_90", bench.TIMED, 1, 32, "triton", merges="gathered-turns")[0]
-    for halves in (False, True):
-        way = Way(BOTH if halves else (), walk=walk, follows=True)
-        schedule = served(turns, bench.TIMED, way)
-        assert Schedule.from_json(schedule.to_json()) == schedule
-        kernels = variant(bench.TIMED, schedule, "triton", "sm_90").compiled.kernels
-        assert [k.name for k in kernels if k.beside] == ["back", "grads"] and not any(k.options.aside for k in kernels)
-        assert all(k.options.around for k in kernels if k.name == "grads") and "as soon as" in str(way)
+    whole, uneven, halves = (variant(bench.TIMED, served(turns, bench.TIMED, Way(x, True, walk=walk)), "triton", "sm_90")
+                             for x in ((), BACK_ONLY, BOTH))
+    assert Schedule.from_json(uneven.schedule.to_json()) == uneven.schedule
+    assert [k.columns for k in uneven.compiled.kernels if k.name in ("again", "back")] == [128, 64]
+    hashes = [{x.kernel: x.hash for x in v.sources} for v in (whole, uneven, halves)]
+    assert hashes[1] == hashes[0] | {"back": hashes[2]["back"]} and hashes[1] != hashes[0]
+    assert "their adjoints in two, beside each other" in str(Way(BACK_ONLY, True))
 
 
-@pytest.mark.parametrize(("kernel", "back", "halves", "follows"), [*((*x, False) for x in EVERY), ("again", BACK, False, True),
-                                                                  ("back", BACK_ALONE, False, True),
-                                                                  ("back", BACK_ALONE, True, True)],
-                         ids=[*NAMES, "again counts", "back alone counts", "back alone in halves counts"])
-def test_cuda(tmp_path: Path, kernel: str, back: Roles, halves: bool, follows: bool) -> None:
+@pytest.mark.parametrize(("kernel", "back", "halves"), EVERY, ids=NAMES)
+def test_cuda(tmp_path: Path, kernel: str, back: Roles, halves: bool) -> None:
     """It synchronises as planned, and nvcc leaves products asynchronous."""
-    made = kernel_of(kernel, back, halves, follows)
+    made = kernel_of(kernel, back, halves)
     source = TILELANG.emit(made, "sm_90")
     function = getattr(load_source("tilelang", source.kernel, source.hash, source.text), source.kernel)
     cuda, shared = lowered(function, "sm_90", TILELANG.flags(made))
@@ -218,9 +154,6 @@ def executed(chosen: Variant, cell: Cell, late: bool, kind: str = "model") -> tu
             continue
         x |= {n: torch.full(call.shape(kernel, tensors[n]), float("nan"), dtype=TORCH[tensors[n].dtype])
               for n in kernel.program.written()}
-        x |= {kernel.counts.name: torch.zeros(call.shape(kernel, kernel.counts), dtype=torch.int32)} if kernel.counts else {}
-        x |= {t.name: torch.full(call.shape(kernel, t), enough, dtype=torch.int32)             # of scans by torch
-              for t, enough, _ in kernel.awaits if t.name not in x}
         emulated.run(kernel, source, x, 128 ** -0.5, call, late)
     parts = {n: slice(None if n.endswith("state") else rows) for n in instance.grads}
     return {n: x[f"d_{n}"][part] for n, part in parts.items()}, {n: want[n][part] for n, part in parts.items()}
@@ -235,10 +168,7 @@ def test_the_bench_has_candidates() -> None:
         one = [f"{how}{way}" for way in ("", ", 8 warps", ", waits", ", 8 warps, waits") for how in ("merged", "turns")]
         inner = [f"roles-turns-alone{way}-inner{n}" for way in ways for n in ("-1", "-2", "")]
         inner += ["gathered-merged-inner", *(f"gathered-turns-inner{n}" for n in ("-1", "-2", "-4", "", "-16"))]
-        after = [f"roles-turns-alone{way}{inner}-follows" for way in ("", "-halves") for inner in ("", "-inner", "-inner-2")]
-        after += [f"roles-turns-alone{way}-inner-1-follows" for way in ("", "-halves")]
-        after += [f"gathered-turns-inner{n}-follows" for n in ("", "-1", "-2")]
-        assert {*found} == {"gathered", "gathered, in a row", *one, *roles, *inner, *after}
+        assert {*found} == {"gathered", "gathered, in a row", *one, *roles, *inner}
         for name, s in found.items():
             kernels = variant(bench.TIMED, s, "triton", "sm_90").compiled.kernels
             by_roles = ["again", "back"] * ("roles" in name) + ["grads"] * ("inner" in name)
@@ -246,7 +176,7 @@ def test_the_bench_has_candidates() -> None:
             assert ("rows" in {k.name for k in kernels}) == ("inner" in name)
             assert [k.name for k in kernels if k.options.aside] == ["again"] * ("aside" in name)
             last = ["inner", "grads"] if name == "gathered" else ["grads"] if "waits" not in name else []
-            some = name == "gathered" or name in one or "follows" in name
+            some = name == "gathered" or name in one
             apart = [] if "roles-merged" in name or "roles-turns" in name else ["back"] if "inner" in name else ["grads"]
             assert [k.name for k in kernels if k.beside] == (["back", *last] if some else apart)
 
@@ -256,9 +186,7 @@ def test_the_bench_has_candidates() -> None:
                                   "roles-turns-alone-aside", "gathered-merged-inner", "roles-turns-alone-inner",
                                   "roles-turns-alone-aside-inner", "roles-turns-alone-halves-aside-inner-1",
                                   "roles-turns-alone-back-halves-aside-inner",
-                                  "roles-turns-segments-2-inner-2", "gathered-turns-inner", "roles-turns-alone-follows",
-                                  "roles-turns-alone-inner-follows", "roles-turns-alone-halves-inner-2-follows",
-                                  "gathered-turns-inner-follows"])
+                                  "roles-turns-segments-2-inner-2", "gathered-turns-inner"])
 def test_on_a_gpu(name: str) -> None:
     """Ragged ends, an empty sequence, states in and out, over poison, against float64 and "gathered"."""
     (cell, kind), made = bench.CHECKS[0], bench.candidates(gradients.backward_of(bench.CHECKS[0][0]), 6, 2, (2,))
@@ -268,9 +196,10 @@ def test_on_a_gpu(name: str) -> None:
 
 @pytest.mark.parametrize(("sequences", "heads", "tokens", "how"), [
     (1, 32, 4096, "roles-back-halves-aside-throughout-short"), (1, 32, 8192, "roles-back-halves-aside-throughout"),
-    (1, 64, 8192, "roles-aside-throughout"), (8, 8, 4096, "roles-halves-aside-throughout-short"), (8, 32, 32768, "roles-throughout"),
-    (2, 33, 8192, "roles-halves-aside-throughout"), (8, 8, 8192, "roles-halves-aside-throughout-short"),
-    (8, 4, 8192, "roles-back-halves-aside-throughout-short"), (1, 16, 8192, "roles-halves-aside-throughout-short"),
+    (1, 64, 8192, "roles-aside-throughout"), (8, 8, 4096, "roles-halves-aside-throughout-short"),
+    (8, 32, 32768, "roles-throughout"), (2, 33, 8192, "roles-halves-aside-throughout"),
+    (8, 8, 8192, "roles-halves-aside-throughout-short"), (8, 4, 8192, "roles-back-halves-aside-throughout-short"),
+    (1, 16, 8192, "roles-halves-aside-throughout-short"),
     (1, 16, 32768, "roles-halves-aside-throughout"), (1, 8, 32768, "roles-segments-throughout-short"),
     (1, 4, 32768, "roles-segments-throughout-short"), (4, 8, 4096, "roles-halves-aside-throughout-single"),
     (1, 4, 768, "roles-halves-aside-throughout-single"), (1, 4, 8192, 0), (2, 8, 8192, 0), (1, 4, 16384, 16)])

@@ -36,11 +36,8 @@ class TileLang:
     def supports(self, kernel: Kernel, arch: str) -> Reason | None:
         if arch not in ("cpu", "sm_80", "sm_90"):
             return Reason(f"tilelang lowers to cpu, sm_80 and sm_90, not to {arch}")
-        if (kernel.leads or kernel.beside) and not (kernel.options.roles and arch == "sm_90"):
-            return Reason("tilelang starts one kernel beside another as roles alone, on sm_90; triton does others there")
-        if kernel.clears:
-            return Reason(f"tilelang sets no counts to zero, as {kernel.name} should for one that runs beside another; triton "
-                          "does")
+        if kernel.leads or kernel.beside:
+            return Reason("tilelang does not start one kernel beside another; triton does on sm_90")
         refused = {"f64": "float64"} | ({"bf16": "bfloat16", "f16": "float16"} if arch == "cpu" else {})
         for n in kernel.program.nodes():
             if n.type.dtype in refused:

@@ -39,7 +39,7 @@ class TileLangPrinter(Statements):
 
     def __init__(self, kernel: Kernel, target: Target) -> None:
         own = {"T", "n", "slot", "t0", "first", "length", "rows", "pid", "start", "low", "high", "middle", "tail", "beyond",
-               "cu", "block", "b", "i", "j", "turn", "members", "each", "walks"}
+               "cu", "block", "b", "i", "j", "turn", "members"}
         own |= set(symbols(kernel)) | set(numbers(kernel)) | {f"{t.name}_" for t in kernel.tensors()}
         own |= {f"i_{h}" for h in heads(kernel)} | {coordinate(a) for n in kernel.program.nodes() for a in n.axes}
         super().__init__(kernel, target, own)
@@ -59,18 +59,13 @@ class TileLangPrinter(Statements):
                  f'{", ".join(names)} = T.dynamic("{", ".join(names)}")', "", *self.macros(), "", "@T.prim_func",
                  f"def {k.name}(",
                  *(f"{INDENT}{a}," for a in arguments), "):",
-                 f"{INDENT}with T.Kernel(blocks{threads}{self.prelude}) as block:",
+                 f"{INDENT}with T.Kernel(blocks{threads}) as block:",
                  *(f"{INDENT * 2}{name} = {where}" for name, where in self.buffers.items()), *body, *self.lines]
         return Source(k.name, k.header() + "\n".join(lines) + "\n")
 
     @property
     def threads(self) -> int | str:
         return 32 * self.kernel.options.num_warps
-
-    @property
-    def prelude(self) -> str:
-        """More that a launch is told."""
-        return ""
 
     def macros(self) -> list[str]:
         """Lines of what the kernel's text calls."""
@@ -86,15 +81,11 @@ class TileLangPrinter(Statements):
         """The tile, head, sequence and chunk of this block; returns the depth at which its work is written."""
         k, grid = self.kernel, self.kernel.program.grid
         span = k.span(k.parallel) if k.parallel else 0     # tokens of a chunk, or of a segment of them
-        left, points = "block + block0", ["N"]
-        around = k.parallel is not None and k.options.around
-        if k.leads:                                        # from here on blocks of the next kernel may start, once all are here
-            self.put(2, "T.pdl_trigger()")
+        left = "block + block0"
         for a in reversed([g for g in grid if g != "N"]):
             owner = k.owner(a)
             count = str(-(-k.extents[a[:-1]] // k.tile(a[:-1]))) if a.endswith("#") else owner
             at = f"T.truncmod({left}, {count})"
-            points.append(count)
             if a.endswith("#"):
                 self.put(2, f"start = {at} * {k.tile(a[:-1])}")            # no variable: it is seen to be a multiple
             else:
@@ -103,14 +94,8 @@ class TileLangPrinter(Statements):
         self.bind("pid", left)
         for h, a in (x for x in self.shared_heads() if k.owner(x[1]) == x[1]):
             self.bind(f"i_{h}", f"T.truncdiv(i_{a}, T.truncdiv({a}, {h}))")
-        if around and k.varlen:                            # sequences of one length have as many slots
-            self.bind("each", f"T.truncdiv(blocks, {' * '.join(points)})")
-            self.put(2, "pid = T.if_then_else(pid < each * N, T.truncmod(pid, N) * each + T.truncdiv(pid, N), pid)")
         if k.parallel and k.varlen:
             self.locate(span)
-        elif k.parallel and around:
-            self.bind(f"i_{k.parallel.axis}", "T.truncdiv(pid, N)")
-            self.bind("n", "T.truncmod(pid, N)")
         elif k.parallel:
             chunks = f"T.max(T.ceildiv(L, {span}), 1)"     # TVM refuses what it thinks could divide by zero
             self.bind(f"i_{k.parallel.axis}", f"T.truncmod(pid, {chunks})")
@@ -123,12 +108,6 @@ class TileLangPrinter(Statements):
         if k.varlen:
             self.tail(span)
             self.bind(f"i_{k.parallel.axis}", f"pid - T.truncdiv(first, {span}) - n")
-        if around:                                         # from the middle outwards, for that is where scans meet
-            at = f"i_{k.parallel.axis}"
-            self.bind("walks", f"T.ceildiv({self.length}, {span})")
-            self.put(2, f"if {at} >= 0:")
-            self.put(3, f"{at} = T.truncdiv(walks, 2) + T.if_then_else({at} % 2 == 0, T.truncdiv({at}, 2), "
-                        f"-1 - T.truncdiv({at}, 2))")
         return self.turn(k.parallel)
 
     def turn(self, scan: ScanView) -> int:

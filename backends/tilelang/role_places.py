@@ -6,17 +6,15 @@ given, for inference picks an order that forbids them.
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from gdn_ir.backends.base import Kernel
 from gdn_ir.backends.tilelang.emit import TileLangPrinter
 from gdn_ir.backends.tilelang.statements import SM_90
-from gdn_ir.follow import TOGETHER
 from gdn_ir.nodes import IRError, Node, Op, stored_axes
 from gdn_ir.program import ScanView
-from gdn_ir.schedules.events import Beside, Laid, Step, padding, untwinned
+from gdn_ir.schedules.events import Laid, Step, padding, untwinned
 from gdn_ir.schedules.protocol import Plan, Sync, derive
 from gdn_ir.schedules.roles import Role
 
@@ -39,15 +37,6 @@ class Lies:
         return f"{self.buffers[i]}[{', '.join([*slot, *([at[a] for a in self.order] or ['0'])])}]"
 
 
-def beside(kernel: Kernel) -> Beside:
-    """What a kernel has to do with those beside it. A block that waits walks through chunks, from a multiple of as many on."""
-    few = TOGETHER
-    if kernel.awaits:
-        assert kernel.parallel and len(kernel.parallel.chain) == 2, kernel.name
-        few = math.gcd(TOGETHER, kernel.extents[kernel.parallel.chain[-1]])
-    return Beside(kernel.counts is not None, tuple((name, t.name) for name, t in kernel.ready.items()), few)
-
-
 class RolePlaces(TileLangPrinter):
     """A printer that knows where a role's values and barriers lie. c: the chunk at hand, as text; role, part: whose turn it is,
     and which part of a split axis; shared: the first of the warpgroups that have this text, if they are several; registers:
@@ -58,8 +47,7 @@ class RolePlaces(TileLangPrinter):
         assert kernel.options.roles is not None
         super().__init__(replace(kernel, program=untwinned(kernel.program)), SM_90)
         self.roles = kernel.options.roles
-        self.slots |= bool(kernel.counts or kernel.awaits)
-        self.laid = Laid(self.kernel.program, self.roles, beside(kernel))
+        self.laid = Laid(self.kernel.program, self.roles)
         self.plan: Plan = derive(self.laid)
         self.scan: ScanView = self.laid.scan
         self.c = ""                                        # the chunk at hand, as text

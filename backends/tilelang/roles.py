@@ -16,17 +16,16 @@ from itertools import groupby
 from gdn_ir.backends.base import SHARED, Kernel, Reason
 from gdn_ir.backends.linearize import listed
 from gdn_ir.backends.printer import INDENT
-from gdn_ir.backends.tilelang import beside, warps
+from gdn_ir.backends.tilelang import warps
 from gdn_ir.backends.tilelang.role_copies import across
 from gdn_ir.backends.tilelang.role_places import PART, Lies
 from gdn_ir.backends.tilelang.role_steps import RoleSteps
 from gdn_ir.backends.tilelang.rules import DTYPES, where
 from gdn_ir.backends.tilelang.statements import coordinate
-from gdn_ir.follow import TOGETHER
-from gdn_ir.nodes import IRError, Node, Op, Tensor
+from gdn_ir.nodes import IRError, Node, Op
 from gdn_ir.program import Program, ScanView
 from gdn_ir.schedules.execute import Fault, execute
-from gdn_ir.schedules.events import Beside, Laid, Step
+from gdn_ir.schedules.events import Laid, Step
 from gdn_ir.schedules.protocol import Sync, derive
 from gdn_ir.schedules.roles import REGISTERS, Role, Roles
 
@@ -46,7 +45,7 @@ def supports(kernel: Kernel, arch: str) -> Reason | None:
     try:
         printer = RolePrinter(kernel)
         printer.check()
-        seen(kernel.program, printer.roles, printer.laid.beside)
+        seen(kernel.program, printer.roles)
     except IRError as e:
         return Reason(str(e))
     except Fault as e:
@@ -55,11 +54,10 @@ def supports(kernel: Kernel, arch: str) -> Reason | None:
 
 
 @lru_cache(maxsize=64)
-def seen(program: Program, roles: Roles, beside: Beside) -> None:
+def seen(program: Program, roles: Roles) -> None:
     """Whoever wrote the order of events: what it computes is seen before it runs. (Once, for a tuner varies what is around a
     scan by the hundred.) Raises Fault."""
-    counted = beside.counts or beside.ready                # to the group after the next, of those that are counted as one
-    execute(derive(Laid(program, roles, beside)), 2 * beside.few + 1 if counted else 4, seeds=1)
+    execute(derive(Laid(program, roles)), 4, seeds=1)
 
 
 class RolePrinter(RoleSteps):
@@ -90,12 +88,8 @@ class RolePrinter(RoleSteps):
 
     # -- the kernel
 
-    @property
-    def prelude(self) -> str:
-        return ", prelude=BESIDE" if self.kernel.counts or self.kernel.awaits else ""
-
     def macros(self) -> list[str]:
-        return [*warps.texts(self.called), *(beside.LINES if self.prelude else [])]
+        return warps.texts(self.called)
 
     def turn(self, scan: ScanView) -> int:
         """Of a segment its place; a block that has none has no chunks."""
@@ -151,9 +145,6 @@ class RolePrinter(RoleSteps):
                     self.put(depth + 1, ("if" if i == 0 else "elif") + f" tx < {last}:" if i + 1 < len(group) else "else:")
                 self.shared = first if self.alike(r) else None
                 self.do(*instances.pop(0), depth + 1 + (len(group) > 1))
-                if self.kernel.beside and not first and not i:         # so that it does not end before the one that it follows
-                    self.put(depth + 1 + (len(group) > 1), "if block + block0 == blocks - 1:")
-                    self.put(depth + 2 + (len(group) > 1), "T.pdl_sync()")
             del instances[:g - first - 1]
 
     def lay(self, cell: str, slots: int) -> None:
@@ -293,18 +284,6 @@ class RolePrinter(RoleSteps):
                 self.put(depth, f"T.barrier_wait({self.at_barrier(x.barrier)}, {self.parity(x)})")
             elif x.kind == "fence":
                 self.put(depth, "T.fence_proxy_async()")
-            elif x.kind == "await":
-                member = "members" if self.kernel.gathers else "1"
-                self.put(depth, f"if T.truncmod(T.truncdiv({self.c}, {member}), {self.plan.few}) == 0:")
-                counts, enough = next((t, n) for t, n, _ in self.kernel.awaits if t.name == x.counts)
-                self.put(depth + 1, self.counted("await_count", counts, enough))
-            elif x.kind == "drain" and x.engine == "memory":
-                self.put(depth, f"if {self.done()}:")
-                self.put(depth + 1, f"T.tma_store_wait({x.most}, False)")
-            elif x.kind == "count":
-                assert self.kernel.counts is not None
-                self.put(depth, f"if {self.done()}:")
-                self.put(depth + 1, self.counted("count_stored", self.kernel.counts, self.kernel.columns))
             elif x.kind == "drain" and x.engine == "tensor":
                 self.put(depth, f"T.wait_wgmma({x.most})")
             elif x.kind == "arrive":
@@ -314,18 +293,6 @@ class RolePrinter(RoleSteps):
                 while rest and isinstance(y := rest[0], Sync) and y.kind == "arrive":
                     self.put(depth + 1, f"T.barrier_arrive({self.at_barrier(y.barrier)})")
                     rest.pop(0)
-
-    def counted(self, function: str, counts: Tensor, columns: int) -> str:
-        """A call of what knows a chunk's count, which is that of the first of a few."""
-        at = [f"slot - T.truncmod({self.trip(self.scan)}, {TOGETHER})", *(f"i_{a}" for a in counts.dims[1:])]
-        return f'T.call_extern("handle", "{function}", T.address_of({counts.name}_[{", ".join(at)}]), {columns})'
-
-    def done(self) -> str:
-        """Whether the chunk at hand is the last of a few that a scan stores."""
-        at = self.trip(self.scan)
-        if self.scan.reverse:
-            return f"T.truncmod({at}, {TOGETHER}) == 0"
-        return f"T.Or(T.truncmod({at}, {TOGETHER}) == {TOGETHER - 1}, {at} == chunks - 1)"
 
     def parity(self, x: Sync) -> str:
         turn = f"{self.c} // {self.plan.barriers[x.barrier].slots}"

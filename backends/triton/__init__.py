@@ -42,8 +42,6 @@ class Triton:
             return Reason(f"triton lowers to {' and '.join(TARGETS)}, not to {arch}")
         if kernel.options.roles:
             return Reason("triton has no roles; tilelang has")
-        if kernel.awaits and kernel.parallel and len(kernel.parallel.chain) > 1:
-            return Reason("triton: who follows takes one chunk a block; roles of tilelang walk through several")
         for n in kernel.program.nodes():
             if n.op is Op.STORE and n["sum"] and n["tensor"].name not in kernel.turns:
                 return Reason(f"triton does not lower a store summed over {', '.join(n['sum'])} yet ({n['tensor'].name})")
