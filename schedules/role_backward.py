@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from gdn_ir.schedules import adjoints
 from gdn_ir.schedules.plans import CHUNK, Steps
-from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE, INNER, Roles, in_halves
+from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE, INNER, Roles, in_halves, in_two_parts, on_diagonal
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 if TYPE_CHECKING:
@@ -22,19 +22,26 @@ BRIEF = 1024                                               # tokens of a sequenc
 SEGMENT = 32                                               # chunks of a segment
 HALF = 64                                                  # columns of V that a block owns where two share a head
 FOLLOWS = "-follows"                                       # of a schedule's name
+# how fine the scans' arithmetic is, of a schedule's name: as products round; with what that takes of solves' operands; and with
+# that of what again writes to its state, for one product more
+FINE = ("", "-finer", "-finest")
+FINER: Steps = (("diagonal", "again", "u_again", "bf16"), ("diagonal", "back", "d_r", "bf16"))
+FINEST: Steps = (*FINER, ("in_parts", "again", "bf16", "S_again"))
 
 # what makes u's gradient by the outputs before the adjoint's scan, which then only adds it
 BEFORE = (("peel", "d_u", "d_u_o"), ("turn", "d_u_o"), ("hoist", "d_u_o", "io", "local"))
 
 
 def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: bool = False, aside: bool = False,
-             follows: bool = False) -> Schedule:
+             follows: bool = False, fine: int = 0) -> Schedule:
     """The plan "gathered" of `base`, one of its kin, or "gathered-segments", its scans as roles. back: BACK_ALONE needs no
     kernel local. halves: two blocks share a head, each with half of its columns: for few heads. aside: the two run beside
     each other, in two streams (of whole sequences). follows: beside each other in one stream, and what comes after them
     follows both, as it follows Triton's (of whole sequences). It is right wherever it runs, for who follows starts when all
     blocks of both have; but a block of roles takes a multiprocessor, so where both have more than there are, back starts
-    with the last of again's, and little is won."""
+    with the last of again's, and little is won. fine: of FINE."""
+    if fine not in range(len(FINE)):
+        raise ValueError(f"as_roles.fine: got {fine}; accepts 0 to {len(FINE) - 1}")
     if aside and follows:
         raise ValueError("as_roles: got aside and follows; accepts one of them: who follows is in the stream of both scans")
     if (aside or follows) and "-segments" in base.name:
@@ -44,14 +51,17 @@ def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: b
     steps = without_local(base.steps) if alone else base.steps
     last = "inner" if "inner" in dict(base.kernels) else "grads"               # what follows both scans
     kept = {k: replace(o, follows=o.follows and (k != last or follows)) for k, o in base.kernels if not alone or k != "local"}
+    if fine:
+        again, back = on_diagonal(in_two_parts(again) if fine > 1 else again), on_diagonal(back)
     for name, roles in (("again", again), ("back", back)):
         kept[name] = KernelOptions(HALF if halves else None, roles=in_halves(roles) if halves else roles, backend="tilelang",
                                    aside=aside and name == "again", follows=follows and name == "back")
     plan = next((f"-{p}" for p in ("merged", "turns") if p in base.name), "")
     cut = base.name[base.name.index("-segments"):] if "-segments" in base.name else ""
     how = "-aside" if aside else FOLLOWS if follows else ""
-    name = f"backward-roles{plan}{'-alone' if alone else ''}{'-halves' if halves else ''}{how}{cut}"
-    return replace(base, name=name, steps=(*steps, ("accumulate", "d_S")), kernels=tuple(kept.items()))
+    name = f"backward-roles{plan}{'-alone' if alone else ''}{'-halves' if halves else ''}{how}{FINE[fine]}{cut}"
+    more = ((), FINER, FINEST)[fine]
+    return replace(base, name=name, steps=(*steps, ("accumulate", "d_S"), *more), kernels=tuple(kept.items()))
 
 
 def without_local(steps: Steps) -> Steps:
@@ -93,12 +103,14 @@ def the_rest_by(backend: str, schedule: Schedule) -> Schedule:
 class Way:
     """How sequences are scanned by roles: whole, a block for each head or, with `halves`, two; or in segments of so many
     chunks. aside: the two scans beside each other, in two streams. walk: chunks of a block of what comes after them, as roles
-    too (0: by Triton). follows: that starts beside both, and they beside each other in one stream."""
+    too (0: by Triton). follows: that starts beside both, and they beside each other in one stream. fine: how fine the scans'
+    arithmetic is, of FINE."""
     halves: bool = False
     aside: bool = False
     segment: int = 0
     walk: int = 0
     follows: bool = False
+    fine: int = 0
 
     def __post_init__(self) -> None:
         if self.segment and (self.follows or self.halves or self.aside):
@@ -160,8 +172,8 @@ def way(instance: Instance, sequences: int, heads: int, tokens: int, units: int)
 def served(base: Schedule, instance: Instance, how: Way) -> Schedule:
     """As it serves: what is of the outputs' gradient among the roles, where sequences are whole; all that is no role by Triton.
     base: "gathered-turns"."""
-    made = as_roles(adjoints.in_segments(base, instance, how.segment, adjoints.TURNS)) if how.segment else \
-        as_roles(base, AGAIN, BACK_ALONE, how.halves, how.aside, how.follows)
+    made = as_roles(adjoints.in_segments(base, instance, how.segment, adjoints.TURNS), fine=how.fine) if how.segment else \
+        as_roles(base, AGAIN, BACK_ALONE, how.halves, how.aside, how.follows, how.fine)
     return the_rest_by("triton", inner_as_roles(made, chunks=how.walk, follows=how.follows) if how.walk else made)
 
 

@@ -305,6 +305,30 @@ INNER = Roles.of({
 })
 
 
+def on_diagonal(roles: Roles) -> Roles:
+    """A scan of the backward whose solve's product is added onto what rounding took of its operand R (the step `diagonal`):
+    that is made in place, in the registers that R was computed of."""
+    names = dict(roles.names)
+    whole = names["R"].removeprefix("bf16(").removesuffix(")")
+    names |= {"R_low": f"{whole} - R", **({} if "A . R" in names.values() else {"AR": "A . R"})}
+    return with_events(replace(roles, names=tuple(names.items())), {
+        "compute R": ("compute R", "compute R_low"), "issue u_again": ("issue AR",), "complete u_again": ("complete AR",)})
+
+
+def in_two_parts(again: Roles) -> Roles:
+    """The scan that runs again, where what is written to its state has two parts (the step `in_parts`): the second is made under
+    the product of the first."""
+    names = (*again.names, ("W_low", "bf16((rest * u_again) - W)"), ("written_low", "k . W_low"))
+    return with_events(replace(again, names=names), {
+        "issue written": ("issue written", "compute W_low", "issue written_low"), "complete written": ("complete written_low",)})
+
+
+def with_events(roles: Roles, instead: Mapping[str, tuple[str, ...]]) -> Roles:
+    """With other events in place of some."""
+    return replace(roles, roles=tuple(
+        replace(r, events=tuple(Event.of(t) for e in r.events for t in instead.get(str(e), (str(e),)))) for r in roles.roles))
+
+
 def in_halves(roles: Roles) -> Roles:
     """For blocks that each own as much as one copy of a role did: they have registers to spare, and memory for another slot of
     what is loaded and held until the end of its chunk, which comes sooner."""
