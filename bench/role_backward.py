@@ -40,7 +40,7 @@ from gdn_ir.coverage import Cell, Layout
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.schedules.adjoints import TURNS as CUT, in_segments
 from gdn_ir.schedules.defaults import whole_scans
-from gdn_ir.schedules.role_backward import SHORT, WALK, as_roles, inner_as_roles, the_rest_by
+from gdn_ir.schedules.role_backward import SCALED, SHORT, WALK, as_roles, inner_as_roles, scales_all, the_rest_by
 from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE
 from gdn_ir.schedules.schedule import Schedule
 
@@ -56,7 +56,7 @@ def candidates(instance: Instance, sequences: int, heads: int, segments: Sequenc
     """"gathered", the same with nothing that follows a scan; one kernel for inner and grads, in two ways, each also with eight
     warps; and roles, before each of these: a whole head to a block or half of one, u's gradient by the outputs made before or
     among them, the scans in a row or beside each other; that one kernel as roles too, after scans by Triton and by roles, its
-    blocks of few chunks or of more; and it, in either way, beside both scans. segments: of so many chunks, by Triton and with
+    blocks of few chunks or of more; and it, in either way, beside both scans, or finer, and finest. segments: of so many chunks, by Triton and with
     roles."""
     gathered, merged, turns = (whole_scans(ARCH, instance, sequences, heads, "triton", merges=m)[0]
                                for m in ("", "gathered-merged", "gathered-turns"))
@@ -69,20 +69,28 @@ def candidates(instance: Instance, sequences: int, heads: int, segments: Sequenc
     beside = [as_roles(turns, AGAIN, BACK_ALONE, halves, follows=True) for halves in (False, True)]
     roles += beside
     inner += [inner_as_roles(base, chunks=n, follows=True) for base in (*beside, turns) for n in (1, SHORT, WALK)]
+    last = scales_all(instance)
+    inner += [inner_as_roles(as_roles(turns, AGAIN, BACK_ALONE, halves, True, fine=fine, scale_last=last), chunks=n)
+              for halves, fine, n in product((False, True), (1, 2), (1, SHORT, WALK))]
     one = {"merged": merged, "turns": turns}
     one |= {f"{n}, 8 warps": s.with_options(grads=replace(s.options("grads"), num_warps=8)) for n, s in one.items()}
     one |= {f"{n}, waits": s.with_options(grads=replace(s.options("grads"), follows=False)) for n, s in one.items()}
     found = {"gathered": gathered, "gathered, in a row": row, **one}
-    found |= {s.name.removeprefix("backward-"): s for s in (*roles, *inner)}
+    found |= {called(s): s for s in (*roles, *inner)}
     for n in segments:
         cut = in_segments(turns, instance, n, CUT)
-        found |= {s.name.removeprefix("backward-"): s for s in (cut, inner_as_roles(cut))}
-        found |= {s.name.removeprefix("backward-"): s for s in (inner_as_roles(as_roles(cut, back=back), chunks=w)
-                                                                for back in (BACK, BACK_ALONE) for w in (SHORT, WALK))}
+        found |= {called(s): s for s in (cut, inner_as_roles(cut))}
+        found |= {called(s): s for s in (inner_as_roles(as_roles(cut, back=back, fine=fine, scale_last=fine > 0 and last), chunks=w)
+                                         for back, fine, w in product((BACK, BACK_ALONE), (0, 1, 2), (SHORT, WALK)))}
     for n, halves in product(segments, (False, True)):
         cut = in_segments(gathered, instance, n)
-        found |= {s.name.removeprefix("backward-"): s for s in (cut, as_roles(cut, halves=halves))}
+        found |= {called(s): s for s in (cut, as_roles(cut, halves=halves))}
     return {n: the_rest_by("triton", s) for n, s in found.items()}
+
+
+def called(schedule: Schedule) -> str:
+    """The same whether its scale comes last or not, which is for what it is given to say."""
+    return schedule.name.removeprefix("backward-").replace(SCALED, "")
 
 
 def build(job: tuple[Instance, Schedule]) -> str | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from gdn_ir.schedules import adjoints
 from gdn_ir.schedules.plans import CHUNK, Steps
-from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE, INNER, Roles, in_halves, in_two_parts, on_diagonal
+from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE, INNER, Roles, in_halves, in_two_parts, on_diagonal, scaled_last
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 if TYPE_CHECKING:
@@ -22,10 +22,11 @@ BRIEF = 1024                                               # tokens of a sequenc
 SEGMENT = 32                                               # chunks of a segment
 HALF = 64                                                  # columns of V that a block owns where two share a head
 FOLLOWS = "-follows"                                       # of a schedule's name
-# how fine the scans' arithmetic is, of a schedule's name: as products round; with what that takes of solves' operands; and with
-# that of what again writes to its state, for one product more
+# how fine the arithmetic is, of a schedule's name: as products round; with what that takes of solves' operands, and the scale
+# last, where it can be; and with what it takes of what again writes to its state, for one product more
 FINE = ("", "-finer", "-finest")
 FINER: Steps = (("diagonal", "again", "u_again", "bf16"), ("diagonal", "back", "d_r", "bf16"))
+SCALED = "-scaled"                                         # likewise: the scale comes last
 FINEST: Steps = (*FINER, ("in_parts", "again", "bf16", "S_again"))
 
 # what makes u's gradient by the outputs before the adjoint's scan, which then only adds it
@@ -33,13 +34,14 @@ BEFORE = (("peel", "d_u", "d_u_o"), ("turn", "d_u_o"), ("hoist", "d_u_o", "io", 
 
 
 def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: bool = False, aside: bool = False,
-             follows: bool = False, fine: int = 0) -> Schedule:
+             follows: bool = False, fine: int = 0, scale_last: bool = False) -> Schedule:
     """The plan "gathered" of `base`, one of its kin, or "gathered-segments", its scans as roles. back: BACK_ALONE needs no
     kernel local. halves: two blocks share a head, each with half of its columns: for few heads. aside: the two run beside
     each other, in two streams (of whole sequences). follows: beside each other in one stream, and what comes after them
     follows both, as it follows Triton's (of whole sequences). It is right wherever it runs, for who follows starts when all
     blocks of both have; but a block of roles takes a multiprocessor, so where both have more than there are, back starts
-    with the last of again's, and little is won. fine: of FINE."""
+    with the last of again's, and little is won. fine: of FINE. scale_last: so it is, where no
+    final state has a gradient."""
     if fine not in range(len(FINE)):
         raise ValueError(f"as_roles.fine: got {fine}; accepts 0 to {len(FINE) - 1}")
     if aside and follows:
@@ -53,15 +55,17 @@ def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: b
     kept = {k: replace(o, follows=o.follows and (k != last or follows)) for k, o in base.kernels if not alone or k != "local"}
     if fine:
         again, back = on_diagonal(in_two_parts(again) if fine > 1 else again), on_diagonal(back)
+    if scale_last:
+        back = scaled_last(back)
     for name, roles in (("again", again), ("back", back)):
         kept[name] = KernelOptions(HALF if halves else None, roles=in_halves(roles) if halves else roles, backend="tilelang",
                                    aside=aside and name == "again", follows=follows and name == "back")
     plan = next((f"-{p}" for p in ("merged", "turns") if p in base.name), "")
     cut = base.name[base.name.index("-segments"):] if "-segments" in base.name else ""
     how = "-aside" if aside else FOLLOWS if follows else ""
-    name = f"backward-roles{plan}{'-alone' if alone else ''}{'-halves' if halves else ''}{how}{FINE[fine]}{cut}"
-    more = ((), FINER, FINEST)[fine]
-    return replace(base, name=name, steps=(*steps, ("accumulate", "d_S"), *more), kernels=tuple(kept.items()))
+    name = f"backward-roles{plan}{'-alone' if alone else ''}{'-halves' if halves else ''}{how}{FINE[fine]}{SCALED * scale_last}{cut}"
+    more: Steps = (*((("scale_last",),) if scale_last else ()), ("accumulate", "d_S"), *((), FINER, FINEST)[fine])
+    return replace(base, name=name, steps=(*steps, *more), kernels=tuple(kept.items()))
 
 
 def without_local(steps: Steps) -> Steps:
@@ -83,6 +87,7 @@ def inner_as_roles(base: Schedule, inner: Roles = INNER, chunks: int = WALK, fol
     if follows and not base.options("back").follows:
         raise ValueError(f"inner_as_roles.follows: got true with {base.name}, whose scans run one after the other or in two "
                          "streams; accepts a schedule whose back follows")
+    inner = scaled_last(inner) if ("scale_last",) in base.steps else inner
     kernels = {k: o for k, o in base.kernels if k != "grads"}
     kernels |= {"grads": KernelOptions(None, roles=inner, backend="tilelang", follows=follows, around=follows),
                 "rows": KernelOptions(None, 1, 1, backend=base.options("solve").backend)}
@@ -103,7 +108,7 @@ def the_rest_by(backend: str, schedule: Schedule) -> Schedule:
 class Way:
     """How sequences are scanned by roles: whole, a block for each head or, with `halves`, two; or in segments of so many
     chunks. aside: the two scans beside each other, in two streams. walk: chunks of a block of what comes after them, as roles
-    too (0: by Triton). follows: that starts beside both, and they beside each other in one stream. fine: how fine the scans'
+    too (0: by Triton). follows: that starts beside both, and they beside each other in one stream. fine: how fine the
     arithmetic is, of FINE."""
     halves: bool = False
     aside: bool = False
@@ -172,9 +177,15 @@ def way(instance: Instance, sequences: int, heads: int, tokens: int, units: int)
 def served(base: Schedule, instance: Instance, how: Way) -> Schedule:
     """As it serves: what is of the outputs' gradient among the roles, where sequences are whole; all that is no role by Triton.
     base: "gathered-turns"."""
-    made = as_roles(adjoints.in_segments(base, instance, how.segment, adjoints.TURNS), fine=how.fine) if how.segment else \
-        as_roles(base, AGAIN, BACK_ALONE, how.halves, how.aside, how.follows, how.fine)
+    last = how.fine > 0 and scales_all(instance)
+    made = as_roles(adjoints.in_segments(base, instance, how.segment, adjoints.TURNS), fine=how.fine, scale_last=last) \
+        if how.segment else as_roles(base, AGAIN, BACK_ALONE, how.halves, how.aside, how.follows, how.fine, last)
     return the_rest_by("triton", inner_as_roles(made, chunks=how.walk, follows=how.follows) if how.walk else made)
+
+
+def scales_all(instance: Instance) -> bool:
+    """Whether all that a backward is given has the scale as a factor: the gradient of the outputs does, a final state's not."""
+    return "d_final_state" not in instance.program.read()
 
 
 def lacks(arch: str, instance: Instance) -> str:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import reduce
 from typing import Any
 
 DO = ("load", "read", "write", "fetch", "compute", "issue", "complete", "solve", "join", "store")
@@ -321,6 +322,14 @@ def in_two_parts(again: Roles) -> Roles:
     names = (*again.names, ("W_low", "bf16((rest * u_again) - W)"), ("written_low", "k . W_low"))
     return with_events(replace(again, names=names), {
         "issue written": ("issue written", "compute W_low", "issue written_low"), "complete written": ("complete written_low",)})
+
+
+def scaled_last(roles: Roles) -> Roles:
+    """Roles of kernels whose scale comes last (the step `scale_last`): of what is stored."""
+    said = {"(d_o * scale)": "d_o", "(scale * OS)": "OS", "bf16(d_q)": "bf16(scale * d_q)", "bf16(d_k)": "bf16(scale * d_k)",
+            "bf16(d_v)": "bf16(scale * d_v)"}
+    return replace(roles, names=tuple((n, reduce(lambda t, old: t.replace(old, said[old]), said, text))
+                                      for n, text in roles.names))
 
 
 def with_events(roles: Roles, instead: Mapping[str, tuple[str, ...]]) -> Roles:
