@@ -56,8 +56,8 @@ def candidates(instance: Instance, sequences: int, heads: int, segments: Sequenc
     """"gathered", the same with nothing that follows a scan; one kernel for inner and grads, in two ways, each also with eight
     warps; and roles, before each of these: a whole head to a block or half of one, u's gradient by the outputs made before or
     among them, the scans in a row or beside each other; that one kernel as roles too, after scans by Triton and by roles, its
-    blocks of few chunks or of more; and it, in either way, beside both scans, or finer, and finest. segments: of so many chunks, by Triton and with
-    roles."""
+    blocks of few chunks or of more; and it, in either way, beside both scans; roles throughout, with finer arithmetic. segments:
+    of so many chunks, by Triton and with roles."""
     gathered, merged, turns = (whole_scans(ARCH, instance, sequences, heads, "triton", merges=m)[0]
                                for m in ("", "gathered-merged", "gathered-turns"))
     row = replace(gathered, kernels=tuple((k, replace(o, follows=o.follows and k == "grads")) for k, o in gathered.kernels))
@@ -80,8 +80,9 @@ def candidates(instance: Instance, sequences: int, heads: int, segments: Sequenc
     for n in segments:
         cut = in_segments(turns, instance, n, CUT)
         found |= {called(s): s for s in (cut, inner_as_roles(cut))}
-        found |= {called(s): s for s in (inner_as_roles(as_roles(cut, back=back, fine=fine, scale_last=fine > 0 and last), chunks=w)
-                                         for back, fine, w in product((BACK, BACK_ALONE), (0, 1, 2), (SHORT, WALK)))}
+        scans = [as_roles(cut, back=back, fine=fine, scale_last=fine > 0 and last)
+                 for back, fine in product((BACK, BACK_ALONE), (0, 1, 2))]
+        found |= {called(s): s for s in (inner_as_roles(base, chunks=w) for base, w in product(scans, (SHORT, WALK)))}
     for n, halves in product(segments, (False, True)):
         cut = in_segments(gathered, instance, n)
         found |= {called(s): s for s in (cut, as_roles(cut, halves=halves))}

@@ -28,7 +28,7 @@ from gdn_ir.schedules import adjoints
 from gdn_ir.schedules.defaults import whole_scans
 from gdn_ir.schedules.execute import Fault, execute
 from gdn_ir.schedules.pipeline import IllegalStep
-from gdn_ir.schedules.role_backward import WAYS, Way, as_roles, inner_as_roles, served, way
+from gdn_ir.schedules.role_backward import FINE, WAYS, Way, as_roles, inner_as_roles, served, way
 from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE, Event, Roles
 from gdn_ir.schedules.schedule import Schedule
 from gdn_ir.schedules.steps import apply
@@ -235,6 +235,8 @@ def test_the_bench_has_candidates() -> None:
         one = [f"{how}{way}" for way in ("", ", 8 warps", ", waits", ", 8 warps, waits") for how in ("merged", "turns")]
         inner = [f"roles-turns-alone{way}-inner{n}" for way in ways for n in ("-1", "-2", "")]
         inner += ["gathered-merged-inner", *(f"gathered-turns-inner{n}" for n in ("-1", "-2", "-4", "", "-16"))]
+        inner += [f"roles-turns-alone{half}-aside{fine}-inner{n}" for half in ("", "-halves") for fine in FINE[1:]
+                  for n in ("-1", "-2", "")]
         after = [f"roles-turns-alone{way}{inner}-follows" for way in ("", "-halves") for inner in ("", "-inner", "-inner-2")]
         after += [f"roles-turns-alone{way}-inner-1-follows" for way in ("", "-halves")]
         after += [f"gathered-turns-inner{n}-follows" for n in ("", "-1", "-2")]
@@ -255,7 +257,9 @@ def test_the_bench_has_candidates() -> None:
 @pytest.mark.parametrize("name", ["roles", "roles-alone-aside", "roles-halves", "roles-alone-halves-aside", "roles-turns-alone",
                                   "roles-turns-alone-aside", "gathered-merged-inner", "roles-turns-alone-inner",
                                   "roles-turns-alone-aside-inner", "roles-turns-alone-halves-aside-inner-1",
-                                  "roles-turns-segments-2-inner-2", "gathered-turns-inner", "roles-turns-alone-follows",
+                                  "roles-turns-segments-2-inner-2", "roles-turns-alone-aside-finer-inner",
+                                  "roles-turns-alone-halves-aside-finest-inner-1", "roles-turns-finest-segments-2-inner-2",
+                                  "gathered-turns-inner", "roles-turns-alone-follows",
                                   "roles-turns-alone-inner-follows", "roles-turns-alone-halves-inner-2-follows",
                                   "gathered-turns-inner-follows"])
 def test_on_a_gpu(name: str) -> None:
