@@ -62,8 +62,8 @@ def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: b
                                    aside=aside and name == "again", follows=follows and name == "back")
     plan = next((f"-{p}" for p in ("merged", "turns") if p in base.name), "")
     cut = base.name[base.name.index("-segments"):] if "-segments" in base.name else ""
-    how = "-aside" if aside else FOLLOWS if follows else ""
-    name = f"backward-roles{plan}{'-alone' if alone else ''}{'-halves' if halves else ''}{how}{FINE[fine]}{SCALED * scale_last}{cut}"
+    how = ("-aside" if aside else FOLLOWS if follows else "") + FINE[fine] + SCALED * scale_last
+    name = f"backward-roles{plan}{'-alone' if alone else ''}{'-halves' if halves else ''}{how}{cut}"
     more: Steps = (*((("scale_last",),) if scale_last else ()), ("accumulate", "d_S"), *((), FINER, FINEST)[fine])
     return replace(base, name=name, steps=(*steps, *more), kernels=tuple(kept.items()))
 
@@ -130,6 +130,7 @@ class Way:
         blocks = f"{'two blocks' if self.halves else 'one block'} for each{part}"
         rest = f"; what comes after them as roles, {self.walk} chunk{'s' * (self.walk > 1)} to a block" if self.walk else ""
         rest += ", as soon as its chunks are there" if self.follows else ""
+        rest += f"; {FINE[self.fine].removeprefix('-')} arithmetic" if self.fine else ""
         beside = self.aside or self.follows
         return f"as roles in {blocks}, {'beside each other' if beside else 'one after the other'}{rest}"
 

@@ -317,11 +317,12 @@ def on_diagonal(roles: Roles) -> Roles:
 
 
 def in_two_parts(again: Roles) -> Roles:
-    """The scan that runs again, where what is written to its state has two parts (the step `in_parts`): the second is made under
-    the product of the first."""
+    """The scan that runs again, where what is written to its state has two parts (the step `in_parts`): the second is made
+    under the product of the first."""
     names = (*again.names, ("W_low", "bf16((rest * u_again) - W)"), ("written_low", "k . W_low"))
     return with_events(replace(again, names=names), {
-        "issue written": ("issue written", "compute W_low", "issue written_low"), "complete written": ("complete written_low",)})
+        "issue written": ("issue written", "compute W_low", "issue written_low"),
+        "complete written": ("complete written_low",)})
 
 
 def scaled_last(roles: Roles) -> Roles:

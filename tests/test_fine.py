@@ -131,7 +131,8 @@ def test_cuda(tmp_path: Path, way: Way, name: str) -> None:
     assert spilled(tmp_path, cuda) <= (52 if (name, way.halves, way.segment) == ("back", False, 0) else 0)
 
 
-@pytest.mark.parametrize(("fine", "most"), [(1, {"k": 3.8e-3, "v": 3.5e-3, "beta": 3.7e-3}), (2, {"q": 3e-3, "g": 3.2e-3})], ids=str)
+@pytest.mark.parametrize(("fine", "most"), [(1, {"k": 3.8e-3, "v": 3.5e-3, "beta": 3.7e-3}), (2, {"q": 3e-3, "g": 3.2e-3})],
+                         ids=["1", "2"])
 def test_what_the_text_errs_less(fine: int, most: dict[str, float]) -> None:
     """Without a decay: 4.2e-3, 3.9e-3 and 4.1e-3 as products round; with 1 d_q has 3.2e-3 and d_g 4.0e-3."""
     cell = Cell("", Switches(), "bf16", Layout((320,), True, 1, 2, 128, 128))
