@@ -40,7 +40,8 @@ from gdn_ir.coverage import Cell, Layout
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.schedules.adjoints import TURNS as CUT, in_segments
 from gdn_ir.schedules.defaults import whole_scans
-from gdn_ir.schedules.role_backward import BACK_ONLY, BOTH, SHORT, WALK, as_roles, inner_as_roles, the_rest_by
+from gdn_ir.schedules.role_backward import (BACK_ONLY, BOTH, SCALED, SHORT, WALK, as_roles, inner_as_roles, scales_all,
+                                            the_rest_by)
 from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE
 from gdn_ir.schedules.schedule import Schedule
 
@@ -56,8 +57,8 @@ def candidates(instance: Instance, sequences: int, heads: int, segments: Sequenc
     """"gathered", the same with nothing that follows a scan; one kernel for inner and grads, in two ways, each also with eight
     warps; and roles, before each of these: a whole head to a block or half of one, or, beside each other, half of one in
     reverse alone; u's gradient by the outputs made before or among them, the scans in a row or beside each other; and that
-    one kernel as roles too, after scans by Triton and by roles, its blocks of few chunks or of more. segments: of so many
-    chunks, by Triton and with roles."""
+    one kernel as roles too, after scans by Triton and by roles, its blocks of few chunks or of more; roles
+    throughout, and finer arithmetic. segments: of so many chunks, by Triton and with roles."""
     gathered, merged, turns = (whole_scans(ARCH, instance, sequences, heads, "triton", merges=m)[0]
                                for m in ("", "gathered-merged", "gathered-turns"))
     row = replace(gathered, kernels=tuple((k, replace(o, follows=o.follows and k == "grads")) for k, o in gathered.kernels))
@@ -66,20 +67,29 @@ def candidates(instance: Instance, sequences: int, heads: int, segments: Sequenc
     roles += [as_roles(base, AGAIN, BACK_ALONE, *way) for base, way in product((merged, turns), ways)]
     inner = [inner_as_roles(merged), *(inner_as_roles(turns, chunks=n) for n in (1, SHORT, 4, WALK, 2 * WALK))]
     inner += [inner_as_roles(as_roles(turns, AGAIN, BACK_ALONE, *way), chunks=n) for way in ways for n in (1, SHORT, WALK)]
+    last = scales_all(instance)
+    inner += [inner_as_roles(as_roles(turns, AGAIN, BACK_ALONE, halves, True, fine, last), chunks=n)
+              for halves, fine, n in product(((), BOTH, BACK_ONLY), (1, 2), (1, SHORT, WALK))]
     one = {"merged": merged, "turns": turns}
     one |= {f"{n}, 8 warps": s.with_options(grads=replace(s.options("grads"), num_warps=8)) for n, s in one.items()}
     one |= {f"{n}, waits": s.with_options(grads=replace(s.options("grads"), follows=False)) for n, s in one.items()}
     found = {"gathered": gathered, "gathered, in a row": row, **one}
-    found |= {s.name.removeprefix("backward-"): s for s in (*roles, *inner)}
+    found |= {called(s): s for s in (*roles, *inner)}
     for n in segments:
         cut = in_segments(turns, instance, n, CUT)
-        found |= {s.name.removeprefix("backward-"): s for s in (cut, inner_as_roles(cut))}
-        found |= {s.name.removeprefix("backward-"): s for s in (inner_as_roles(as_roles(cut, back=back), chunks=w)
-                                                                for back in (BACK, BACK_ALONE) for w in (SHORT, WALK))}
+        found |= {called(s): s for s in (cut, inner_as_roles(cut))}
+        scans = [as_roles(cut, back=back, fine=fine, scale_last=fine > 0 and last)
+                 for back, fine in product((BACK, BACK_ALONE), (0, 1, 2))]
+        found |= {called(s): s for s in (inner_as_roles(base, chunks=w) for base, w in product(scans, (SHORT, WALK)))}
     for n, halves in product(segments, ((), BOTH)):
         cut = in_segments(gathered, instance, n)
-        found |= {s.name.removeprefix("backward-"): s for s in (cut, as_roles(cut, halves=halves))}
+        found |= {called(s): s for s in (cut, as_roles(cut, halves=halves))}
     return {n: the_rest_by("triton", s) for n, s in found.items()}
+
+
+def called(schedule: Schedule) -> str:
+    """The same whether its scale comes last or not, which is for what it is given to say."""
+    return schedule.name.removeprefix("backward-").replace(SCALED, "")
 
 
 def build(job: tuple[Instance, Schedule]) -> str | None:

@@ -7,10 +7,12 @@ from operator import add
 
 from gdn_ir.analysis import needs
 from gdn_ir.build import as_node, dot, elem, eye, tri_solve
-from gdn_ir.nodes import Node, Op, twin
+from gdn_ir.nodes import Node, Op, make, twin
 from gdn_ir.program import Program, ScanView
+from gdn_ir.rewrite import constant
 from gdn_ir.schedules.pipeline import IllegalStep, Pipeline, find, put, refuse, replace_node, step
 from gdn_ir.schedules.terms import addends, total
+from gdn_ir.split import linear
 from gdn_ir.verify import verify
 
 
@@ -203,3 +205,51 @@ def move_scales(pipeline: Pipeline) -> Pipeline:
                     return dot(x, e * args[1], old["over"])
         return None
     return tuple(verify(p.rebuild(change)) for p in pipeline)
+
+
+@step
+def scale_last(pipeline: Pipeline, name: str = "scale") -> Pipeline:
+    """What is linear in a runtime number of that name, multiplied by it where it leaves the pipeline, and nowhere before: a
+    derived backward's gradients, of outputs alone. What kernels carry and hand to each other lacks that factor then, which
+    rounding would otherwise see: a bf16 times a scale that is no power of two is no bf16."""
+    linear_in = _scaled(pipeline, name)
+    if not any(linear_in.values()):
+        raise IllegalStep(f"scale_last: nothing is multiplied by {name}")
+
+    def without(p: Program, found: set[Node]) -> Program:
+        def change(old: Node, args: tuple[Node, ...]) -> Node | None:
+            if old not in found or old.op in (Op.LOAD, Op.CARRY, Op.FINAL):
+                return None
+            if old.op is Op.PARAM:
+                return as_node(1.0)
+            if old.op is Op.STORE:
+                return None if old["tensor"].temp else old.but((make(Op.PARAM, name=name) * args[0], *args[1:]))
+            if not linear(old, [i for i, a in enumerate(old.args) if a in found]):
+                raise refuse("scale_last", p, old, f"is not linear in {name}")
+            return None
+        for scan in map(ScanView.of, p.scans()):
+            for carry, init in zip(scan.carry_nodes(), scan.inits, strict=False):
+                if carry in found and init not in found and constant(init) != 0.0:
+                    raise refuse("scale_last", p, init, f"{carry['name']} starts with what is not multiplied by {name}")
+        return verify(p.rebuild(change))
+    return tuple(without(p, found) if found else p for p, found in linear_in.items())
+
+
+def _scaled(pipeline: Pipeline, name: str) -> dict[Program, set[Node]]:
+    """Of each program what depends on a runtime number of that name, in whatever kernel before it."""
+    tensors, carries, count = set[str](), set[str](), -1
+    found = dict[Program, set[Node]]()
+    while count != (count := len(tensors) + len(carries)) or not found:
+        for p in pipeline:
+            here = found[p] = set()
+            for n in p.nodes():
+                inside = ScanView.of(n.args[0] if n.op is Op.FINAL else n) if n.op in (Op.SCAN, Op.FINAL) else None
+                if inside:
+                    carries |= {c for c, *xs in zip(inside.carries, inside.inits, inside.nexts, strict=True) if {*xs} & here}
+                if (n["name"] == name if n.op is Op.PARAM else n["name"] in carries if n.op is Op.CARRY else
+                        inside.carries[n["i"]] in carries if inside and n.op is Op.FINAL else
+                        n["tensor"].name in tensors if n.op is Op.LOAD else
+                        n.args[0] in here if n.op is Op.STORE else not inside and any(a in here for a in n.args)):
+                    here.add(n)
+                    tensors |= {n["tensor"].name} if n.op is Op.STORE and n["tensor"].temp else set()
+    return found

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from gdn_ir.schedules import adjoints
 from gdn_ir.schedules.plans import CHUNK, Steps
-from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE, INNER, Roles, in_halves
+from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE, INNER, Roles, in_halves, in_two_parts, on_diagonal, scaled_last
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 if TYPE_CHECKING:
@@ -22,17 +22,27 @@ BRIEF = 1024                                               # tokens of a sequenc
 SEGMENT = 32                                               # chunks of a segment
 HALF = 64                                                  # columns of V that a block owns where two share a head
 BOTH, BACK_ONLY = ("again", "back"), ("back",)             # scans whose blocks share heads
+# how fine the arithmetic is, of a schedule's name: as products round; with what that takes of solves' operands, and the scale
+# last, where it can be; and with what it takes of what again writes to its state, for one product more
+FINE = ("", "-finer", "-finest")
+FINER: Steps = (("diagonal", "again", "u_again", "bf16"), ("diagonal", "back", "d_r", "bf16"))
+SCALED = "-scaled"                                         # likewise: the scale comes last
+FINEST: Steps = (*FINER, ("in_parts", "again", "bf16", "S_again"))
+SERVED = 2                                                 # of FINE, as it serves
 
 # what makes u's gradient by the outputs before the adjoint's scan, which then only adds it
 BEFORE = (("peel", "d_u", "d_u_o"), ("turn", "d_u_o"), ("hoist", "d_u_o", "io", "local"))
 
 
-def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: tuple[str, ...] = (), aside: bool = False) \
-        -> Schedule:
+def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: tuple[str, ...] = (), aside: bool = False,
+             fine: int = 0, scale_last: bool = False) -> Schedule:
     """The plan "gathered" of `base`, one of its kin, or "gathered-segments", its scans as roles. back: BACK_ALONE needs no
     kernel local. halves: of which of the two scans two blocks share a head, each with half of its columns: for few heads, BOTH;
     BACK_ONLY where there is room for all blocks, for a chunk of the adjoint takes half again as long. aside: the two run beside
-    each other, in two streams (of whole sequences)."""
+    each other, in two streams (of whole sequences). fine: of FINE. scale_last: so it is, where no final state has a
+    gradient."""
+    if fine not in range(len(FINE)):
+        raise ValueError(f"as_roles.fine: got {fine}; accepts 0 to {len(FINE) - 1}")
     if aside and "-segments" in base.name:
         raise ValueError(f"as_roles.aside: got true with {base.name}; accepts a schedule of whole sequences: segments fill the "
                          "GPU by themselves")
@@ -40,6 +50,10 @@ def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: t
     steps = without_local(base.steps) if alone else base.steps
     last = "inner" if "inner" in dict(base.kernels) else "grads"               # what follows both scans
     kept = {k: replace(o, follows=o.follows and k != last) for k, o in base.kernels if not alone or k != "local"}
+    if fine:
+        again, back = on_diagonal(in_two_parts(again) if fine > 1 else again), on_diagonal(back)
+    if scale_last:
+        back = scaled_last(back)
     for name, roles in (("again", again), ("back", back)):
         half = name in halves
         kept[name] = KernelOptions(HALF if half else None, roles=in_halves(roles) if half else roles, backend="tilelang",
@@ -47,8 +61,10 @@ def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: t
     plan = next((f"-{p}" for p in ("merged", "turns") if p in base.name), "")
     cut = base.name[base.name.index("-segments"):] if "-segments" in base.name else ""
     split = {(): "", BOTH: "-halves", BACK_ONLY: "-back-halves"}[halves]
-    name = f"backward-roles{plan}{'-alone' if alone else ''}{split}{'-aside' if aside else ''}{cut}"
-    return replace(base, name=name, steps=(*steps, ("accumulate", "d_S")), kernels=tuple(kept.items()))
+    how = f"{split}{'-aside' if aside else ''}{FINE[fine]}{SCALED * scale_last}"
+    more: Steps = (*((("scale_last",),) if scale_last else ()), ("accumulate", "d_S"), *((), FINER, FINEST)[fine])
+    return replace(base, name=f"backward-roles{plan}{'-alone' if alone else ''}{how}{cut}", steps=(*steps, *more),
+                   kernels=tuple(kept.items()))
 
 
 def without_local(steps: Steps) -> Steps:
@@ -65,6 +81,7 @@ def inner_as_roles(base: Schedule, inner: Roles = INNER, chunks: int = WALK) -> 
     none waits for another. What is of rows alone is made after it, by Triton, of the sums that it stores."""
     if "merged" not in base.name and "turns" not in base.name:
         raise ValueError(f"inner_as_roles: got {base.name}; accepts a schedule of the plans gathered-merged and gathered-turns")
+    inner = scaled_last(inner) if ("scale_last",) in base.steps else inner
     kernels = {k: o for k, o in base.kernels if k != "grads"}
     kernels |= {"grads": KernelOptions(None, roles=inner, backend="tilelang"),
                 "rows": KernelOptions(None, 1, 1, backend=base.options("solve").backend)}
@@ -84,11 +101,12 @@ def the_rest_by(backend: str, schedule: Schedule) -> Schedule:
 class Way:
     """How sequences are scanned by roles: whole, a block for each head or, of the scans in `halves`, two; or in segments of so
     many chunks. aside: the two scans beside each other, in two streams. walk: chunks of a block of what comes after them, as
-    roles too (0: by Triton)."""
+    roles too (0: by Triton). fine: how fine the arithmetic is, of FINE, where what comes after is roles too."""
     halves: tuple[str, ...] = ()
     aside: bool = False
     segment: int = 0
     walk: int = 0
+    fine: int = SERVED
 
     def __post_init__(self) -> None:
         if self.segment and (self.halves or self.aside):
@@ -100,6 +118,7 @@ class Way:
         blocks = {(): "one block for each", BOTH: "two blocks for each",
                   BACK_ONLY: "one block for each, their adjoints in two"}[self.halves] + part
         rest = f"; what comes after them as roles, {self.walk} chunk{'s' * (self.walk > 1)} to a block" if self.walk else ""
+        rest += f"; {FINE[self.fine].removeprefix('-') or 'no finer'} arithmetic" if self.fine != SERVED else ""
         return f"as roles in {blocks}, {'beside each other' if self.aside else 'one after the other'}{rest}"
 
 
@@ -150,9 +169,16 @@ def way(instance: Instance, sequences: int, heads: int, tokens: int, units: int)
 def served(base: Schedule, instance: Instance, how: Way) -> Schedule:
     """As it serves: what is of the outputs' gradient among the roles, where sequences are whole; all that is no role by Triton.
     base: "gathered-turns"."""
-    made = as_roles(adjoints.in_segments(base, instance, how.segment, adjoints.TURNS)) if how.segment else \
-        as_roles(base, AGAIN, BACK_ALONE, how.halves, how.aside)
+    fine = how.fine if how.walk else 0
+    last = fine > 0 and scales_all(instance)
+    made = as_roles(adjoints.in_segments(base, instance, how.segment, adjoints.TURNS), fine=fine, scale_last=last) \
+        if how.segment else as_roles(base, AGAIN, BACK_ALONE, how.halves, how.aside, fine, last)
     return the_rest_by("triton", inner_as_roles(made, chunks=how.walk) if how.walk else made)
+
+
+def scales_all(instance: Instance) -> bool:
+    """Whether all that a backward is given has the scale as a factor: the gradient of the outputs does, a final state's not."""
+    return "d_final_state" not in instance.program.read()
 
 
 def lacks(arch: str, instance: Instance) -> str:

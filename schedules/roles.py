@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import reduce
 from typing import Any
 
 DO = ("load", "read", "write", "fetch", "compute", "issue", "complete", "solve", "join", "store")
@@ -303,6 +304,39 @@ INNER = Roles.of({
               {"values": ["G", "gamma", "rest", "beta"], "depth": 1, "near": True}, {"values": ["P", "P_low"], "depth": 1},
               {"values": ["Y", "Y_low"], "depth": 1}, {"values": ["d_q16"], "depth": 1}, {"values": ["d_k16"], "depth": 1}],
 })
+
+
+def on_diagonal(roles: Roles) -> Roles:
+    """A scan of the backward whose solve's product is added onto what rounding took of its operand R (the step `diagonal`):
+    that is made in place, in the registers that R was computed of."""
+    names = dict(roles.names)
+    whole = names["R"].removeprefix("bf16(").removesuffix(")")
+    names |= {"R_low": f"{whole} - R", **({} if "A . R" in names.values() else {"AR": "A . R"})}
+    return with_events(replace(roles, names=tuple(names.items())), {
+        "compute R": ("compute R", "compute R_low"), "issue u_again": ("issue AR",), "complete u_again": ("complete AR",)})
+
+
+def in_two_parts(again: Roles) -> Roles:
+    """The scan that runs again, where what is written to its state has two parts (the step `in_parts`): the second is made
+    under the product of the first."""
+    names = (*again.names, ("W_low", "bf16((rest * u_again) - W)"), ("written_low", "k . W_low"))
+    return with_events(replace(again, names=names), {
+        "issue written": ("issue written", "compute W_low", "issue written_low"),
+        "complete written": ("complete written_low",)})
+
+
+def scaled_last(roles: Roles) -> Roles:
+    """Roles of kernels whose scale comes last (the step `scale_last`): of what is stored."""
+    said = {"(d_o * scale)": "d_o", "(scale * OS)": "OS", "bf16(d_q)": "bf16(scale * d_q)", "bf16(d_k)": "bf16(scale * d_k)",
+            "bf16(d_v)": "bf16(scale * d_v)"}
+    return replace(roles, names=tuple((n, reduce(lambda t, old: t.replace(old, said[old]), said, text))
+                                      for n, text in roles.names))
+
+
+def with_events(roles: Roles, instead: Mapping[str, tuple[str, ...]]) -> Roles:
+    """With other events in place of some."""
+    return replace(roles, roles=tuple(
+        replace(r, events=tuple(Event.of(t) for e in r.events for t in instead.get(str(e), (str(e),)))) for r in roles.roles))
 
 
 def in_halves(roles: Roles) -> Roles:

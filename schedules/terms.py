@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import reduce
 
-from gdn_ir.nodes import Node, Op
+from gdn_ir.nodes import Node, Op, make, twin
 
 Term = tuple[int, tuple[Node, ...]]                        # a sign, and factors
 
@@ -49,3 +49,15 @@ def factors(n: Node) -> Term:
 
 def multiply(xs: Iterable[Node]) -> Node:
     return reduce(lambda a, b: a * b, xs)
+
+
+def straight(n: Node) -> Node:
+    """The twin of a product as a product of twins, dot(x, y).twin = dot(x.twin, y.twin), where it is summed over that axis; any
+    other value as it is."""
+    if n.op is not Op.TWIN or n.args[0].op is not Op.DOT:
+        return n
+    (product,) = n.args
+    axis, over = n["axis"], product["over"]
+    if over not in {axis, twin(axis)}:
+        return n
+    return make(Op.DOT, tuple(x.twin(axis) for x in product.args), over=twin(over))

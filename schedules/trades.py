@@ -4,6 +4,7 @@
                 products, and tiles that would be held until their sums are made. (P is then as rounded as products' operands.)
     collect     x * sum_K(q * a) + y * sum_K(q * b) = sum_K(q * (x * a + y * b)), where x * a + y * b is there anyway
     in_parts    dot(P, k) = dot(high, k) + dot(low, k), high P as it is rounded and low what that leaves: for what is traded
+    diagonal    dot(A, x) = dot(A, high) + low, of an inverse A, whose diagonal is 1: what rounding x takes is not lost
 """
 from __future__ import annotations
 
@@ -12,13 +13,13 @@ import math
 from collections import Counter
 from dataclasses import replace
 
-from gdn_ir.build import cast, dot, reduce_sum
-from gdn_ir.nodes import REAL, Node, Op, twin
-from gdn_ir.program import Program, substitute, toposort
+from gdn_ir.build import cast, dot, eye, reduce_sum
+from gdn_ir.nodes import REAL, Node, Op, base, twin
+from gdn_ir.program import Program, ScanView, substitute, toposort
 from gdn_ir.rewrite import constant, simplify
-from gdn_ir.schedules.pipeline import Pipeline, named, put, step
+from gdn_ir.schedules.pipeline import IllegalStep, Pipeline, named, put, refuse, replace_node, step
 from gdn_ir.schedules.sums import Nodes, by_other_products, everywhere, terms_along, without_products
-from gdn_ir.schedules.terms import Term, addends, factors, is_elem, multiply, total
+from gdn_ir.schedules.terms import Term, addends, factors, is_elem, multiply, straight, total
 
 # ---- trade ------------------------------------------------------------------------------------------------------------------
 
@@ -202,10 +203,15 @@ def _expanded(n: Node) -> list[Term]:
 
 
 @step
-def in_parts(pipeline: Pipeline, kernel: str, dtype: str) -> Pipeline:
+def in_parts(pipeline: Pipeline, kernel: str, dtype: str, carried: str = "") -> Pipeline:
     """In one kernel, products take each tile that it computes of products in two parts, rounded to dtype and what that leaves:
-    they have twice its digits then. What is loaded has no more than it was stored with."""
+    they have twice its digits then. What is loaded has no more than it was stored with. carried: only those that are added to
+    what becomes that carry's next value."""
     at = named(pipeline, kernel, "in_parts")
+    scans = [ScanView.of(s) for s in pipeline[at].scans() if carried in s["carries"]]
+    if carried and not scans:
+        raise IllegalStep(f"in_parts: no scan of {kernel} carries {carried!r}")
+    some = {x for scan in scans for _, x in addends(scan.nexts[scan.carries.index(carried)])}
 
     def parts(x: Node) -> list[Node]:
         if x.op is Op.TWIN:
@@ -218,8 +224,36 @@ def in_parts(pipeline: Pipeline, kernel: str, dtype: str) -> Pipeline:
     def change(old: Node, args: tuple[Node, ...]) -> Node | None:
         if is_elem(old, "add") and old.args[1].op is Op.DOT and args[1].op is not Op.DOT:
             return total([(1, args[0]), *addends(args[1])])    # each added onto what is there
-        if old.op is not Op.DOT:
+        if old.op is not Op.DOT or (carried and old not in some):
             return None
         products = [dot(x, y, old["over"]) for x, y in itertools.product(*map(parts, args))]
         return total([(1, x) for x in products[:3]])       # of two in parts, not low times low
     return put(pipeline, at, pipeline[at].rebuild(change))
+
+
+# ---- diagonal ---------------------------------------------------------------------------------------------------------------
+
+
+@step
+def diagonal(pipeline: Pipeline, kernel: str, name: str, dtype: str) -> Pipeline:
+    """In one kernel, the value of that name, a product of an inverse A = (I + M)^-1 and x, as dot(A, high) + low, high x as it
+    is rounded to dtype and low what that leaves. A's diagonal, which is 1, takes low as it is; what the rest of A would make of
+    it is smaller, and left out."""
+    at = named(pipeline, kernel, "diagonal")
+    p = pipeline[at]
+    u = p.named(name)
+    product = straight(u)
+    inverses = {n["tensor"].name for q in pipeline for n in q.nodes() if n.op is Op.STORE and _inverse(n.args[0])}
+    if product.op is not Op.DOT or not any(_inverse(n) or (n.op is Op.LOAD and n["tensor"].name in inverses)
+                                           for n in toposort([product.args[0]])):
+        raise refuse("diagonal", p, u, f"{name} is not the product of an inverse")
+    A, turned = product.args
+    x = turned.twin(base(product["over"]))
+    high = cast(cast(x, dtype), REAL)
+    new = dot(A, high.twin(base(product["over"])), product["over"])
+    return put(pipeline, at, replace_node(p, u, x - high + new))
+
+
+def _inverse(n: Node) -> bool:
+    """Whether a value is the inverse of I + M, M strictly lower."""
+    return n.op is Op.TRI_SOLVE and n.args[1] is eye(n["axis"])

@@ -11,12 +11,12 @@ from functools import reduce
 from operator import add
 
 from gdn_ir.build import reduce_sum
-from gdn_ir.nodes import Node, Op, make, twin
+from gdn_ir.nodes import Node, Op, make
 from gdn_ir.program import Note, Program, ScanView, only, substitute, toposort, uses
 from gdn_ir.schedules.partition import chunks_at_once, parallel, place_of
 from gdn_ir.schedules.pipeline import IllegalStep, Pipeline, named, put, refuse, step
 from gdn_ir.schedules.segments import Cut
-from gdn_ir.schedules.terms import is_elem, total
+from gdn_ir.schedules.terms import is_elem, straight, total
 
 
 def _at_once(pipeline: Pipeline, kernel: str, name: str) -> tuple[int, Program, ScanView]:
@@ -39,15 +39,6 @@ def products_last(pipeline: Pipeline, kernel: str) -> Pipeline:
     def flat(n: Node) -> list[Node]:
         return [x for a in n.args for x in (flat(a) if a in once else [a])] if is_elem(n, "add") else [n]
 
-    def straight(n: Node) -> Node:
-        if n.op is not Op.TWIN or n.args[0].op is not Op.DOT:
-            return n
-        (product,) = n.args
-        axis, over = n["axis"], product["over"]
-        both = {axis, twin(axis)}
-        if over not in both:
-            return n
-        return make(Op.DOT, tuple(x.twin(axis) for x in product.args), over=twin(over))
     memo: dict[Node, Node] = {}
 
     def change(old: Node, args: tuple[Node, ...]) -> Node:

@@ -28,7 +28,7 @@ from gdn_ir.schedules import adjoints
 from gdn_ir.schedules.defaults import whole_scans
 from gdn_ir.schedules.execute import execute
 from gdn_ir.schedules.pipeline import IllegalStep
-from gdn_ir.schedules.role_backward import BACK_ONLY, BOTH, WAYS, Way, as_roles, served, way
+from gdn_ir.schedules.role_backward import BACK_ONLY, BOTH, FINE, WAYS, Way, as_roles, served, way
 from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE, Event, Roles
 from gdn_ir.schedules.schedule import Schedule
 from gdn_ir.schedules.steps import apply
@@ -168,6 +168,8 @@ def test_the_bench_has_candidates() -> None:
         one = [f"{how}{way}" for way in ("", ", 8 warps", ", waits", ", 8 warps, waits") for how in ("merged", "turns")]
         inner = [f"roles-turns-alone{way}-inner{n}" for way in ways for n in ("-1", "-2", "")]
         inner += ["gathered-merged-inner", *(f"gathered-turns-inner{n}" for n in ("-1", "-2", "-4", "", "-16"))]
+        inner += [f"roles-turns-alone{half}-aside{fine}-inner{n}" for half in ("", "-halves", "-back-halves")
+                  for fine in FINE[1:] for n in ("-1", "-2", "")]
         assert {*found} == {"gathered", "gathered, in a row", *one, *roles, *inner}
         for name, s in found.items():
             kernels = variant(bench.TIMED, s, "triton", "sm_90").compiled.kernels
@@ -185,8 +187,9 @@ def test_the_bench_has_candidates() -> None:
 @pytest.mark.parametrize("name", ["roles", "roles-alone-aside", "roles-halves", "roles-alone-halves-aside", "roles-turns-alone",
                                   "roles-turns-alone-aside", "gathered-merged-inner", "roles-turns-alone-inner",
                                   "roles-turns-alone-aside-inner", "roles-turns-alone-halves-aside-inner-1",
-                                  "roles-turns-alone-back-halves-aside-inner",
-                                  "roles-turns-segments-2-inner-2", "gathered-turns-inner"])
+                                  "roles-turns-alone-back-halves-aside-inner", "roles-turns-segments-2-inner-2",
+                                  "roles-turns-alone-aside-finer-inner", "roles-turns-alone-halves-aside-finest-inner-1",
+                                  "roles-turns-finest-segments-2-inner-2", "gathered-turns-inner"])
 def test_on_a_gpu(name: str) -> None:
     """Ragged ends, an empty sequence, states in and out, over poison, against float64 and "gathered"."""
     (cell, kind), made = bench.CHECKS[0], bench.candidates(gradients.backward_of(bench.CHECKS[0][0]), 6, 2, (2,))
@@ -240,6 +243,12 @@ TIMED_AT = ("9b76abe", "337dec3", "9dd118f", "aaca00f")     # of role_inner.json
 SLOWER = {("8x1024", 4): 1.065, ("8x4096", 8): 1.06}
 
 
+def plain(how: Way) -> str:
+    """The candidate of these pages that is a way: with the arithmetic of that time."""
+    turns = whole_scans("sm_90", bench.TIMED, 1, 32, "triton", merges="gathered-turns")[0]
+    return served(turns, bench.TIMED, replace(how, fine=0)).name.removeprefix("backward-")
+
+
 def test_ways_are_those_that_were_fastest() -> None:
     """Over TRAIN's shapes and others, as timed on an H100 with what else might serve: its time, where it was timed."""
     pages = json.loads((Path(bench.__file__).parent / "results" / "h100" / "role_inner.json").read_text())
@@ -248,10 +257,9 @@ def test_ways_are_those_that_were_fastest() -> None:
         ((lengths, _, HV),) = cases.parse(f"{row['shape']}:{row['heads'][0]}/{row['heads'][1]}", "train")
         found = way(replace(bench.TIMED, varlen=True), len(lengths), HV, sum(lengths), 132)
         size = adjoints.segment_of(len(lengths), HV, sum(lengths), 132)
-        turns = whole_scans("sm_90", bench.TIMED, 1, HV, "triton", merges="gathered-turns")[0]
-        mine = served(turns, bench.TIMED, found).name.removeprefix("backward-") if isinstance(found, Way) else \
+        mine = plain(found) if isinstance(found, Way) else \
             f"gathered-turns-segments-{size}" if size else "turns"
-        every = {served(turns, bench.TIMED, w).name.removeprefix("backward-") for w in WAYS.values()}
+        every = {plain(w) for w in WAYS.values()}
         times = {n: p["ms"] for n, p in row["plans"].items() if "ms" in p and (n in every or "inner" not in n)}
         if mine in times:
             seen += 1
