@@ -122,7 +122,8 @@ class Way:
         return f"as roles in {blocks}, {'beside each other' if self.aside else 'one after the other'}{rest}"
 
 
-# all that `way` chooses from, by the names that the tuner has for them: a GPU has run each (bench/verify_backward.py)
+# all that `way` and the tuner choose from, by the names that the latter has for them: a GPU has run each
+# (bench/verify_backward.py)
 WAYS = {"roles-aside": Way(aside=True), "roles": Way(),
         "roles-aside-throughout": Way(aside=True, walk=WALK), "roles-throughout": Way(walk=WALK),
         "roles-halves-aside-throughout": Way(BOTH, aside=True, walk=WALK),
@@ -140,16 +141,14 @@ def way(instance: Instance, sequences: int, heads: int, tokens: int, units: int)
 
     Roles do what comes after the scans too, but not where beta comes as logits: its gradient is no sum of rows times beta then.
     Where sequences and heads are many these are scanned whole, beside each other as long as each scan's blocks have a
-    multiprocessor; by halves where two waves of these even out what unequal sequences leave, and the adjoints alone by halves
-    where there is room for all blocks. Few heads go in halves where there are 16 of them, else in segments where sequences are
-    long. Up to BRIEF tokens they cost about what Triton's kernels do, and err less on inputs of which much cancels; between the
-    two these win, for they follow each other chunk by chunk."""
+    multiprocessor; by halves where two waves of these even out what unequal sequences leave. Few heads go in halves where there
+    are 16 of them, else in segments where sequences are long. Up to BRIEF tokens they cost about what Triton's kernels do, and
+    err less on inputs of which much cancels; between the two these win, for they follow each other chunk by chunk."""
     scans, packed = sequences * heads, instance.varlen and sequences > 1
     blocks = tokens * heads // ((2 if instance.grouped else 1) * CHUNK * WALK)     # two value heads taken to share a key head
     walk = 0 if instance.switches.beta_sigmoid else WALK if blocks >= FILLED * units else SHORT
     if scans >= MANY and (heads >= 16 or scans >= 2 * MANY or sequences >= SOME):
-        even = packed and units < 4 * scans <= 2 * units
-        halves = () if not walk else BOTH if even else BACK_ONLY if 3 * scans <= units else ()
+        halves = BOTH if walk and packed and units < 4 * scans <= 2 * units else ()
         return Way(halves, aside=scans <= units if walk else 2 * scans <= units, walk=walk)
     few = f"roles want {MANY} sequences x heads (twice as many where a sequence has fewer than 16 heads and there are fewer " \
         f"than {SOME}), not {sequences} x {heads}"
@@ -169,7 +168,8 @@ def way(instance: Instance, sequences: int, heads: int, tokens: int, units: int)
 def served(base: Schedule, instance: Instance, how: Way) -> Schedule:
     """As it serves: what is of the outputs' gradient among the roles, where sequences are whole; all that is no role by Triton.
     base: "gathered-turns"."""
-    fine = how.fine if how.walk else 0
+    # an initial state's gradient with the scale last was not right on a GPU, and was not run there since that is mended
+    fine = how.fine if how.walk and not (scales_all(instance) and "initial_state" in instance.grads) else 0
     last = fine > 0 and scales_all(instance)
     made = as_roles(adjoints.in_segments(base, instance, how.segment, adjoints.TURNS), fine=fine, scale_last=last) \
         if how.segment else as_roles(base, AGAIN, BACK_ALONE, how.halves, how.aside, fine, last)

@@ -24,7 +24,9 @@ from gdn_ir.schedules import steps
 from gdn_ir.schedules.defaults import whole_scans
 from gdn_ir.schedules.execute import execute
 from gdn_ir.schedules.plans import backward_plan
-from gdn_ir.schedules.role_backward import BACK_ONLY, BOTH, FINER, FINEST, Way, as_roles, served
+from gdn_ir.schedules.role_backward import (BACK_ONLY, BOTH, FINER, FINEST, Way, as_roles, inner_as_roles, served,
+                                            the_rest_by)
+from gdn_ir.schedules.roles import AGAIN, BACK_ALONE
 from gdn_ir.schedules.schedule import Schedule
 from tests.test_backward import AXES, CU, in_f64, memory
 from tests.test_role_backward import executed
@@ -114,6 +116,27 @@ def test_emitted_text_computes_gradients(lengths: tuple[int, ...], heads: tuple[
     found, want = executed(made_of(cell, way), cell, late)
     for n, x in found.items():
         assert relative(x, want[n]) < 5e-3, n
+
+
+def test_an_initial_state_s_gradient_is_scaled_behind_the_scan() -> None:
+    """Where no final state has one: what is stored there is no carry as it is."""
+    cell = Cell("", Switches(initial_state=True), "bf16", Layout((130, 0, 64, 1), True, 1, 2, 128, 128))
+    instance = gradients.backward_of(cell)
+    turns = whole_scans("sm_90", instance, 1, 32, "triton", merges="gathered-turns")[0]
+    scans = as_roles(turns, AGAIN, BACK_ALONE, (), True, 2, scale_last=True)
+    chosen = variant(instance, the_rest_by("triton", inner_as_roles(scans, chunks=2)), "triton", "sm_90")
+    found, want = executed(chosen, cell, False)
+    assert "initial_state" in found
+    for n, x in found.items():
+        assert relative(x, want[n]) < 5e-3, n
+    again, back = (next(k for k in chosen.compiled.kernels if k.name == name) for name in ("again", "back"))
+    store = next(n for n in back.program.roots if n.op is Op.STORE)
+    state = next(n for n in again.program.nodes() if n.op is Op.LOAD and n["tensor"].name == "initial_state")
+    wrong = store.but((state, *store.args[1:]))
+    moved = replace(back, program=replace(back.program, roots=tuple(wrong if n is store else n for n in back.program.roots)))
+    assert "is not of one carry's last value, element by element" in str(TILELANG.supports(moved, "sm_90"))
+    # nothing is served so before a GPU has run it
+    assert "scale_last" not in str(served(turns, instance, WAYS[0]).steps)
 
 
 @pytest.mark.parametrize("name", ["again", "back", "grads"])

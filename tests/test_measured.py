@@ -71,13 +71,10 @@ def test_every_shipped_backward_was_measured(arch: str) -> None:
             elif not worst(errors.values()) <= bound(cell.io, True):
                 wrong.append(cell.name)
     assert not missing, f"never measured on a GPU (run bench/verify_backward.py): {len(missing)}: {missing[:5]}"
-    # known and not mended: dg of few tokens, in four small cells, is off by 6.02e-3 to 7.6e-3 (docs/performance-log.md). What
-    # is kept is what would have been computed again, and two of these are as far off with it; one is run by each way of roles.
+    # known and not mended: dg of few tokens, in four small cells, is off by 6.02e-3 to 7.4e-3 where no roles follow
+    # (docs/performance-log.md). What is kept is what would have been computed again; two of these are as far off with it.
     both = "gated delta rule, bf16, GVA", "128 x 128, in place of roles, packed, negative eigenvalues, bf16"
-    ways = [f"roles throughout{walk}{half}" for walk in ("", ", short walks") for half in ("", ", in halves")]
-    ways += ["roles", "roles throughout, single chunks, in halves", "roles throughout, adjoints in halves",
-             "roles throughout, short walks, adjoints in halves"]
-    known = ["96 x 128, bf16", *(f"the backward's {how}, dense, H = HV, bf16" for how in ways),
+    known = ["96 x 128, bf16", "the backward's roles, dense, H = HV, bf16",
              *(f"{cell}{kept}" for cell in both for kept in ("", ", keeps inverse", ", keeps states"))]
     assert sorted(wrong) == (sorted(known) if arch == "sm_90" else [])
 

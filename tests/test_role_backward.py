@@ -198,10 +198,10 @@ def test_on_a_gpu(name: str) -> None:
 
 
 @pytest.mark.parametrize(("sequences", "heads", "tokens", "how"), [
-    (1, 32, 4096, "roles-back-halves-aside-throughout-short"), (1, 32, 8192, "roles-back-halves-aside-throughout"),
+    (1, 32, 4096, "roles-aside-throughout-short"), (1, 32, 8192, "roles-aside-throughout"),
     (1, 64, 8192, "roles-aside-throughout"), (8, 8, 4096, "roles-halves-aside-throughout-short"),
     (8, 32, 32768, "roles-throughout"), (2, 33, 8192, "roles-halves-aside-throughout"),
-    (8, 8, 8192, "roles-halves-aside-throughout-short"), (8, 4, 8192, "roles-back-halves-aside-throughout-short"),
+    (8, 8, 8192, "roles-halves-aside-throughout-short"), (8, 4, 8192, "roles-aside-throughout-short"),
     (1, 16, 8192, "roles-halves-aside-throughout-short"),
     (1, 16, 32768, "roles-halves-aside-throughout"), (1, 8, 32768, "roles-segments-throughout-short"),
     (1, 4, 32768, "roles-segments-throughout-short"), (4, 8, 4096, "roles-halves-aside-throughout-single"),
@@ -240,7 +240,7 @@ def test_what_a_call_is_changes_how_it_is_served(change: dict[str, Any], sequenc
 
 TIMED_AT = ("9b76abe", "337dec3", "9dd118f", "aaca00f")     # of role_inner.json: what chose the ways, and what came after
 # what took more than 1.05 times as long as the fastest that was timed beside it
-SLOWER = {("8x1024", 4): 1.065, ("8x4096", 8): 1.06}
+SLOWER = {("8x1024", 4): 1.065, ("8x4096", 8): 1.06, ("3000+5192", 16): 1.07}
 
 
 def plain(how: Way) -> str:

@@ -23,7 +23,7 @@ from gdn_ir.backends.tilelang.role_steps import RoleSteps
 from gdn_ir.backends.tilelang.rules import DTYPES, where
 from gdn_ir.backends.tilelang.statements import coordinate
 from gdn_ir.nodes import IRError, Node, Op
-from gdn_ir.program import Program, ScanView
+from gdn_ir.program import Program, ScanView, substitute, toposort
 from gdn_ir.schedules.execute import Fault, execute
 from gdn_ir.schedules.events import Laid, Step
 from gdn_ir.schedules.protocol import Sync, derive
@@ -227,11 +227,22 @@ class RolePrinter(RoleSteps):
         if self.kernel.owns_tail:
             self.clear([s for s in steps if s.event.do == "store"], depth)
         for c in carries:
-            for store in (n for n in self.kernel.program.roots if n.op is Op.STORE):
-                if store.args[0].op is Op.FINAL and store.args[0]["i"] == self.scan.carries.index(c["name"]):
+            for store, last in self.leaves():
+                if last["i"] == self.scan.carries.index(c["name"]):
                     self.say(c, depth)
                     to, _ = where(store, self.in_memory(c.axes), self.kernel)
-                    self.put(self.over_rows(c, depth), f"{to} = {self.element(c, self.here(c.axes))}")
+                    value = substitute([store.args[0]], {last: c})[store.args[0]]
+                    self.put(self.over_rows(c, depth), f"{to} = {self.element(value, self.here(c.axes))}")
+
+    def leaves(self) -> list[tuple[Node, Node]]:
+        """What is stored behind the scan, and the carry's last value that each store is of."""
+        stores = [n for n in self.kernel.program.roots if n.op is Op.STORE]
+        lasts = [[n for n in toposort([s.args[0]]) if n.op is Op.FINAL] for s in stores]
+        for store, found in zip(stores, lasts, strict=True):
+            if len(found) != 1 or found[0].axes != store.args[0].axes:
+                raise IRError(f"roles: {store['tensor'].name} is stored behind the scan, and is not of one carry's last value, "
+                              "element by element")
+        return [(store, last) for store, (last,) in zip(stores, lasts, strict=True)]
 
     def clear(self, stores: list[Step], depth: int) -> None:
         """Rows that no sequence owns come back as zeros: of as many as a chunk has, the blocks of each sequence take turns."""
