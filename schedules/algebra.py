@@ -237,7 +237,7 @@ def scale_last(pipeline: Pipeline, name: str = "scale") -> Pipeline:
 
 def _scaled(pipeline: Pipeline, name: str) -> dict[Program, set[Node]]:
     """Of each program what depends on a runtime number of that name, in whatever kernel before it."""
-    tensors, carries, count = set[str](), set[str](), -1
+    tensors, carries, count = set[str](), set[tuple[str, str]](), -1        # carries by kernel: names are of a scan alone
     found = dict[Program, set[Node]]()
     while count != (count := len(tensors) + len(carries)) or not found:
         for p in pipeline:
@@ -245,9 +245,10 @@ def _scaled(pipeline: Pipeline, name: str) -> dict[Program, set[Node]]:
             for n in p.nodes():
                 inside = ScanView.of(n.args[0] if n.op is Op.FINAL else n) if n.op in (Op.SCAN, Op.FINAL) else None
                 if inside:
-                    carries |= {c for c, *xs in zip(inside.carries, inside.inits, inside.nexts, strict=True) if {*xs} & here}
-                if (n["name"] == name if n.op is Op.PARAM else n["name"] in carries if n.op is Op.CARRY else
-                        inside.carries[n["i"]] in carries if inside and n.op is Op.FINAL else
+                    each = zip(inside.carries, inside.inits, inside.nexts, strict=True)
+                    carries |= {(p.name, c) for c, *xs in each if {*xs} & here}
+                if (n["name"] == name if n.op is Op.PARAM else (p.name, n["name"]) in carries if n.op is Op.CARRY else
+                        (p.name, inside.carries[n["i"]]) in carries if inside and n.op is Op.FINAL else
                         n["tensor"].name in tensors if n.op is Op.LOAD else
                         n.args[0] in here if n.op is Op.STORE else not inside and any(a in here for a in n.args)):
                     here.add(n)

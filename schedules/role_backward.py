@@ -3,7 +3,7 @@ is Triton's."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gdn_ir.schedules import adjoints
 from gdn_ir.schedules.plans import CHUNK, Steps
@@ -43,6 +43,8 @@ def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: t
     gradient."""
     if fine not in range(len(FINE)):
         raise ValueError(f"as_roles.fine: got {fine}; accepts 0 to {len(FINE) - 1}")
+    if halves not in ((), BOTH, BACK_ONLY):
+        raise ValueError(f"as_roles.halves: got {halves!r}; accepts (), {BOTH} and {BACK_ONLY}")
     if aside and "-segments" in base.name:
         raise ValueError(f"as_roles.aside: got true with {base.name}; accepts a schedule of whole sequences: segments fill the "
                          "GPU by themselves")
@@ -101,7 +103,7 @@ def the_rest_by(backend: str, schedule: Schedule) -> Schedule:
 class Way:
     """How sequences are scanned by roles: whole, a block for each head or, of the scans in `halves`, two; or in segments of so
     many chunks. aside: the two scans beside each other, in two streams. walk: chunks of a block of what comes after them, as
-    roles too (0: by Triton). fine: how fine the arithmetic is, of FINE, where what comes after is roles too."""
+    roles too (0: by Triton). fine: how fine the arithmetic is, of FINE."""
     halves: tuple[str, ...] = ()
     aside: bool = False
     segment: int = 0
@@ -109,6 +111,8 @@ class Way:
     fine: int = SERVED
 
     def __post_init__(self) -> None:
+        if self.halves not in ((), BOTH, BACK_ONLY):
+            raise ValueError(f"Way.halves: got {self.halves!r}; accepts (), {BOTH} and {BACK_ONLY}")
         if self.segment and (self.halves or self.aside):
             raise ValueError(f"Way.segment: got {self.segment} with halves or aside; accepts 0 there: these are of whole "
                              "sequences")
@@ -118,13 +122,13 @@ class Way:
         blocks = {(): "one block for each", BOTH: "two blocks for each",
                   BACK_ONLY: "one block for each, their adjoints in two"}[self.halves] + part
         rest = f"; what comes after them as roles, {self.walk} chunk{'s' * (self.walk > 1)} to a block" if self.walk else ""
-        rest += f"; {FINE[self.fine].removeprefix('-') or 'no finer'} arithmetic" if self.fine != SERVED else ""
+        rest += f"; {FINE[self.fine].removeprefix('-')} arithmetic" if self.fine else ""
         return f"as roles in {blocks}, {'beside each other' if self.aside else 'one after the other'}{rest}"
 
 
 # all that `way` and the tuner choose from, by the names that the latter has for them: a GPU has run each
 # (bench/verify_backward.py)
-WAYS = {"roles-aside": Way(aside=True), "roles": Way(),
+WAYS = {"roles-aside": Way(aside=True, fine=0), "roles": Way(fine=0),
         "roles-aside-throughout": Way(aside=True, walk=WALK), "roles-throughout": Way(walk=WALK),
         "roles-halves-aside-throughout": Way(BOTH, aside=True, walk=WALK),
         "roles-aside-throughout-short": Way(aside=True, walk=SHORT), "roles-throughout-short": Way(walk=SHORT),
@@ -141,26 +145,30 @@ def way(instance: Instance, sequences: int, heads: int, tokens: int, units: int)
 
     Roles do what comes after the scans too, but not where beta comes as logits: its gradient is no sum of rows times beta then.
     Where sequences and heads are many these are scanned whole, beside each other as long as each scan's blocks have a
-    multiprocessor; by halves where two waves of these even out what unequal sequences leave. Few heads go in halves where there
-    are 16 of them, else in segments where sequences are long. Up to BRIEF tokens they cost about what Triton's kernels do, and
-    err less on inputs of which much cancels; between the two these win, for they follow each other chunk by chunk."""
-    scans, packed = sequences * heads, instance.varlen and sequences > 1
+    multiprocessor; by halves where two waves of these even out what more than two unequal sequences leave. Few heads go in
+    halves where there are 16 of them, else in segments where sequences are long. Up to BRIEF tokens they cost about what
+    Triton's kernels do, and err less on inputs of which much cancels; between the two these win, for they follow each other
+    chunk by chunk."""
+    scans = sequences * heads
     blocks = tokens * heads // ((2 if instance.grouped else 1) * CHUNK * WALK)     # two value heads taken to share a key head
     walk = 0 if instance.switches.beta_sigmoid else WALK if blocks >= FILLED * units else SHORT
+
+    def made(*how: Any, **more: Any) -> Way:
+        return arithmetic(instance, Way(*how, **more))
     if scans >= MANY and (heads >= 16 or scans >= 2 * MANY or sequences >= SOME):
-        halves = BOTH if walk and packed and units < 4 * scans <= 2 * units else ()
-        return Way(halves, aside=scans <= units if walk else 2 * scans <= units, walk=walk)
+        uneven = instance.varlen and sequences > 2 and units < 4 * scans <= 2 * units
+        return made(BOTH if walk and uneven else (), scans <= units if walk else 2 * scans <= units, walk=walk)
     few = f"roles want {MANY} sequences x heads (twice as many where a sequence has fewer than 16 heads and there are fewer " \
         f"than {SOME}), not {sequences} x {heads}"
     if not walk:
         return f"{few}, where beta comes as logits"
     if heads >= 16:
-        return Way(BOTH, aside=True, walk=walk)
+        return made(BOTH, aside=True, walk=walk)
     cut = adjoints.roles_win(sequences, heads, tokens, units, SEGMENT, instance.varlen)
     if cut and adjoints.can(instance):
-        return Way(segment=SEGMENT, walk=SHORT)            # of its walks the only ones that were timed and run on all cells
+        return made(segment=SEGMENT, walk=SHORT)           # of its walks the only ones that were timed and run on all cells
     if tokens <= BRIEF * sequences:
-        return Way(BOTH, aside=True, walk=SINGLE)
+        return made(BOTH, aside=True, walk=SINGLE)
     segments = f"would be the fastest, but serve only {adjoints.ONLY}" if cut else "would take longer than triton"
     return f"{few}; or 16 value heads, or at most {BRIEF} tokens a sequence in the mean; segments {segments}"
 
@@ -168,12 +176,19 @@ def way(instance: Instance, sequences: int, heads: int, tokens: int, units: int)
 def served(base: Schedule, instance: Instance, how: Way) -> Schedule:
     """As it serves: what is of the outputs' gradient among the roles, where sequences are whole; all that is no role by Triton.
     base: "gathered-turns"."""
-    # an initial state's gradient with the scale last was not right on a GPU, and was not run there since that is mended
-    fine = how.fine if how.walk and not (scales_all(instance) and "initial_state" in instance.grads) else 0
+    fine = arithmetic(instance, how).fine
     last = fine > 0 and scales_all(instance)
     made = as_roles(adjoints.in_segments(base, instance, how.segment, adjoints.TURNS), fine=fine, scale_last=last) \
         if how.segment else as_roles(base, AGAIN, BACK_ALONE, how.halves, how.aside, fine, last)
     return the_rest_by("triton", inner_as_roles(made, chunks=how.walk) if how.walk else made)
+
+
+def arithmetic(instance: Instance, how: Way) -> Way:
+    """The way with the arithmetic that a GPU has run for an instance: of roles throughout, and not where the scale would come
+    last but an initial state has a gradient, which was wrong there before it was mended, or q and k are normalised before, so
+    that it would come after them."""
+    ran = how.walk and not (scales_all(instance) and ("initial_state" in instance.grads or instance.switches.l2norm))
+    return how if ran else replace(how, fine=0)
 
 
 def scales_all(instance: Instance) -> bool:
@@ -189,6 +204,7 @@ def lacks(arch: str, instance: Instance) -> str:
              f"roles take K x V of 128 x 128, not {instance.K} x {instance.V}": (instance.K, instance.V) == (128, 128),
              f"roles are given nothing by a forward ({instance.keep} is)": instance.keep == "nothing",
              "roles make all of the gradients of q, k, v, g and beta": {*instance.grads} >= {"q", "k", "v", "g", "beta"},
+             "roles take beta as it is, or as logits, not doubled (neg_eigval) alone": s.beta_sigmoid or not s.neg_eigval,
              "roles need a decay": s.decay == "scalar", "roles need what erases": s.erase,
              "roles have states as [K, V], not [V, K]": not s.state_v_first}
     return next((why for why, met in needs.items() if not met), "")

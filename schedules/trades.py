@@ -243,15 +243,22 @@ def diagonal(pipeline: Pipeline, kernel: str, name: str, dtype: str) -> Pipeline
     p = pipeline[at]
     u = p.named(name)
     product = straight(u)
-    inverses = {n["tensor"].name for q in pipeline for n in q.nodes() if n.op is Op.STORE and _inverse(n.args[0])}
-    if product.op is not Op.DOT or not any(_inverse(n) or (n.op is Op.LOAD and n["tensor"].name in inverses)
-                                           for n in toposort([product.args[0]])):
+    inverses = {n["tensor"].name for q in pipeline for n in q.nodes() if n.op is Op.STORE and _inverse(_itself(n.args[0]))}
+    left = _itself(product.args[0])
+    if product.op is not Op.DOT or not (_inverse(left) or (left.op is Op.LOAD and left["tensor"].name in inverses)):
         raise refuse("diagonal", p, u, f"{name} is not the product of an inverse")
     A, turned = product.args
     x = turned.twin(base(product["over"]))
     high = cast(cast(x, dtype), REAL)
     new = dot(A, high.twin(base(product["over"])), product["over"])
     return put(pipeline, at, replace_node(p, u, x - high + new))
+
+
+def _itself(n: Node) -> Node:
+    """What a value is but for its dtype and the names of its axes."""
+    while n.op in (Op.CAST, Op.TWIN):
+        (n,) = n.args
+    return n
 
 
 def _inverse(n: Node) -> bool:

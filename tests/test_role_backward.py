@@ -5,6 +5,7 @@ import json
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,23 @@ IMPLIED = {
 def test_nothing_derived_is_redundant(kernel: str, back: Roles) -> None:
     """But for what is implied."""
     assert unseen(RolePrinter(kernel_of(kernel, back, True)).plan) == IMPLIED[kernel, back]
+
+
+@pytest.mark.parametrize("kernel", ["solve", "local"])
+def test_who_clears_counts_is_triton_s(kernel: str) -> None:
+    """Of scans that are followed: where TileLang made it, nobody would set them to zero."""
+    base = whole_scans("sm_90", bench.TIMED, 1, 32, "triton")[0]
+    assert any(k.clears for k in variant(bench.TIMED, base, "triton", "sm_90").compiled.kernels)
+    with pytest.raises(Unsupported, match=f"tilelang has no part in what runs beside each other, as {kernel} should"):
+        changed = base.with_options(**{kernel: replace(base.options(kernel), backend="tilelang")})
+        variant(bench.TIMED, changed, "triton", "sm_90")
+
+
+def test_halves_are_of_both_scans_or_the_adjoint_s() -> None:
+    base = whole_scans("sm_90", bench.TIMED, 1, 32, "triton")[0]
+    for make, name in ((lambda x: Way(x), "Way"), (lambda x: as_roles(base, halves=x), "as_roles")):
+        with pytest.raises(ValueError, match=rf"{name}\.halves: got \('again',\); accepts"):
+            make(("again",))
 
 
 def test_segments_run_beside_nothing() -> None:
@@ -200,7 +218,7 @@ def test_on_a_gpu(name: str) -> None:
 @pytest.mark.parametrize(("sequences", "heads", "tokens", "how"), [
     (1, 32, 4096, "roles-aside-throughout-short"), (1, 32, 8192, "roles-aside-throughout"),
     (1, 64, 8192, "roles-aside-throughout"), (8, 8, 4096, "roles-halves-aside-throughout-short"),
-    (8, 32, 32768, "roles-throughout"), (2, 33, 8192, "roles-halves-aside-throughout"),
+    (8, 32, 32768, "roles-throughout"), (2, 33, 8192, "roles-aside-throughout"),
     (8, 8, 8192, "roles-halves-aside-throughout-short"), (8, 4, 8192, "roles-aside-throughout-short"),
     (1, 16, 8192, "roles-halves-aside-throughout-short"),
     (1, 16, 32768, "roles-halves-aside-throughout"), (1, 8, 32768, "roles-segments-throughout-short"),
@@ -222,44 +240,64 @@ def test_what_serves(sequences: int, heads: int, tokens: int, how: str | int) ->
     assert [s.hash for s in option.variant.sources] == [s.hash for s in variant(bench.TIMED, wanted, "triton", "sm_90").sources]
 
 
+@pytest.mark.parametrize("tokens", [8192, 1024])
+@pytest.mark.parametrize("flags", [c for n in range(4) for c in combinations(
+    ("l2norm", "initial_state", "final_state", "beta_sigmoid", "neg_eigval"), n)], ids=" ".join)
+def test_what_roles_do_not_serve_says_why(flags: tuple[str, ...], tokens: int) -> None:
+    """Of all flags, with and without the initial state's gradient: what is chosen for roles can be made of them."""
+    registry.forget()
+    switches = Switches(**dict.fromkeys(flags, True))
+    for grads in {bench.TIMED.grads, (*bench.TIMED.grads, *(["initial_state"] if switches.initial_state else []))}:
+        instance = replace(bench.TIMED, switches=switches, grads=grads)
+        option = next(o for o in registry.options(instance, "sm_90", 1, 32, tokens) if o.backend == "tilelang")
+        if switches.neg_eigval and not switches.beta_sigmoid:
+            assert "not doubled (neg_eigval) alone" in option.reason
+        else:
+            assert isinstance(option.variant, Variant), option.reason
+
+
 @pytest.mark.parametrize(("change", "sequences", "heads", "tokens", "how"), [
     ({"varlen": False}, 4, 4, 32768, "segments would take longer"), ({"varlen": True}, 4, 4, 32768, Way(segment=32, walk=2)),
     ({"varlen": False}, 4, 16, 8192, Way((), True, walk=2)), ({"varlen": True}, 4, 16, 8192, Way(BOTH, True, walk=2)),
     ({"varlen": True}, 1, 64, 8192, Way((), True, walk=8)), ({"grouped": False}, 1, 16, 8192, Way(BOTH, True, walk=8)),
     ({"switches": Switches(l2norm=True)}, 1, 8, 32768, "nothing normalised"), ({"grouped": False}, 1, 8, 32768, "that share"),
-    ({"switches": Switches(beta_sigmoid=True)}, 2, 32, 8192, Way((), True)),
-    ({"switches": Switches(beta_sigmoid=True)}, 4, 32, 8192, Way()),
+    ({"switches": Switches(beta_sigmoid=True)}, 2, 32, 8192, Way((), True, fine=0)),
+    ({"switches": Switches(beta_sigmoid=True)}, 4, 32, 8192, Way(fine=0)),
+    ({"switches": Switches(l2norm=True)}, 1, 32, 8192, Way((), True, walk=8, fine=0)),
+    ({"switches": Switches(l2norm=True, final_state=True)}, 1, 32, 8192, Way((), True, walk=8)),
     ({"switches": Switches(beta_sigmoid=True)}, 1, 4, 768, "beta comes as logits")])
 def test_what_a_call_is_changes_how_it_is_served(change: dict[str, Any], sequences: int, heads: int, tokens: int,
                                                  how: Way | str) -> None:
     """Packed sequences may be unequal, which dense ones are not; heads that share none have twice the blocks; of what was
-    normalised, and of heads that share none, no GPU has run segments; of a beta that is a logit roles make no gradient."""
+    normalised, and of heads that share none, no GPU has run segments, nor finer arithmetic where it was normalised and no final
+    state has a gradient; of a beta that is a logit roles make no gradient."""
     found = way(replace(bench.TIMED, **change), sequences, heads, tokens, 132)
     assert how in found if isinstance(how, str) and isinstance(found, str) else found == how
 
 
-TIMED_AT = ("9b76abe", "337dec3", "9dd118f", "aaca00f")     # of role_inner.json: what chose the ways, and what came after
-# what took more than 1.05 times as long as the fastest that was timed beside it
+TIMED_AT = ("9b76abe", "337dec3", "9dd118f", "aaca00f", "b880f3a")     # of role_inner.json
+# what took more than 1.05 times as long as the fastest that was timed beside it, with plain arithmetic
 SLOWER = {("8x1024", 4): 1.065, ("8x4096", 8): 1.06, ("3000+5192", 16): 1.07}
 
 
-def plain(how: Way) -> str:
-    """The candidate of these pages that is a way: with the arithmetic of that time."""
+def candidate(how: Way) -> str:
     turns = whole_scans("sm_90", bench.TIMED, 1, 32, "triton", merges="gathered-turns")[0]
-    return served(turns, bench.TIMED, replace(how, fine=0)).name.removeprefix("backward-")
+    return bench.called(served(turns, bench.TIMED, how))
 
 
 def test_ways_are_those_that_were_fastest() -> None:
-    """Over TRAIN's shapes and others, as timed on an H100 with what else might serve: its time, where it was timed."""
+    """Over TRAIN's shapes and others, as timed on an H100 with what else might serve: its time, where it was timed; of pages
+    from before arithmetic was finer, that of the same way without."""
     pages = json.loads((Path(bench.__file__).parent / "results" / "h100" / "role_inner.json").read_text())
     seen = 0
     for row in (r for page in pages if page["commit"] in TIMED_AT for r in page["rows"]):
         ((lengths, _, HV),) = cases.parse(f"{row['shape']}:{row['heads'][0]}/{row['heads'][1]}", "train")
         found = way(replace(bench.TIMED, varlen=True), len(lengths), HV, sum(lengths), 132)
         size = adjoints.segment_of(len(lengths), HV, sum(lengths), 132)
-        mine = plain(found) if isinstance(found, Way) else \
-            f"gathered-turns-segments-{size}" if size else "turns"
-        every = {plain(w) for w in WAYS.values()}
+        every = {candidate(replace(w, fine=fine)) for w in WAYS.values() for fine in (0, w.fine)}
+        mine = f"gathered-turns-segments-{size}" if size else "turns"
+        if isinstance(found, Way):
+            mine = next((n for n in (candidate(found),) if n in row["plans"]), candidate(replace(found, fine=0)))
         times = {n: p["ms"] for n, p in row["plans"].items() if "ms" in p and (n in every or "inner" not in n)}
         if mine in times:
             seen += 1

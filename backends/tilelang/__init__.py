@@ -38,6 +38,9 @@ class TileLang:
             return Reason(f"tilelang lowers to cpu, sm_80 and sm_90, not to {arch}")
         if kernel.leads or kernel.beside:
             return Reason("tilelang does not start one kernel beside another; triton does on sm_90")
+        if kernel.clears or kernel.counts or kernel.awaits or kernel.options.around:
+            return Reason(f"tilelang has no part in what runs beside each other, as {kernel.name} should: it sets no counts to "
+                          "zero, counts nothing, and takes chunks in their order; triton does")
         refused = {"f64": "float64"} | ({"bf16": "bfloat16", "f16": "float16"} if arch == "cpu" else {})
         for n in kernel.program.nodes():
             if n.type.dtype in refused:
