@@ -57,8 +57,8 @@ def candidates(instance: Instance, sequences: int, heads: int, segments: Sequenc
     """"gathered", the same with nothing that follows a scan; one kernel for inner and grads, in two ways, each also with eight
     warps; and roles, before each of these: a whole head to a block or half of one, or, beside each other, half of one in
     reverse alone; u's gradient by the outputs made before or among them, the scans in a row or beside each other; and that
-    one kernel as roles too, after scans by Triton and by roles, its blocks of few chunks or of more; roles
-    throughout, and finer arithmetic. segments: of so many chunks, by Triton and with roles."""
+    one kernel as roles too, after scans by Triton and by roles, its blocks of few chunks or of more; and roles throughout with
+    finer arithmetic. segments: of so many chunks, by Triton and with roles."""
     gathered, merged, turns = (whole_scans(ARCH, instance, sequences, heads, "triton", merges=m)[0]
                                for m in ("", "gathered-merged", "gathered-turns"))
     row = replace(gathered, kernels=tuple((k, replace(o, follows=o.follows and k == "grads")) for k, o in gathered.kernels))
