@@ -311,17 +311,20 @@ class Laid:
             if e.do == "fetch":
                 yield Step(e, node, "threads", (), (self.fetches(instance, e.value),))
                 continue
-            if e.do == "store" and node.args[0] not in self.held:
+            made = node.args[0] if e.do == "store" else node
+            while e.do == "store" and made not in self.held and made.op is Op.CAST and made["dtype"] == "f32":
+                (made,) = made.args                        # as it is, in more bits
+            if e.do == "store" and made not in self.held:
                 raise IllegalRoles(f"{instance}: {e}: no event of any role makes what is stored, "
                                    f"{self.program.describe(node.args[0])}")
-            what = self.held[node.args[0]] if e.do == "store" else e.value
+            what = self.held[made] if e.do == "store" else e.value
             if e.do == "complete" and Event("issue", e.value) not in r.events:
                 raise IllegalRoles(f"{instance}: {e}: it is not issued here")
             parts: list[int | None] = [copy] if r.copies > 1 else [*range(self.split(what))] if self.split(what) > 1 else [None]
             for part in parts:
                 kept = self.registers(instance, e.value, int(e.value in self.carry))
                 across = self.ring(e.value, part if e.value in self.owner and self.split(e.value) > 1 else None)
-                again = any(e.value in self.inputs(self.node(r, o)) for o in r.events if o.do in ("compute", "issue"))
+                again = any(e.value in self.inputs(self.node(r, o)) for o in r.events if o.do in ("compute", "issue", "store"))
                 match e.do:
                     case "load":
                         yield Step(e, node, "copy", (), (across,), part)

@@ -96,11 +96,13 @@ class Turn:
 @dataclass(frozen=True)
 class Roles:
     """names: (name, expression) of values that the program does not name, in terms of those it does, of tensors that are loaded
-    and of names before it: "k . S16" is a product, "bf16(S)" a cast; casts to float32, twins and padding are not written."""
+    and of names before it: "k . S16" is a product, "bf16(S)" a cast; casts to float32, twins and padding are not written.
+    blocks: so many share a multiprocessor, its registers and its memory."""
     roles: tuple[Role, ...]
     rings: tuple[Ring, ...]
     names: tuple[tuple[str, str], ...] = ()
     turns: tuple[Turn, ...] = ()
+    blocks: int = 1
 
     def __post_init__(self) -> None:
         seen = [r.name for r in self.roles]
@@ -130,9 +132,12 @@ class Roles:
             if sum(r.warps for r in group) != 4 or len({r.registers for r in group}) > 1:
                 raise ValueError(f"Roles.roles: {', '.join(r.name for r in group)} share a warpgroup; accepts roles, in order, "
                                  "that fill 4 warps and have the same registers")
+        if type(self.blocks) is not int or self.blocks < 1:
+            raise ValueError(f"Roles.blocks: got {self.blocks!r}; accepts a whole number from 1 on")
         groups = self.warpgroups()
         used = sum(128 * group[0].registers for group in groups)
-        pool = 128 * len(groups) * (REGISTERS // (128 * len(groups)) // 8 * 8)           # what a block is started with, no more
+        each_has = REGISTERS // (128 * len(groups) * self.blocks) // 8 * 8
+        pool = 128 * len(groups) * each_has                # what a block is started with, no more
         if used > pool:
             each = " + ".join(str(group[0].registers) for group in groups)
             raise ValueError(f"Roles.roles: got {each} registers a thread, by warpgroup; accepts {pool // 128} in all, as many "
@@ -159,7 +164,8 @@ class Roles:
                  | {"events": [str(e) for e in r.events]} for r in self.roles]
         turns = [{**vars(t), "after": str(t.after), "before": str(t.before)} for t in self.turns]
         rings = [{"values": list(r.values), "depth": r.depth, **({"near": True} if r.near else {})} for r in self.rings]
-        return {"names": dict(self.names), "roles": roles, "rings": rings, **({"turns": turns} if turns else {})}
+        return {"names": dict(self.names), "roles": roles, "rings": rings, **({"turns": turns} if turns else {}),
+                **({"blocks": self.blocks} if self.blocks > 1 else {})}
 
     @staticmethod
     def of(data: object) -> Roles:
@@ -171,7 +177,8 @@ class Roles:
         return Roles(tuple(Role(**{**r, "events": tuple(Event.of(e) for e in r["events"])}) for r in roles),
                      tuple(Ring(**{**r, "values": tuple(r["values"])}) for r in rings),
                      tuple((n, text) for n, text in d.get("names", {}).items()),
-                     tuple(Turn(**{**t, "after": Event.of(t["after"]), "before": Event.of(t["before"])}) for t in turns))
+                     tuple(Turn(**{**t, "after": Event.of(t["after"]), "before": Event.of(t["before"])}) for t in turns),
+                     d.get("blocks", 1))
 
 
 def known(kind: type, data: object, name: str, needed: tuple[str, ...]) -> Mapping[str, Any]:
@@ -304,6 +311,32 @@ INNER = Roles.of({
               {"values": ["G", "gamma", "rest", "beta"], "depth": 1, "near": True}, {"values": ["P", "P_low"], "depth": 1},
               {"values": ["Y", "Y_low"], "depth": 1}, {"values": ["d_q16"], "depth": 1}, {"values": ["d_k16"], "depth": 1}],
 })
+
+def solving(scaled: bool, stored: tuple[str, ...], fades: bool = False, blocks: int = 4) -> Roles:
+    """The inverses of all chunks at once, of which a block walks through several: aux multiplies K K^T and makes M, two warps
+    invert its blocks of 16 rows and join them, as in FUSED. A chunk is one chain, in which most warps wait: several blocks
+    beside each other fill a multiprocessor. k lies in one slot, for it is read once, where that chain begins. scaled: their
+    columns are, by beta. stored: what else of rows is, of G, total and beta_kept. fades: so is a bound of what a chunk does to
+    a state, which needs the norms of keys, the diagonal of K K^T (the step `forget`)."""
+    inverse = "A_beta" if scaled else "A"
+    registers = 256 // blocks
+    return Roles.of({
+        "names": {"M": "select(index() > index(), (beta * D) * kk, 0.0)", "A16": f"bf16({inverse})",
+                  **({"norms": "reduce(select(index() == index(), kk, 0.0))", "along": "1.0 - (beta * norms)",
+                      "growth": "reduce(log(max(1.0, max(along, neg(along)))))"} if fades else {})},
+        "roles": [
+            {"name": "load", "registers": registers, "events": [
+                "compute G", "compute total", "compute beta", "load k", "fetch g early", *(f"store {n}" for n in stored),
+                "fetch beta early", *(["compute growth", "compute fade", "store fade"] if fades else [])]},
+            {"name": "store", "registers": registers, "events": [f"store {inverse}"]},
+            {"name": "inverse", "warps": 2, "registers": registers, "events": ["solve A", "join A16"]},
+            {"name": "aux", "rows": "C", "warps": 4, "registers": registers, "events": [
+                "issue kk", "complete kk", *(["compute norms"] if fades else []), "compute M"]}],
+        "rings": [{"values": ["k"], "depth": 1}, {"values": ["M"], "depth": 2}, {"values": ["A"], "depth": 1},
+                  {"values": ["A16"], "depth": 1}, {"values": ["G", "beta"], "depth": 2},
+                  *([{"values": ["norms"], "depth": 2}] if fades else [])],
+        "blocks": blocks,
+    })
 
 
 def on_diagonal(roles: Roles) -> Roles:

@@ -78,6 +78,7 @@ class Language:
 
     prim_func = staticmethod(lambda f: f)
     cast, exp2 = staticmethod(lambda x, dtype: DTYPES[dtype](x)), staticmethod(np.exp2)
+    log = staticmethod(np.log)
     exp = staticmethod(np.exp)
     truncmod, truncdiv = staticmethod(lambda a, b: a % b), staticmethod(lambda a, b: a // b)
     ceildiv = staticmethod(lambda a, b: -(-a // b))
@@ -90,7 +91,7 @@ class Language:
 
     def nothing(self, *_: Any, **__: Any) -> None:
         """What has no counterpart here."""
-    Tensor = alloc_var = annotate_layout = Fragment = set_max_nreg = fence_proxy_async = nothing
+    Tensor = alloc_var = annotate_layout = Fragment = set_max_nreg = annotate_min_blocks_per_sm = fence_proxy_async = nothing
 
     def dynamic(self, names: str) -> tuple[int, ...]:
         return tuple(self.sizes[n] for n in names.split(", "))

@@ -116,9 +116,9 @@ class RolePlaces(TileLangPrinter):
 
     def order_of(self, name: str) -> tuple[str, ...]:
         """How a ring has a value's axes: as the tensor that it comes from or goes to, else as its producer's registers, which
-        have what is joined transposed."""
+        have what is joined transposed, if no tensor is made of it."""
         node = self.value(name)
-        if self.joined(name) or name in self.laid.matrices.values():
+        if (self.joined(name) and name not in self.stored()) or name in self.laid.matrices.values():
             return self.ordered(node, self.laid.owner[name])[::-1]
         store = next((s for s in self.laid.stores.values() if self.laid.held.get(s.args[0]) == name), None)
         memory = node if node.op is Op.LOAD else store
@@ -140,6 +140,10 @@ class RolePlaces(TileLangPrinter):
 
     def joined(self, name: str) -> bool:
         return any(e.do == "join" and e.value == name for e in self.laid.owner[name].events)
+
+    def stored(self) -> set[str]:
+        """The values that tensors are made of."""
+        return {self.laid.held.get(s.args[0], "") for s in self.laid.stores.values()}
 
     def cell(self, name: str) -> str:
         return f"{self.instance}:{self.laid.homes.get(name, name)}"

@@ -184,6 +184,9 @@ class RoleSteps(RoleCopies):
         n, over = s.node, s.node["axis" if s.node.op is Op.CUMSUM else "over"]
         running = next((name for x, name in self.laid.held.items() if x.op is Op.CUMSUM and x.args == n.args), "")
         plain = not dict(n.attr).get("reverse") and dict(n.attr).get("fn", "sum") == "sum"
+        if n.op is Op.REDUCE and not running and plain and self.role.warps == 1 and self.size(self.role, over) == warps.SIZE:
+            self.sum_apart(s, depth)
+            return
         if self.role.warps != 1 or n.axes not in ((), (over,)) or self.size(self.role, over) != warps.SIZE or not plain \
                 or not running or Event("compute", running) not in self.role.events:
             raise IRError(f"roles: {self.instance}: {s.event}: one warp sums {warps.SIZE} tokens, running, first to last")
@@ -196,6 +199,14 @@ class RoleSteps(RoleCopies):
         self.put(self.over_rows(n, depth), f"{lies.element(0, self.c, here)} = {self.element(n.args[0], here)}")
         self.call("running_sum", depth, lies.buffers[0], self.turn_of(running))
 
+    def sum_apart(self, s: Step, depth: int) -> None:
+        """A sum of 64 numbers that nobody has summed running: by way of memory of its own."""
+        terms, place = s.node.args[0], self.linear.fresh(f"{s.event.value}_terms")
+        self.allocate_shared(place, ["1", str(warps.SIZE)], "float32")
+        self.put(self.over_rows(terms, depth), f"{place}[0, {coordinate(terms.axes[0])}] = {self.element(terms, self.here(terms.axes))}")
+        self.call("running_sum", depth, place, "0")
+        self.put(depth, f"{self.registers[self.cell(s.event.value)][0]}[0] = {place}[0, {warps.SIZE - 1}]")
+
     def row_sums(self, s: Step, depth: int) -> None:
         """Sums along rows of a tile, which some lanes of a warp have together. (Rings have zeros for rows past the end.)"""
         n = s.node
@@ -203,13 +214,18 @@ class RoleSteps(RoleCopies):
         order = (*n.axes, over)
         if n["fn"] != "sum" or len(tile.axes) != 2 or self.ordered(tile, self.role) != order:
             raise IRError(f"roles: {self.instance}: {s.event}: a role sums along rows, not down columns")
-        if s.event.value in self.laid.rings:
-            raise IRError(f"roles: {self.instance}: {s.event}: a sum of rows stays in its role's registers; it has a ring")
         name, shape = self.linear.fresh(f"{s.event.value}_tile"), listed(self.shape(order, self.role))
         self.buffers_of_role.append(f'{name} = T.alloc_fragment({shape}, "float32")')
         at = ", ".join(map(coordinate, order))
         self.put(self.loops(order, depth), f"{name}[{at}] = {self.element(tile, self.here(order))}")
-        self.put(depth, f"T.reduce_sum({name}, {self.registers[self.cell(s.event.value)][0]}, dim=1)")
+        kept, ring = self.registers.get(self.cell(s.event.value)), next((a.cell for a in s.writes if a.ring), None)
+        sums = kept[0] if kept else self.linear.fresh(f"{s.event.value}_sums")
+        if not kept:
+            self.buffers_of_role.append(f'{sums} = T.alloc_fragment({listed(self.shape(n.axes, self.role))}, "float32")')
+        self.put(depth, f"T.reduce_sum({name}, {sums}, dim=1)")
+        if ring:
+            here = self.here(n.axes)
+            self.put(self.over_rows(n, depth), f"{self.rings[ring].element(0, self.c, here)} = {sums}[{coordinate(n.axes[0])}]")
 
     def matrix(self, s: Step, depth: int) -> None:
         """What is inverted: its blocks, for products; those on the diagonal as they are. Above it nobody reads."""
@@ -234,24 +250,29 @@ class RoleSteps(RoleCopies):
                   self.rings[s.event.value].buffers[0], self.turn_of(s.event.value), str(self.role.warps))
 
     def join(self, s: Step, depth: int) -> None:
-        """The inverse's columns scaled, and rounded to bfloat16."""
+        """The inverse, its columns scaled or as they are, rounded to bfloat16: transposed, or upright if it is stored."""
         inverse, factor, matrix = self.joint(s)
-        self.call("join_blocks", depth, *(x for cell in (matrix, inverse, factor, s.event.value)
-                                          for x in (self.rings[cell].buffers[0], self.turn_of(cell))), str(self.role.warps))
+        stored = s.event.value in self.stored()
+        if not (factor or stored):
+            raise IRError(f"roles: {self.instance}: {s.event}: warps join what is multiplied with its columns scaled")
+        macro = f"join_{'scaled_' if factor else ''}upright" if stored else "join_blocks"
+        self.call(macro, depth, *(x for cell in (matrix, inverse, factor, s.event.value) if cell
+                                  for x in (self.rings[cell].buffers[0], self.turn_of(cell))), str(self.role.warps))
 
     def joint(self, s: Step) -> tuple[str, str, str]:
-        """Of what is joined: the inverse, the scale of its columns, and the matrix, where they lie."""
+        """Of what is joined: the inverse, the scale of its columns ("": none), and the matrix, where they lie."""
         n = s.node.args[0] if s.node.op is Op.CAST else s.node
-        inverses = set(self.laid.matrices.values())
+        inverses, rounded = set(self.laid.matrices.values()), s.node.type.dtype == "bf16"
+        if self.laid.held.get(n) in inverses and rounded:
+            return self.laid.held[n], "", s.reads[-1].cell
         for x, factor in (n.args, n.args[::-1]) if n.op is Op.ELEM and n["fn"] == "mul" else ():
             bare = factor
             while bare not in self.laid.held and bare.op in (Op.TWIN, Op.CAST):
                 bare = bare.args[0]
-            if self.laid.held.get(x) in inverses and factor.axes == x.axes[1:] and bare in self.laid.held \
-                    and s.node.type.dtype == "bf16":
+            if self.laid.held.get(x) in inverses and factor.axes == x.axes[1:] and bare in self.laid.held and rounded:
                 return self.laid.held[x], self.laid.held[bare], s.reads[-1].cell
-        raise IRError(f"roles: {self.instance}: {s.event}: warps join an inverse, its columns scaled by what lies in a ring, "
-                      "in bf16")
+        raise IRError(f"roles: {self.instance}: {s.event}: warps join an inverse, its columns scaled by what lies in a ring or "
+                      "not at all, in bf16")
 
 
 def zero(node: Node) -> str:

@@ -30,6 +30,7 @@ from gdn_ir.schedules.protocol import Sync, derive
 from gdn_ir.schedules.roles import REGISTERS, Role, Roles
 
 ROWS = 64                                                  # of a product of one warpgroup
+RESERVED = 1024                                            # bytes of shared memory that each block takes for itself
 
 
 def supports(kernel: Kernel, arch: str) -> Reason | None:
@@ -82,9 +83,10 @@ class RolePrinter(RoleSteps):
                 if s.late and self.placed(s):              # the place that is printed is of the chunk at hand
                     raise IRError(f"roles: {r.name}: {s}: only what touches no tensor, and masks no row, can be late")
         self.source()
-        if self.taken > SHARED["sm_90"]:
-            raise IRError(f"roles: their rings take {self.taken} bytes of shared memory; a block has {SHARED['sm_90']}: lower "
-                          "the depth of one")
+        room = (SHARED["sm_90"] + RESERVED) // self.roles.blocks - RESERVED
+        if self.taken > room:
+            raise IRError(f"roles: their rings take {self.taken} bytes of shared memory; a block has {room}: lower the depth of "
+                          "one")
 
     # -- the kernel
 
@@ -103,6 +105,9 @@ class RolePrinter(RoleSteps):
             return f"T.truncdiv({counter}, members)".join(at.rsplit(counter, 1))
         return at if not scan.reverse else f"(chunks - 1 - {counter})".join(at.rsplit(counter, 1))
 
+    def tail(self, chunk: int) -> None:
+        """Whose blocks have none is no matter: who stores clears what lies behind (`clear`)."""
+
     def chunk(self, scan: ScanView, depth: int) -> None:
         super().chunk(scan, depth)
         if self.kernel.gathers and scan.axis == self.scan.axis:
@@ -118,6 +123,8 @@ class RolePrinter(RoleSteps):
         if self.kernel.gathers:                            # each for all members, before the next
             self.bind("members", f"T.truncdiv({', '.join(self.kernel.gathers)})")
             chunks = f"members * {chunks}"
+        if self.roles.blocks > 1:
+            self.put(depth, f"T.annotate_min_blocks_per_sm({self.roles.blocks})")
         self.put(depth, f"chunks = {chunks}")
         self.buffers["chunks"] = 'T.alloc_var("int32")'
         self.taken = 0                                     # bytes of shared memory
@@ -136,8 +143,9 @@ class RolePrinter(RoleSteps):
             group, first = groups[g], g
             g += group[0].copies if self.alike(group[0]) else 1
             self.put(depth, ("else:" if g == len(groups) else f"elif warpgroup < {g}:") if first else f"if warpgroup < {g}:")
-            more = group[0].registers >= REGISTERS // (32 * self.roles.warps)
-            self.put(depth + 1, f"T.set_max_nreg({group[0].registers}, {int(more)})")
+            equal = REGISTERS // (32 * self.roles.warps * self.roles.blocks)
+            if self.roles.blocks == 1 or group[0].registers != equal:
+                self.put(depth + 1, f"T.set_max_nreg({group[0].registers}, {int(group[0].registers >= equal)})")
             last = 0
             for i, r in enumerate(group):
                 last += 32 * r.warps
@@ -167,6 +175,8 @@ class RolePrinter(RoleSteps):
             self.allocate_shared(text, shape if apart else [str(slots), *shape], kind)
         if apart:
             self.put(2, f"T.annotate_layout({{{', '.join(f'{t}: tilelang.layout.make_swizzled_layout({t})' for t in texts)}}})")
+        elif self.joined(name) and name in self.stored():
+            self.put(2, f"T.annotate_layout({{{texts[0]}: tilelang.layout.make_swizzled_layout({texts[0]})}})")
         self.rings[cell] = Lies(tuple(texts), slots, order, apart)
 
     def allocate_shared(self, name: str, shape: list[str], dtype: str) -> None:
@@ -245,13 +255,20 @@ class RolePrinter(RoleSteps):
         return [(store, last) for store, (last,) in zip(stores, lasts, strict=True)]
 
     def clear(self, stores: list[Step], depth: int) -> None:
-        """Rows that no sequence owns come back as zeros: of as many as a chunk has, the blocks of each sequence take turns."""
+        """Rows that no sequence owns come back as zeros: of as many as a chunk has, the blocks of each sequence take turns; or
+        those of blocks behind the last sequence's."""
         if not stores:
             return
         chunk = self.kernel.chunk
         self.put(depth, "tail = T.min(T.max(cu[N], 0), L)")
-        self.put(depth, f"for i in T.serial(T.truncdiv(T.ceildiv(L - tail, {chunk}) + N - 1 - n, N)):")
-        self.put(depth + 1, f"beyond = (n + i * N) * {chunk}")
+        if self.kernel.parallel:
+            span = self.kernel.span(self.kernel.parallel)
+            self.put(depth, f"behind = pid - T.truncdiv(tail, {span}) - N")
+            self.put(depth, f"for i in T.serial(T.if_then_else(behind >= 0, {span // chunk}, 0)):")
+            self.put(depth + 1, f"beyond = behind * {span} + i * {chunk}")
+        else:
+            self.put(depth, f"for i in T.serial(T.truncdiv(T.ceildiv(L - tail, {chunk}) + N - 1 - n, N)):")
+            self.put(depth + 1, f"beyond = (n + i * N) * {chunk}")
         for s in stores:
             self.part = s.part or 0
             order = tuple(sorted(s.node.args[0].axes, key=lambda a: a not in self.kernel.tokens))

@@ -12,11 +12,13 @@ they are: what loads them for a product transposes them.)
 """
 from __future__ import annotations
 
+from string import Template
+
 SIZE, BLOCK, SOLVED = 64, 16, 8                            # rows of an inverse, of blocks that are joined, and that are solved
 # rows of a block's tile are so long that eight of them lie in different banks
 WIDTHS = {"matrix": SIZE + 8, "blocks": SOLVED + 4, "inverses": BLOCK + 8}
 
-NEEDS = {"invert_blocks": ("load_pair", "multiply"), "join_blocks": ("load_matrix", "multiply")}
+NEEDS = {"invert_blocks": ("load_pair", "multiply")}
 TEXTS = {
     "running_sum": '''
 @T.macro
@@ -99,10 +101,15 @@ def multiply(sums, at, left, left_at, right, right_at):
     return T.ptx_mma("float32", "m16n8k16", "row", "col", "fp16", "fp16", "fp32", left.data, left_at, right.data, right_at,
                      sums.data, at, T.bool(False))
 ''',
-    "join_blocks": '''
+}
+
+
+# an inverse of its blocks: as products by it take it, transposed; or upright, as it is stored: then a warp writes two bytes of
+# each of many rows, swizzled, so that no two lie in a bank
+JOIN = Template('''
 @T.macro
-def join_blocks(m, m_at, inverses, at, factors, f_at, to, to_at, warps):
-    """The inverse of I + M, its columns scaled, transposed: a column of blocks a warp. Fewer warps go on with the next, there
+def $name(m, m_at, inverses, at, ${factors}to, to_at, warps):
+    """The inverse of I + M, $what: a column of blocks a warp. Fewer warps go on with the next, there
     and back, for those to the left are longer. inverses: of the diagonal blocks."""
     lane, warp = T.get_thread_binding() % 32, T.get_thread_binding() // 32 % warps
     left = T.alloc_local((24,), "float16")                 # blocks of the column, as left operands
@@ -113,11 +120,11 @@ def join_blocks(m, m_at, inverses, at, factors, f_at, to, to_at, warps):
     for turn in T.serial(4 // warps):
         w = warps * turn + warp + turn % 2 * (warps - 1 - 2 * warp)
         for i in T.unroll(2):
-            factor[i] = -T.cast(factors[f_at, w * 16 + i * 8 + lane // 4], "float32")
+            factor[i] = $factor
         load_matrix(left, 0, inverses, at, w * 16, 0, True, True)
         for i in T.unroll(4):
-            for e in T.vectorized(2):
-                to[to_at, w * 16 + i % 2 * 8 + lane // 4, w * 16 + i // 2 * 8 + lane % 4 * 2 + e] = T.cast(
+            for e in T.$each(2):
+                to[to_at, $own] = T.cast(
                     factor[i % 2] * T.cast(left[2 * i + e], "float32"), "bfloat16")
         for s in T.unroll(1, 4):
             if w + s < 4:
@@ -137,11 +144,25 @@ def join_blocks(m, m_at, inverses, at, factors, f_at, to, to_at, warps):
                     for i in T.unroll(8):
                         left[8 * s + i] = T.cast(sums[i], "float16")
                 for i in T.unroll(4):
-                    for e in T.vectorized(2):
-                        to[to_at, w * 16 + i % 2 * 8 + lane // 4, (w + s) * 16 + i // 2 * 8 + lane % 4 * 2 + e] = T.cast(
+                    for e in T.$each(2):
+                        to[to_at, $below] = T.cast(
                             factor[i % 2] * sums[2 * i + e], "bfloat16")
-''',
-}
+''')
+
+
+def joined(name: str, upright: bool, scaled: bool) -> str:
+    row = "w * 16 + i % 2 * 8 + lane // 4"
+    own, below = ([row, f"{w} * 16 + i // 2 * 8 + lane % 4 * 2 + e"] for w in ("w", "(w + s)"))
+    at = [", ".join(x[::-1] if upright else x) for x in (own, below)]
+    return JOIN.substitute(
+        name=name, factors="factors, f_at, " if scaled else "", own=at[0], below=at[1], each="unroll" if upright else "vectorized",
+        what=", ".join(["its columns scaled"] * scaled + ["as it is stored" if upright else "transposed"]),
+        factor='-T.cast(factors[f_at, w * 16 + i * 8 + lane // 4], "float32")' if scaled else "-1.0")
+
+
+JOINS = {"join_blocks": (False, True), "join_upright": (True, False), "join_scaled_upright": (True, True)}
+TEXTS |= {name: joined(name, *how) for name, how in JOINS.items()}
+NEEDS |= dict.fromkeys(JOINS, ("load_matrix", "multiply"))
 
 
 def texts(wanted: list[str]) -> list[str]:
