@@ -319,7 +319,7 @@ def solving(scaled: bool, stored: tuple[str, ...], fades: bool = False, blocks: 
     columns are, by beta. stored: what else of rows is, of G, total and beta_kept. fades: so is a bound of what a chunk does to
     a state, which needs the norms of keys, the diagonal of K K^T (the step `forget`)."""
     inverse = "A_beta" if scaled else "A"
-    registers = 256 // blocks
+    registers = REGISTERS // (256 * blocks) // 8 * 8
     return Roles.of({
         "names": {"M": "select(index() > index(), (beta * D) * kk, 0.0)", "A16": f"bf16({inverse})",
                   **({"norms": "reduce(select(index() == index(), kk, 0.0))", "along": "1.0 - (beta * norms)",

@@ -1,0 +1,129 @@
+"""The inverses of all chunks as roles, in forwards and backwards, beside what serves, on an H100 or its kin: checked, then timed,
+whole and each kernel.
+
+    python -m gdn_ir.bench.role_solve --out FILE --commit HASH
+
+Checked and timed as bench/segments.py does forwards and bench/role_backward.py backwards: against float64 and against what
+serves, over poison, the same bits twice; what is wrong is reported and not timed. Variants of the kernel (chunks that a block
+walks through, blocks that share a multiprocessor) on the first shape alone.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gdn_ir.bench import role_backward, segments
+from gdn_ir.bench.adjoints import wanted
+from gdn_ir.bench.cases import Shape, parse
+from gdn_ir.bench.gradients import backward_of
+from gdn_ir.bench.segments import ARCH, LIMIT
+from gdn_ir.compiler import Instance
+from gdn_ir.schedules.defaults import LENGTHS, MULTIPROCESSORS, TURNS, default, whole_scans, with_triton
+from gdn_ir.schedules.role_backward import served, way
+from gdn_ir.schedules.role_solve import WALK, solve_as_roles
+from gdn_ir.schedules.schedule import Schedule
+
+SHAPES: list[Shape] = [([8192], 16, 32), ([32768], 16, 32), ([32768], 4, 8), ([8192], 4, 8), ([2048], 16, 32), ([1024] * 8, 16, 32)]
+BACKWARD: list[Shape] = [([8192], 16, 32), ([32768], 16, 32), ([32768], 4, 8), ([1024] * 8, 16, 32), ([4096] * 8, 16, 32)]
+VARIANTS = ((2, 4), (4, 4), (16, 4), (8, 3), (8, 2))       # chunks, blocks
+FORWARD_CHECKS = [c for c in segments.CHECKS if c.io == "bf16" and c.switches.erase and c.switches.decay != "none" and c.K == 128]
+
+
+def forwards(shape: Shape, some: bool = False) -> dict[str, Schedule]:
+    """What serves by TileLang, and segments of every length that a sequence has, with their inverses by Triton and as roles."""
+    lengths, _, HV = shape
+    chunks = max(-(-n // 64) for n in lengths)
+    found = {"served": default(ARCH, segments.TIMED, len(lengths), HV, sum(lengths), "tilelang")[0]}
+    for n in (0, *(n for n in LENGTHS if n < chunks)):
+        base = with_triton(segments.TIMED, n)
+        found |= {s.name: s for s in (base, *(solve_as_roles(base, w) for w in (WALK, 2) if w == WALK or sum(lengths) < 16384))}
+    base = with_triton(segments.TIMED, 32)
+    found |= {s.name + f", {b} blocks": s for w, b in VARIANTS if some for s in (solve_as_roles(base, w, b),)}
+    return found
+
+
+def backwards(instance: Instance, shape: Shape, some: bool = False) -> dict[str, Schedule]:
+    """The way that serves by roles, and the same with its inverses as roles."""
+    lengths, _, HV = shape
+    how = way(instance, len(lengths), HV, sum(lengths), MULTIPROCESSORS[ARCH])
+    turns, gathered = (whole_scans(ARCH, instance, len(lengths), HV, "triton", merges=m)[0] for m in (TURNS, ""))
+    base = turns if isinstance(how, str) else served(turns, instance, how)
+    base = role_backward.the_rest_by("triton", base)
+    found = {"gathered": role_backward.the_rest_by("triton", gathered)}
+    found |= {s.name: s for s in (base, solve_as_roles(base), *([solve_as_roles(base, 2)] if sum(lengths) < 16384 else []))}
+    return found | {s.name + f", {b} blocks": s for w, b in VARIANTS if some for s in (solve_as_roles(base, w, b),)}
+
+
+def build(job: tuple[str, Instance, Schedule]) -> str | None:
+    """Compile into the cache; why not, where it cannot be."""
+    op, *rest = job
+    return segments.build((rest[0], rest[1])) if op == "forward" else role_backward.build((rest[0], rest[1]))
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", required=True, type=Path)
+    p.add_argument("--commit", required=True)
+    p.add_argument("--only", choices=("checks", "times", "build"), help="a part of the run; to compile alone needs no GPU")
+    p.add_argument("--ops", default="forward,backward", help="of these")
+    p.add_argument("--shapes", default="", help="to be timed, as 8x1024:16/32, with commas between")
+    p.add_argument("--processes", type=int, default=14, help="that compile")
+    a = p.parse_args()
+    ops, asked = a.ops.split(","), parse(a.shapes, "train") if a.shapes else []
+    shapes = {op: asked or table for op, table in (("forward", SHAPES), ("backward", BACKWARD)) if op in ops and a.only != "checks"}
+    checks = role_backward.CHECKS if "backward" in ops and a.only != "times" else []
+    small: Shape = ([700, 64], 16, 32)
+    of_checks = [backwards(backward_of(c), small) for c, _ in checks]
+    cuts = [(c, solve_as_roles(with_triton(c.instance, n))) for c in FORWARD_CHECKS for n in (0, 8)
+            if "forward" in ops and a.only != "times"]
+    jobs: dict[tuple[str, Instance, Schedule], None] = {}
+    for (c, _), made in zip(checks, of_checks, strict=True):
+        jobs |= {("backward", backward_of(c), role_backward.in_a_row(s)): None for s in made.values()}
+    for check, cut in cuts:
+        jobs |= {("forward", check.instance, s): None for s in (segments.states(check.instance), cut)}
+    for i, shape in enumerate(shapes.get("forward", [])):
+        jobs |= {("forward", segments.TIMED, s): None for s in forwards(shape, not i).values()}
+    for i, shape in enumerate(shapes.get("backward", [])):
+        jobs |= {("backward", role_backward.TIMED, role_backward.in_a_row(s)): None
+                 for s in backwards(role_backward.TIMED, shape, not i).values()}
+    with ProcessPoolExecutor(min(a.processes, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+        slow = pool.map(wanted, checks if a.only != "build" else [])
+        built = list(pool.map(build, jobs))
+        wants = list(slow)
+    failed = {f"{i}, {s.name}": why for (_, i, s), why in zip(jobs, built, strict=True) if why}
+    result: dict[str, Any] = {"commit": a.commit, "failed": failed, "checks": [], "forward": [], "backward": []}
+    if failed:
+        print(json.dumps(failed), flush=True)
+    if a.only == "build":
+        return
+    result |= {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+
+    def keep(kind: str, row: dict[str, Any]) -> None:
+        result[kind].append(row)
+        a.out.write_text(json.dumps(result, indent=0) + "\n")
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    for bench_check, want, made in zip(checks, wants, of_checks, strict=True):
+        signal.alarm(LIMIT)
+        keep("checks", role_backward.checked(bench_check, want, made))
+    for check, cut in cuts:
+        signal.alarm(LIMIT)
+        keep("checks", segments.checked(check, 8, cut))
+    for i, shape in enumerate(shapes.get("backward", [])):
+        signal.alarm(LIMIT)
+        keep("backward", role_backward.timed(shape, backwards(role_backward.TIMED, shape, not i)))
+    for i, shape in enumerate(shapes.get("forward", [])):
+        signal.alarm(LIMIT)
+        keep("forward", segments.timed(shape, [*forwards(shape, not i).items()]))
+    signal.alarm(0)
+
+
+if __name__ == "__main__":
+    main()
