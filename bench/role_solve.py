@@ -33,7 +33,7 @@ from gdn_ir.schedules.schedule import Schedule
 
 SHAPES: list[Shape] = [([8192], 16, 32), ([32768], 16, 32), ([32768], 4, 8), ([8192], 4, 8), ([2048], 16, 32), ([1024] * 8, 16, 32)]
 BACKWARD: list[Shape] = [([8192], 16, 32), ([32768], 16, 32), ([32768], 4, 8), ([1024] * 8, 16, 32), ([4096] * 8, 16, 32)]
-VARIANTS = ((2, 4), (4, 4), (16, 4), (8, 3), (8, 2))       # chunks, blocks
+VARIANTS = ((4, 4, False), (8, 3, False), (8, 2, True), (16, 2, True), (4, 2, True))      # chunks, blocks, whether four more warps join
 FORWARD_CHECKS = [c for c in segments.CHECKS if c.io == "bf16" and c.switches.erase and c.switches.decay != "none" and c.K == 128]
 
 
@@ -45,9 +45,8 @@ def forwards(shape: Shape, some: bool = False) -> dict[str, Schedule]:
     for n in (0, *(n for n in LENGTHS if n < chunks)):
         base = with_triton(segments.TIMED, n)
         found |= {s.name: s for s in (base, *(solve_as_roles(base, w) for w in (WALK, 2) if w == WALK or sum(lengths) < 16384))}
-    base = with_triton(segments.TIMED, 32)
-    found |= {s.name + f", {b} blocks": s for w, b in VARIANTS if some for s in (solve_as_roles(base, w, b),)}
-    return found
+    base = with_triton(segments.TIMED, 64 if chunks > 256 else 32)
+    return found | varied(base) if some else found
 
 
 def backwards(instance: Instance, shape: Shape, some: bool = False) -> dict[str, Schedule]:
@@ -59,7 +58,11 @@ def backwards(instance: Instance, shape: Shape, some: bool = False) -> dict[str,
     base = role_backward.the_rest_by("triton", base)
     found = {"gathered": role_backward.the_rest_by("triton", gathered)}
     found |= {s.name: s for s in (base, solve_as_roles(base), *([solve_as_roles(base, 2)] if sum(lengths) < 16384 else []))}
-    return found | {s.name + f", {b} blocks": s for w, b in VARIANTS if some for s in (solve_as_roles(base, w, b),)}
+    return found | varied(base) if some else found
+
+
+def varied(base: Schedule) -> dict[str, Schedule]:
+    return {f"{base.name}-solve-{w}, {b} blocks{', apart' * apart}": solve_as_roles(base, w, b, apart) for w, b, apart in VARIANTS}
 
 
 def build(job: tuple[str, Instance, Schedule]) -> str | None:
@@ -90,10 +93,10 @@ def main() -> None:
     for check, cut in cuts:
         jobs |= {("forward", check.instance, s): None for s in (segments.states(check.instance), cut)}
     for i, shape in enumerate(shapes.get("forward", [])):
-        jobs |= {("forward", segments.TIMED, s): None for s in forwards(shape, not i).values()}
+        jobs |= {("forward", segments.TIMED, s): None for s in forwards(shape, i < 2).values()}
     for i, shape in enumerate(shapes.get("backward", [])):
         jobs |= {("backward", role_backward.TIMED, role_backward.in_a_row(s)): None
-                 for s in backwards(role_backward.TIMED, shape, not i).values()}
+                 for s in backwards(role_backward.TIMED, shape, i < 2).values()}
     with ProcessPoolExecutor(min(a.processes, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
         slow = pool.map(wanted, checks if a.only != "build" else [])
         built = list(pool.map(build, jobs))
@@ -118,10 +121,10 @@ def main() -> None:
         keep("checks", segments.checked(check, 8, cut))
     for i, shape in enumerate(shapes.get("backward", [])):
         signal.alarm(LIMIT)
-        keep("backward", role_backward.timed(shape, backwards(role_backward.TIMED, shape, not i)))
+        keep("backward", role_backward.timed(shape, backwards(role_backward.TIMED, shape, i < 2)))
     for i, shape in enumerate(shapes.get("forward", [])):
         signal.alarm(LIMIT)
-        keep("forward", segments.timed(shape, [*forwards(shape, not i).items()]))
+        keep("forward", segments.timed(shape, [*forwards(shape, i < 2).items()]))
     signal.alarm(0)
 
 

@@ -242,6 +242,11 @@ class Laid:
             walk(a)
         return tuple(found)
 
+    def running(self, node: Node) -> str:
+        """The running sum, if an event makes one, that ends with the sum `node`."""
+        return next((name for x, name in self.held.items() if x.op is Op.CUMSUM and x.args == node.args), "") \
+            if node.op is Op.REDUCE else ""
+
     def across(self, node: Node) -> set[str]:
         """The values that a product reads lying across: tiles with two axes of tokens, of which it takes the twin."""
         found: set[str] = set()
@@ -296,7 +301,7 @@ class Laid:
         return Access(name if part is None else f"{name}_{part}", name, True)
 
     def of(self, r: Role, instance: str, copy: int) -> Iterator[Step]:
-        here = {e.value for e in r.events if e.do not in ("load", "fetch")}
+        here = {e.value for e in r.events if e.do not in ("load", "fetch", "store")}
 
         def source(name: str, part: int | None, own: bool = True) -> Access:
             """Where a value lies that is read here. What warps read of each other (not own) lies in a ring, their own too."""
@@ -345,9 +350,10 @@ class Laid:
                         yield Step(e, node, "threads", (*(source(n, part, own=False) for n in self.inputs(node)),
                                                         source(matrix, part, own=False)), (across,), part)
                     case _:
-                        reads = tuple(source(n, part, own=n not in self.across(node)) for n in self.inputs(node))
+                        made_of = (running,) if (running := self.running(node)) else self.inputs(node)
+                        reads = tuple(source(n, part, own=n not in self.across(node)) for n in made_of)
                         reads += (self.registers(instance, self.onto[e.value]),) if e.value in self.onto else ()
-                        reads += tuple(self.fetches(instance, n) for n in dict.fromkeys(self.taken(r, node)))
+                        reads += tuple(self.fetches(instance, n) for n in dict.fromkeys(self.taken(r, node)) if not running)
                         reads += tuple(self.before(instance, node, across) for s in self.stores.values() if s["sum"]
                                        and s.args[0] is node and e.do == "compute")[:1]
                         later = self.written(r, e.value)

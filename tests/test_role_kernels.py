@@ -102,6 +102,8 @@ def synchronised(kernel: Kernel, cuda: str) -> None:
     body = body.replace("__syncthreads();", "", 1)         # after the barriers are made
     # TileLang's own, of the one thread that asks for a tile
     body = re.sub(r"(expect_transaction\(\d+\);\s*)tl::fence_proxy_async\(\);", r"\1", body)
+    # or stores it, where its role has written to other memory
+    body = re.sub(r"(tl_shuffle_elect<\d+>\(\)\) \{\s*)tl::fence_proxy_async\(\);(\s*tl::tma_store\()", r"\1\2", body)
     body = re.sub(r"(warpgroup_arrive\(\);\s*)tl::fence_proxy_async\(\);", r"\1", body)       # and of products, after stores
     expected = planned(p, tuple(*copies_))
     for found in TOKENS.finditer(body):

@@ -182,13 +182,14 @@ class RoleSteps(RoleCopies):
     def sum(self, s: Step, depth: int) -> None:
         """A running sum of 64 tokens, or its last element."""
         n, over = s.node, s.node["axis" if s.node.op is Op.CUMSUM else "over"]
-        running = next((name for x, name in self.laid.held.items() if x.op is Op.CUMSUM and x.args == n.args), "")
+        running = self.laid.held[n] if n.op is Op.CUMSUM else self.laid.running(n)
         plain = not dict(n.attr).get("reverse") and dict(n.attr).get("fn", "sum") == "sum"
         if n.op is Op.REDUCE and not running and plain and self.role.warps == 1 and self.size(self.role, over) == warps.SIZE:
             self.sum_apart(s, depth)
             return
+        mine = Event("compute", running) in self.role.events
         if self.role.warps != 1 or n.axes not in ((), (over,)) or self.size(self.role, over) != warps.SIZE or not plain \
-                or not running or Event("compute", running) not in self.role.events:
+                or not running or not (mine or n.op is Op.REDUCE):
             raise IRError(f"roles: {self.instance}: {s.event}: one warp sums {warps.SIZE} tokens, running, first to last")
         lies = self.rings[running]
         if n.op is Op.REDUCE:

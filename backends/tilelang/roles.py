@@ -264,7 +264,8 @@ class RolePrinter(RoleSteps):
         if self.kernel.parallel:
             span = self.kernel.span(self.kernel.parallel)
             self.put(depth, f"behind = pid - T.truncdiv(tail, {span}) - N")
-            self.put(depth, f"for i in T.serial(T.if_then_else(behind >= 0, {span // chunk}, 0)):")
+            left = f"T.max(T.min(T.ceildiv(L - tail - behind * {span}, {chunk}), {span // chunk}), 0)"
+            self.put(depth, f"for i in T.serial(T.if_then_else(behind >= 0, {left}, 0)):")
             self.put(depth + 1, f"beyond = behind * {span} + i * {chunk}")
         else:
             self.put(depth, f"for i in T.serial(T.truncdiv(T.ceildiv(L - tail, {chunk}) + N - 1 - n, N)):")
