@@ -18,10 +18,11 @@ from gdn_ir.compiler import Instance, planned
 from gdn_ir.follow import can_follow
 from gdn_ir.program import Program
 from gdn_ir.schedules import adjoints
-from gdn_ir.schedules.defaults import (CROWDED, FUSED_LENGTHS, LENGTHS, backward_by_roles, default, lean, roles_can,
-                                       segmented, whole_scans, with_triton)
+from gdn_ir.schedules.defaults import (CROWDED, FUSED_LENGTHS, LENGTHS, backward_by_roles, default, forward_by_roles,
+                                       lean, roles_can, segmented, whole_scans)
 from gdn_ir.schedules.plans import Steps, backward_plan, plan
 from gdn_ir.schedules.role_backward import WAYS
+from gdn_ir.schedules.role_solve import SHORT, WALK
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 MODEST = KernelOptions(64, 4, 1)
@@ -32,7 +33,8 @@ class Frame:
     """All of a schedule but its kernels' options. block: rows that the triangular solve substitutes before it merges blocks by
     products; sums: whether the log decay's running sums are hoisted beside the solve; dot: what products' operands are rounded
     to; segment: chunks of a segment, in a plan that cuts sequences into such. The plan "roles" is "solve" ("cut", where it has
-    segments) with a scan as roles, which are not varied; "roles-fused", "fused" or "cut-fused", has the inverse among them.
+    segments) with a scan as roles, which are not varied, and its inverses made by others ("roles-short": in blocks of few
+    chunks); "roles-fused", "fused" or "cut-fused", has the inverse among them.
     Of a backward "roles" and its kin are what `role_backward.WAYS` says."""
     plan: str
     chunk: int = 64
@@ -62,7 +64,8 @@ class Frame:
         """The schedule of roles that a frame of these is."""
         if instance.grads:
             return backward_by_roles(instance, WAYS[self.plan])
-        return with_triton(instance, self.segment, self.plan == "roles-fused")
+        chunks = SHORT if self.plan.endswith("-short") else WALK
+        return forward_by_roles(instance, self.segment, self.plan == "roles-fused", chunks)
 
     def __str__(self) -> str:
         sums = "" if self.sums else ", sums in the scan"
@@ -115,7 +118,7 @@ def space_of(backend: str, arch: str, instance: Instance) -> Space:
             able = {n: w for n, w in WAYS.items() if not (w.walk and instance.switches.beta_sigmoid)
                     and (adjoints.can(instance) or not w.segment)}
             return Space(tuple(Frame(n, segment=w.segment) for n, w in able.items()), (None, 64), (1, 2, 4, 8), (1, 2))
-        ways = (("roles", (0, *LENGTHS)), ("roles-fused", (0, *FUSED_LENGTHS)))
+        ways = (("roles", (0, *LENGTHS)), ("roles-short", (0, *LENGTHS)), ("roles-fused", (0, *FUSED_LENGTHS)))
         roles = tuple(Frame(name, segment=n) for name, lengths in ways for n in lengths)
         return Space((*roles, Frame("states")), (None, 32, 64), (1, 2, 4, 8), (1, 2, 3))
     plans = ("states",) if back else ("states", "wy", "solve", "fused")

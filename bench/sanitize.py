@@ -22,7 +22,7 @@ from gdn_ir.coverage import Cell, Layout
 from gdn_ir.ops import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.schedules.adjoints import TURNS as CUT, in_segments
-from gdn_ir.schedules.defaults import TURNS, backward_by_roles, whole_scans, with_triton
+from gdn_ir.schedules.defaults import TURNS, backward_by_roles, whole_scans, forward_by_roles
 from gdn_ir.schedules.role_backward import WAYS
 
 LENGTHS = [130, 64, 0, 71, 37]                             # whole chunks, ragged ends, no token; the last is nobody's
@@ -62,7 +62,7 @@ def by_roles(x: dict[str, torch.Tensor], ends: torch.Tensor) -> dict[str, torch.
     found: dict[str, torch.Tensor] = {}
     for segment in (0, 2):
         for one in (False, True):
-            schedule = with_triton(instance, segment, one)
+            schedule = forward_by_roles(instance, segment, one)
             out = {n: torch.full_like(x[like], math.nan) for n, like in (("o", "v"), ("final_state", "initial_state"))}
             variant(instance, schedule, "tilelang", "sm_90")(x | out, 128 ** -0.5, len(ends) - 1, ends)
             found |= {f"{n}, {schedule.name}": t for n, t in out.items()}

@@ -36,7 +36,7 @@ from gdn_ir.bench.timing import interleave, timer
 from gdn_ir.compiler import Instance, Variant, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.reference import recurrence
-from gdn_ir.schedules.defaults import default, roles_can, segmented, with_triton
+from gdn_ir.schedules.defaults import default, roles_can, segmented, forward_by_roles
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 ARCH = "sm_90"
@@ -84,7 +84,7 @@ def states(instance: Instance, heads: int = 8, tokens: int = 32768) -> Schedule:
 
 
 def as_roles(instance: Instance, segment: int) -> Schedule:
-    return with_triton(instance, 0 if segment == -1 else abs(segment), one=segment < 0)
+    return forward_by_roles(instance, 0 if segment == -1 else abs(segment), one=segment < 0)
 
 
 def backend_of(schedule: Schedule) -> str:

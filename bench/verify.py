@@ -21,7 +21,8 @@ from gdn_ir.backends.triton.ptx import TritonPtx
 from gdn_ir.compiler import Unsupported, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.reference import recurrence
-from gdn_ir.schedules.defaults import FUSED_LENGTHS, LENGTHS, default, with_triton
+from gdn_ir.schedules.defaults import FUSED_LENGTHS, LENGTHS, default, forward_by_roles
+from gdn_ir.schedules.role_solve import SHORT, WALK
 from gdn_ir.schedules.schedule import Schedule
 
 FULL = Switches(initial_state=True, final_state=True)
@@ -69,18 +70,21 @@ def crowded(title: str = "roles", packed: Layout = PACKED, dense: Layout = DENSE
 
 
 def cut() -> Iterator[tuple[Cell, Schedule]]:
-    """Roles whose inverses are made before: of whole sequences, and where these are cut into segments: each length of them,
-    some sequences ending with one and some a token after."""
-    for cell in crowded():
-        yield cell, with_triton(cell.instance)
+    """Roles whose inverses are made before, in long walks and short ones: of whole sequences, and where these are cut into
+    segments: each length of them, some sequences ending with one and some a token after."""
+    walks = {"": WALK, ", short walks": SHORT}
+    for how, chunks in walks.items():
+        for cell in crowded(f"roles{how}"):
+            yield cell, forward_by_roles(cell.instance, chunks=chunks)
     for n in LENGTHS:
         size = 64 * n
         packed, dense = (2 * size + 300, 0, size, 129, size + 1), (size + 300, size + 300)
         layouts = replace(PACKED, lengths=packed), replace(DENSE, lengths=dense)
-        for cell in crowded(f"segments of {n} by roles", *layouts):
-            yield cell, with_triton(cell.instance, n)
+        for how, chunks in walks.items():
+            for cell in crowded(f"segments of {n} by roles{how}", *layouts):
+                yield cell, forward_by_roles(cell.instance, n, chunks=chunks)
         for cell in crowded(f"segments of {n} by fused roles", *layouts) if n in FUSED_LENGTHS else ():
-            yield cell, with_triton(cell.instance, n, one=True)
+            yield cell, forward_by_roles(cell.instance, n, one=True)
 
 
 def decoding(arch: str) -> Iterator[tuple[Cell, Schedule]]:
@@ -171,7 +175,7 @@ def main() -> None:
         jobs += [(cell, default(a.arch, cell.instance, 1, 512, 768, a.backend)[0], kind) for kind in inputs.KINDS]
         jobs += [(cell, schedule, "model") for cell, schedule in cut()]
         cell = replace(cell, name="accuracy of segments by roles, bf16")
-        jobs += [(cell, with_triton(cell.instance, LENGTHS[0]), kind) for kind in inputs.KINDS]
+        jobs += [(cell, forward_by_roles(cell.instance, LENGTHS[0]), kind) for kind in inputs.KINDS]
     for io in (DTYPES if a.backend == "triton" else ("bf16", "f16")) if a.arch == "sm_90" else ():
         jobs += [(Cell(f"naive {k} x {k}, {io}", FULL, io, replace(PACKED, K=k, V=k)), Schedule("naive"), "model")
                  for k in (64, 128)]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from gdn_ir.schedules import adjoints, role_backward
 from gdn_ir.schedules.plans import CHUNK, Steps, backward_plan, narrow, plan
+from gdn_ir.schedules.role_solve import WALK, solve_as_roles, walk
 from gdn_ir.schedules.roles import FUSED, SOLVED, Roles
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
@@ -53,19 +54,19 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
     steps = plan("states", erase, io, sums=decay, leave=instance.left, widen=widen)
     if backend == "tilelang" and roles_fit(arch, instance, sequences, heads, tokens):
         size, one = way_of_roles(sequences, heads, tokens)
-        schedule = with_triton(instance, size, one)
+        schedule = forward_by_roles(instance, size, one, walk(tokens * heads // CHUNK))
         if size:
-            inverses = "; the roles make all inverses, triton those of what has not faded" if one else ""
+            inverses = "they make all inverses, triton those of what has not faded" if one else "the inverses by others, before"
             return schedule, (
                 f"{arch}: {sequences * heads} blocks of roles would not fill {MULTIPROCESSORS[arch]} multiprocessors for long; "
-                f"each sequence is cut into segments of {size} chunks; what comes before their scan by triton{inverses}")
+                f"each sequence is cut into segments of {size} chunks; {inverses}; what else comes before their scan by triton")
         if one:
             return schedule, \
                 f"{arch}: roles in one block for each of {sequences * heads} sequences and heads, beside each other on " \
                 f"{MULTIPROCESSORS[arch]} multiprocessors; they make the inverses too"
         return schedule, \
             f"{arch}: roles in one block for each of {sequences * heads} sequences and heads, beside each other on " \
-            f"{MULTIPROCESSORS[arch]} multiprocessors; the inverses before, by triton"
+            f"{MULTIPROCESSORS[arch]} multiprocessors; the inverses by others, before"
     if backend == "tilelang":
         schedule, why = of_tilelang(arch, instance, steps)
         few = f"roles want {CROWDED} sequences x heads or {LONG * 64} tokens a sequence in the mean, not {sequences * heads} " \
@@ -124,24 +125,26 @@ def way_of_roles(sequences: int, heads: int, tokens: int) -> tuple[int, bool]:
     """How roles should take a call: the chunks of a segment, one of LENGTHS, so that few kernels serve all lengths of sequences
     (0 where these should stay whole), and whether they make the inverses too. By what an H100 takes, in microseconds:
 
-    a block of roles has a multiprocessor to itself, so that blocks come in waves: of 2.8 a chunk, 3.2 where they make the
-    inverses too. (3.1 of one whole sequence, 3.5 of several: they may be unequal, and the longest counts.) Inverses made before
-    take 0.015 each; 0.6 of that where only those of what has not faded are, and the bounds that tell. Transition and offset of
-    what has not faded take 1 a chunk and a quarter a segment and head, composing 4 a segment, launches 20."""
+    a block of roles has a multiprocessor to itself, so that blocks come in waves: of 2.6 a chunk, 3.2 where they make the
+    inverses too. (Of one whole sequence 3.1; of several a tenth more: they may be unequal, and the longest counts.) Inverses
+    made before take 0.0075 each, and a launch; where only those of what has not faded are made before, by Triton, they and the
+    bounds that tell take 0.009. Transition and offset of what has not faded take 1 a chunk and a quarter a segment and head,
+    composing 4 a segment, launches 20."""
     chunks = -(-tokens // (64 * sequences))
-    before = 0.015 * chunks * sequences * heads
+    inverses = chunks * sequences * heads
+    longest = chunks * (1.1 if sequences > 1 else 1)
 
     def waves(segments: int) -> int:
         return -(-segments * sequences * heads // MULTIPROCESSORS["sm_90"])
-    takes = {(0, False): before + waves(1) * (6 + 2.8 * chunks)}
+    takes = {(0, False): 0.0075 * inverses + waves(1) * (6 + 2.6 * longest) + 15}
     if ROLES_IN_ONE:
-        takes[0, True] = waves(1) * (12 + (3.5 if sequences > 1 else 3.1) * chunks)
+        takes[0, True] = waves(1) * (12 + 3.1 * longest)
     for n in (n for n in LENGTHS if n < chunks and ROLES_IN_SEGMENTS):
         segments = -(-chunks // n)
         both = 4 * segments + n + segments * sequences * heads / 4 + 20
-        takes[n, False] = before + waves(segments) * (6 + 2.8 * n) + both
+        takes[n, False] = 0.0075 * inverses + waves(segments) * (6 + 2.6 * n) + both
         if n in FUSED_LENGTHS:
-            takes[n, True] = 0.6 * before + waves(segments) * (12 + 3.2 * n) + both
+            takes[n, True] = 0.009 * inverses + waves(segments) * (12 + 3.2 * n) + both
     return min(takes, key=lambda way: takes[way])
 
 
@@ -159,14 +162,14 @@ def segmented_roles(instance: Instance, segment: int, one: bool = False) -> Sche
     return made.with_options(**normalised(norm), **before, scan=KernelOptions(roles=FUSED if one else SOLVED))
 
 
-def with_triton(instance: Instance, segment: int = 0, one: bool = False) -> Schedule:
-    """Roles as they serve, all before their scan by Triton. segment: chunks of one; with 0, sequences are whole. one: roles
-    make the inverses too."""
+def forward_by_roles(instance: Instance, segment: int = 0, one: bool = False, chunks: int = WALK) -> Schedule:
+    """Roles as they serve, what else comes before their scan by Triton. segment: chunks of one; with 0, sequences are whole.
+    one: they make the inverses too; else other roles do, before, each block of so many chunks."""
     if segment:
-        return segmented_roles(instance, segment, one)
-    if one:
-        return roles_in_one(norm=instance.switches.l2norm)
-    return of_roles(SOLVED, replace(options("sm_90", instance, 32)["solve"], backend="triton"), instance.switches.l2norm)
+        made = segmented_roles(instance, segment, one)
+        return made if one else solve_as_roles(made, chunks)
+    norm = instance.switches.l2norm
+    return roles_in_one(norm=norm) if one else solve_as_roles(of_roles(norm=norm), chunks)
 
 
 def roles_lack(arch: str, instance: Instance) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from gdn_ir.schedules import adjoints
+from gdn_ir.schedules import adjoints, role_solve
 from gdn_ir.schedules.plans import CHUNK, Steps
+from gdn_ir.schedules.role_solve import solve_as_roles
 from gdn_ir.schedules.roles import AGAIN, BACK, BACK_ALONE, INNER, Roles, in_halves, in_two_parts, on_diagonal, scaled_last
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
@@ -173,27 +174,28 @@ def way(instance: Instance, sequences: int, heads: int, tokens: int, units: int)
     return f"{few}; or 16 value heads, or at most {BRIEF} tokens a sequence in the mean; segments {segments}"
 
 
-def served(base: Schedule, instance: Instance, how: Way) -> Schedule:
+def served(base: Schedule, instance: Instance, how: Way, inverses: bool = True) -> Schedule:
     """As it serves: what is of the outputs' gradient among the roles, where sequences are whole; all that is no role by Triton.
-    base: "gathered-turns"."""
+    base: "gathered-turns". inverses: roles make these too."""
     fine = arithmetic(instance, how).fine
     last = fine > 0 and scales_all(instance)
     made = as_roles(adjoints.in_segments(base, instance, how.segment, adjoints.TURNS), fine=fine, scale_last=last) \
         if how.segment else as_roles(base, AGAIN, BACK_ALONE, how.halves, how.aside, fine, last)
-    return the_rest_by("triton", inner_as_roles(made, chunks=how.walk) if how.walk else made)
+    few = how.walk in (SHORT, SINGLE) and not how.segment  # segments are of long sequences
+    made = inner_as_roles(made, chunks=how.walk) if how.walk else made
+    made = solve_as_roles(made, role_solve.SHORT if few else role_solve.WALK) if inverses else made
+    return the_rest_by("triton", made)
 
 
 def arithmetic(instance: Instance, how: Way) -> Way:
-    """The way with the arithmetic that a GPU has run for an instance: of roles throughout, and not where the scale would come
-    last but an initial state has a gradient, which was wrong there before it was mended, or q and k are normalised before, so
-    that it would come after them."""
-    ran = how.walk and not (scales_all(instance) and ("initial_state" in instance.grads or instance.switches.l2norm))
-    return how if ran else replace(how, fine=0)
+    """The way with the arithmetic that a GPU has run for an instance: finer of roles throughout."""
+    return how if how.walk else replace(how, fine=0)
 
 
 def scales_all(instance: Instance) -> bool:
-    """Whether all that a backward is given has the scale as a factor: the gradient of the outputs does, a final state's not."""
-    return "d_final_state" not in instance.program.read()
+    """Whether the scale can come last of all: all that a backward is given has it as a factor (the gradient of the outputs
+    does, a final state's not), and what roles store is what it returns (where q and k are normalised, that is made after)."""
+    return "d_final_state" not in instance.program.read() and not instance.switches.l2norm
 
 
 def lacks(arch: str, instance: Instance) -> str:

@@ -25,7 +25,7 @@ from gdn_ir.compiler import Instance, Unsupported, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.reference import recurrence
 from gdn_ir.schedules import defaults
-from gdn_ir.schedules.defaults import of_roles, roles_in_one, segmented_roles, with_triton
+from gdn_ir.schedules.defaults import of_roles, roles_in_one, segmented_roles, forward_by_roles
 from gdn_ir.schedules.plans import plan
 from gdn_ir.schedules.protocol import Plan, Step, Sync, derive
 from gdn_ir.schedules.roles import FUSED as FUSED_ROLES
@@ -46,7 +46,7 @@ def schedule(i: Instance, segment: int) -> Schedule:
     if segment == OWN:
         return of_roles(own_values())
     if segment == CUT_FUSED:
-        return with_triton(i, 2, one=True)
+        return forward_by_roles(i, 2, one=True)
     if segment == FIRST:
         return roles_in_one(computed_first())
     return roles_in_one() if segment == FUSED else segmented_roles(i, segment) if segment else of_roles()
@@ -261,7 +261,7 @@ def test_emitted_text_computes_the_rule(late: bool, varlen: bool, starts: bool, 
 def test_what_is_normalised_is_so_before(segment: int) -> None:
     """q and k are normalised once for each key head, in a kernel by Triton; roles load what it stored."""
     i = Instance(Switches(l2norm=True, final_state=True), 128, 128, "bf16", "bf16", True)
-    made = roles_in_one(norm=True) if segment == FUSED else with_triton(i, segment)
+    made = roles_in_one(norm=True) if segment == FUSED else forward_by_roles(i, segment)
     chosen = variant(i, made, "tilelang", "sm_90")
     first, maker = chosen.compiled.kernels[0], chosen.compiled.makers[0]
     assert defaults.roles_can("sm_90", i) and (first.name, maker.name, first.program.grid) == ("norm", "triton", ("N", "H"))

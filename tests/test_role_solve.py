@@ -1,5 +1,5 @@
-"""The inverses of all chunks as roles, of forwards and backwards: steps, the plan, its text executed on the CPU, what nvcc makes
-of it."""
+"""The inverses of all chunks as roles, of forwards and backwards: steps, the plan, its text executed on the CPU, what nvcc
+makes of it."""
 from __future__ import annotations
 
 from functools import lru_cache
@@ -22,7 +22,7 @@ from gdn_ir.reference import recurrence
 from gdn_ir.schedules.adjoints import TURNS, in_segments
 from gdn_ir.schedules.defaults import of_roles, roles_in_one, segmented_roles, whole_scans
 from gdn_ir.schedules.execute import execute
-from gdn_ir.schedules.role_solve import BLOCKS, solve_as_roles
+from gdn_ir.schedules.role_solve import solve_as_roles
 from gdn_ir.schedules.schedule import Schedule
 from tests import emulated
 from tests.test_role_backward import executed
@@ -64,10 +64,11 @@ def test_runs(which: str) -> None:
             execute(p, chunks, ragged, seeds=10)
 
 
-# What other synchronisation implies: the inverse has waited for M, which aux made of the sums; norms have fewer slots than these,
-# and who stores reads both.
+# What other synchronisation implies: the inverse has waited for M, which aux made of the sums; norms have fewer slots than
+# these, and who stores reads both.
 SCALED, READ = {"inverse: without wait G_full"}, {"load: without wait G_free"}
-IMPLIED = {"backward": set(), "backward in segments": READ, "forward": SCALED, "forward in segments": READ | SCALED}
+IMPLIED: dict[str, set[str]] = {"backward": set(), "backward in segments": READ, "forward": SCALED,
+                                "forward in segments": READ | SCALED}
 
 
 @pytest.mark.parametrize("which", ALL)
@@ -80,7 +81,7 @@ def test_nothing_derived_is_redundant(which: str) -> None:
     ((330, 0, 64, 130), (1, 2), True, True, False, 2)])
 def test_emitted_text_computes_gradients(lengths: tuple[int, ...], heads: tuple[int, int], varlen: bool, states: bool,
                                          late: bool, segment: int) -> None:
-    """Among the other kernels by torch, against float64; what is behind the last sequence is NaN, and all that it writes was."""
+    """Among the other kernels by torch, against float64; behind the last sequence all is NaN, and all that it writes was."""
     cell = Cell("", STATES if states else Switches(), "bf16", Layout(lengths, varlen, *heads, 128, 128))
     found, want = executed(backward(cell, segment), cell, late)
     for n, x in found.items():
@@ -139,7 +140,7 @@ def test_cuda(which: str, tmp_path: Path) -> None:
     function = getattr(load_source("tilelang", source.kernel, source.hash, source.text), source.kernel)
     cuda, shared = lowered(function, "sm_90", BACKENDS["tilelang"].flags(kernel))
     synchronised(kernel, cuda)
-    assert f"__launch_bounds__(256, {BLOCKS})" in cuda and BLOCKS * (shared + 1024) <= SHARED["sm_90"] + 1024
+    assert "__launch_bounds__(256, 4)" in cuda and 4 * (shared + 1024) <= SHARED["sm_90"] + 1024
     assert spilled(tmp_path, cuda) == 0
 
 

@@ -17,7 +17,7 @@ from gdn_ir.program import Program, ScanView
 from gdn_ir.programs.gated_delta import Switches, build
 from gdn_ir.reference import recurrence
 from gdn_ir.schedules import defaults, steps
-from gdn_ir.schedules.defaults import cuts, default, roles_in_one, segmented, segmented_roles, way_of_roles, with_triton
+from gdn_ir.schedules.defaults import cuts, default, roles_in_one, segmented, segmented_roles, way_of_roles, forward_by_roles
 from gdn_ir.schedules.plans import plan
 from gdn_ir.schedules.schedule import Schedule
 from gdn_ir.split import split
@@ -182,10 +182,10 @@ def test_segments_of_roles_fill_the_gpu(sequences: int, heads: int, tokens: int,
     cut, why = default("sm_90", BF16, 1, 8, 32768, "tilelang")
     assert cut == segmented_roles(BF16, 32) and "segments of 32 chunks" in why
     assert default("sm_90", BF16, 8, 32, 8192, "tilelang")[0] == roles_in_one()             # enough blocks
-    assert default("sm_90", BF16, 3, 16, 3072, "tilelang")[0] == with_triton(BF16)          # the inverses are soon made
+    assert default("sm_90", BF16, 3, 16, 3072, "tilelang")[0] == forward_by_roles(BF16)          # the inverses are soon made
     assert default("sm_90", BF16, 4, 8, 8192, "tilelang")[0].name == "states-32"            # short ones
     fused, why = default("sm_90", BF16, 1, 64, 32768, "tilelang")
-    assert fused == with_triton(BF16, 128, one=True) and "the roles make all inverses" in why
+    assert fused == forward_by_roles(BF16, 128, one=True) and "the roles make all inverses" in why
 
 
 def test_roles_in_segments() -> None:
@@ -195,7 +195,7 @@ def test_roles_in_segments() -> None:
         *((n, "triton") for n in ("solve", "reach", "transition", "offset", "compose")), ("scan", "tilelang")]
     assert made.kernels[0].sweeps and made.tails == ()
     assert made.kernels[-1].program.written() == ("o",)    # the end of the last segment is compose's
-    fused = variant(BF16, with_triton(BF16, 64, one=True), "tilelang", "sm_90").compiled
+    fused = variant(BF16, forward_by_roles(BF16, 64, one=True), "tilelang", "sm_90").compiled
     assert [k.name for k in fused.kernels] == ["fade", "reach", "solve", "transition", "offset", "compose", "scan"]
     assert fused.kernels[0].sweeps and fused.tails == () and "A_beta" not in fused.kernels[-1].program.tensors()
     solve = next(k for k in fused.kernels if k.name == "solve")

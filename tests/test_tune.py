@@ -34,7 +34,7 @@ from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.registry import options
 from gdn_ir.schedules import adjoints
 from gdn_ir.schedules.defaults import (FUSED_LENGTHS, LENGTHS, default, roles_fit, roles_in_one, way_of_roles, whole_scans,
-                                       with_triton)
+                                       forward_by_roles)
 from gdn_ir.schedules.role_backward import WAYS
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
@@ -102,7 +102,7 @@ def test_roles_are_in_the_space(heads: int) -> None:
     assert [f.segment for f in fused] == [0, *FUSED_LENGTHS]
     for f in fused:
         found = ready(Candidate(based(f, "tilelang", "sm_90", BF16, heads), f), BF16, "tilelang", "sm_90")
-        served = with_triton(BF16, f.segment, one=True) if f.segment else roles_in_one()
+        served = forward_by_roles(BF16, f.segment, one=True) if f.segment else roles_in_one()
         assert isinstance(found, Ready) and found.sources == {
             s.kernel: s.hash for s in variant(BF16, served, "tilelang", "sm_90").sources}
     for f in frames:
@@ -110,7 +110,7 @@ def test_roles_are_in_the_space(heads: int) -> None:
         found = ready(Candidate(base, f), BF16, "tilelang", "sm_90")
         assert isinstance(found, Ready), found
         assert [k.name for k in found.variant.compiled.kernels if k.options.roles] == ["scan"]
-        served = variant(BF16, with_triton(BF16, f.segment), "tilelang", "sm_90")
+        served = variant(BF16, forward_by_roles(BF16, f.segment), "tilelang", "sm_90")
         assert found.sources == {s.kernel: s.hash for s in served.sources}
         every = [c.varies for c in widened(f, Space(space.frames, (None, 32), (1,), (1,)), "tilelang", "sm_90", BF16, heads)]
         assert "solve" in every and "scan" not in every

@@ -204,7 +204,8 @@ class RoleSteps(RoleCopies):
         """A sum of 64 numbers that nobody has summed running: by way of memory of its own."""
         terms, place = s.node.args[0], self.linear.fresh(f"{s.event.value}_terms")
         self.allocate_shared(place, ["1", str(warps.SIZE)], "float32")
-        self.put(self.over_rows(terms, depth), f"{place}[0, {coordinate(terms.axes[0])}] = {self.element(terms, self.here(terms.axes))}")
+        term = self.element(terms, self.here(terms.axes))
+        self.put(self.over_rows(terms, depth), f"{place}[0, {coordinate(terms.axes[0])}] = {term}")
         self.call("running_sum", depth, place, "0")
         self.put(depth, f"{self.registers[self.cell(s.event.value)][0]}[0] = {place}[0, {warps.SIZE - 1}]")
 

@@ -85,8 +85,8 @@ class RolePrinter(RoleSteps):
         self.source()
         room = (SHARED["sm_90"] + RESERVED) // self.roles.blocks - RESERVED
         if self.taken > room:
-            raise IRError(f"roles: their rings take {self.taken} bytes of shared memory; a block has {room}: lower the depth of "
-                          "one")
+            raise IRError(f"roles: their rings take {self.taken} bytes of shared memory; a block has {room}: lower the depth "
+                          "of one")
 
     # -- the kernel
 

@@ -155,7 +155,8 @@ def joined(name: str, upright: bool, scaled: bool) -> str:
     own, below = ([row, f"{w} * 16 + i // 2 * 8 + lane % 4 * 2 + e"] for w in ("w", "(w + s)"))
     at = [", ".join(x[::-1] if upright else x) for x in (own, below)]
     return JOIN.substitute(
-        name=name, factors="factors, f_at, " if scaled else "", own=at[0], below=at[1], each="unroll" if upright else "vectorized",
+        name=name, factors="factors, f_at, " if scaled else "", own=at[0], below=at[1],
+        each="unroll" if upright else "vectorized",
         what=", ".join(["its columns scaled"] * scaled + ["as it is stored" if upright else "transposed"]),
         factor='-T.cast(factors[f_at, w * 16 + i * 8 + lane // 4], "float32")' if scaled else "-1.0")
 
