@@ -68,8 +68,8 @@ def backwards(instance: Instance, shape: Shape) -> dict[str, Schedule]:
 
 def build(job: tuple[str, Instance, Schedule]) -> str | None:
     """Compile into the cache; why not, where it cannot be."""
-    op, *rest = job
-    return segments.build((rest[0], rest[1])) if op == "forward" else role_backward.build((rest[0], rest[1]))
+    op, instance, schedule = job
+    return segments.build((instance, schedule)) if op == "forward" else role_backward.build((instance, schedule))
 
 
 def main() -> None:

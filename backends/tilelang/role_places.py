@@ -6,10 +6,12 @@ given, for inference picks an order that forbids them.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from gdn_ir.backends.base import Kernel
+from gdn_ir.backends.linearize import listed
 from gdn_ir.backends.tilelang.emit import TileLangPrinter
 from gdn_ir.backends.tilelang.statements import SM_90
 from gdn_ir.nodes import IRError, Node, Op, stored_axes
@@ -59,6 +61,7 @@ class RolePlaces(TileLangPrinter):
         self.called: list[str] = []                        # macros (warps.py)
         self.whole_matrix = False                          # whether what is written above a diagonal does not matter
         self.buffers_of_role: list[str] = []               # lines that make more registers for the role at hand
+        self.taken = 0                                     # bytes of shared memory
         self.places = dict(self.placed_barriers())
 
     def placed_barriers(self) -> Iterator[tuple[str, tuple[str, int | None]]]:
@@ -123,6 +126,10 @@ class RolePlaces(TileLangPrinter):
         store = next((s for s in self.laid.stores.values() if self.laid.held.get(s.args[0]) == name), None)
         memory = node if node.op is Op.LOAD else store
         return stored_axes(memory["index"]) if memory is not None else self.ordered(node, self.laid.owner[name])
+
+    def allocate_shared(self, name: str, shape: list[str], dtype: str) -> None:
+        self.taken += math.prod(map(int, shape)) * (4 if dtype == "float32" else 2)
+        self.buffers[name] = f'T.alloc_shared({listed(shape)}, "{dtype}")'
 
     def crosses(self, name: str) -> bool:
         """Whether registers read or write a ring lying across."""

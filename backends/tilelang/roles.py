@@ -9,7 +9,6 @@ is theirs they know by their row. A block then has less code, for whose instruct
 """
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from itertools import groupby
 
@@ -127,7 +126,6 @@ class RolePrinter(RoleSteps):
             self.put(depth, f"T.annotate_min_blocks_per_sm({self.roles.blocks})")
         self.put(depth, f"chunks = {chunks}")
         self.buffers["chunks"] = 'T.alloc_var("int32")'
-        self.taken = 0                                     # bytes of shared memory
         for slots, cells in self.plan.rings.values():
             for cell in cells:
                 self.lay(cell, slots)
@@ -178,10 +176,6 @@ class RolePrinter(RoleSteps):
         elif self.joined(name) and name in self.stored():
             self.put(2, f"T.annotate_layout({{{texts[0]}: tilelang.layout.make_swizzled_layout({texts[0]})}})")
         self.rings[cell] = Lies(tuple(texts), slots, order, apart)
-
-    def allocate_shared(self, name: str, shape: list[str], dtype: str) -> None:
-        self.taken += math.prod(map(int, shape)) * (4 if dtype == "float32" else 2)
-        self.buffers[name] = f'T.alloc_shared({listed(shape)}, "{dtype}")'
 
     def do(self, r: Role, instance: str, copy: int, depth: int) -> None:
         """A role, from its registers to its last store."""
