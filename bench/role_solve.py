@@ -44,6 +44,7 @@ def forwards(shape: Shape) -> dict[str, Schedule]:
     lengths, _, HV = shape
     chunks = max(-(-n // 64) for n in lengths)
     found = {"served": default(ARCH, segments.TIMED, len(lengths), HV, sum(lengths), "tilelang")[0]}
+    found["roles-fused"] = forward_by_roles(segments.TIMED, one=True)
     for n in (0, *(n for n in LENGTHS if n < chunks)):
         base = segmented_roles(segments.TIMED, n) if n else solved_by_triton()
         found |= {s.name: s for s in (base, *(solve_as_roles(base, w) for w in WALKS[:2]))}

@@ -11,7 +11,7 @@ from gdn_ir import artifacts, registry
 from gdn_ir.artifacts import Store
 from gdn_ir.compiler import Instance, Unsupported, variant
 from gdn_ir.programs.gated_delta import Switches
-from gdn_ir.schedules.defaults import CROWDED, roles_fit, roles_in_one, forward_by_roles
+from gdn_ir.schedules.defaults import CROWDED, of_roles, roles_fit, roles_in_one
 from gdn_ir.schedules.roles import Event, Role
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
@@ -19,7 +19,7 @@ PACKED = Instance(Switches(final_state=True), 128, 128, "bf16", "bf16", True)
 
 
 def roles(instance: Instance = PACKED) -> Schedule:
-    return forward_by_roles(instance)
+    return of_roles(norm=instance.switches.l2norm).with_options(solve=KernelOptions(None, 1, 1, backend="triton"))
 
 
 def test_each_kernel_is_made_by_its_own_backend() -> None:

@@ -96,8 +96,8 @@ def test_every_space_has_points(backend: str, arch: str, io: str, grads: tuple[s
 def test_roles_are_in_the_space(heads: int) -> None:
     """Whole and in segments, whether or not the default has them; each is worth compiling, and Triton's part stays its own."""
     space = space_of("tilelang", "sm_90", BF16)
-    frames = [f for f in space.frames if f.plan == "roles"]
-    assert [f.segment for f in frames] == [0, *LENGTHS]
+    frames = [f for f in space.frames if f.plan in ("roles", "roles-short")]
+    assert [f.segment for f in frames] == [0, *LENGTHS] * 2
     fused = [f for f in space.frames if f.plan == "roles-fused"]
     assert [f.segment for f in fused] == [0, *FUSED_LENGTHS]
     for f in fused:
@@ -109,11 +109,12 @@ def test_roles_are_in_the_space(heads: int) -> None:
         base = based(f, "tilelang", "sm_90", BF16, heads)
         found = ready(Candidate(base, f), BF16, "tilelang", "sm_90")
         assert isinstance(found, Ready), found
-        assert [k.name for k in found.variant.compiled.kernels if k.options.roles] == ["scan"]
-        served = variant(BF16, forward_by_roles(BF16, f.segment), "tilelang", "sm_90")
+        assert [k.name for k in found.variant.compiled.kernels if k.options.roles] == ["solve", "scan"]
+        chunks = 2 if f.plan == "roles-short" else 8
+        served = variant(BF16, forward_by_roles(BF16, f.segment, chunks=chunks), "tilelang", "sm_90")
         assert found.sources == {s.kernel: s.hash for s in served.sources}
         every = [c.varies for c in widened(f, Space(space.frames, (None, 32), (1,), (1,)), "tilelang", "sm_90", BF16, heads)]
-        assert "solve" in every and "scan" not in every
+        assert not {"solve", "scan"} & {*every} and ("compose" in every) == (f.segment > 0)
     varied = next(c for c in widened(frames[1], space, "tilelang", "sm_90", BF16, heads) if c.varies == "compose")
     assert varied.schedule.options("compose").backend == "triton"
     plain = next(f for f in space.frames if f.plan == "states")
@@ -147,7 +148,7 @@ def test_the_backward_s_segments_are_in_the_space() -> None:
     made = [based(f, "tilelang", "sm_90", train, 32) for f in roles]
     assert [s.options("again").aside for s in made] == ["aside" in f.plan for f in roles]
     assert [[k for k, o in s.kernels if o.roles] for s in made] == [
-        ["again", "back", *["grads"] * ("throughout" in f.plan)] for f in roles]
+        ["solve", "again", "back", *["grads"] * ("throughout" in f.plan)] for f in roles]
     wide = replace(train, io="f16", beta="f16")
     assert all("segments" not in f.plan for f in space_of("triton", "sm_90", wide).frames)
 
