@@ -125,26 +125,26 @@ def way_of_roles(sequences: int, heads: int, tokens: int) -> tuple[int, bool]:
     """How roles should take a call: the chunks of a segment, one of LENGTHS, so that few kernels serve all lengths of sequences
     (0 where these should stay whole), and whether they make the inverses too. By what an H100 takes, in microseconds:
 
-    a block of roles has a multiprocessor to itself, so that blocks come in waves: of 2.6 a chunk, 3.2 where they make the
-    inverses too. (Of one whole sequence 3.1; of several a tenth more: they may be unequal, and the longest counts.) Inverses
-    made before take 0.0075 each, and a launch; where only those of what has not faded are made before, by Triton, they and the
-    bounds that tell take 0.009. Transition and offset of what has not faded take 1 a chunk and a quarter a segment and head,
-    composing 4 a segment, launches 20."""
-    chunks = -(-tokens // (64 * sequences))
-    inverses = chunks * sequences * heads
-    longest = chunks * (1.1 if sequences > 1 else 1)
+    a block of roles has a multiprocessor to itself, so that blocks come in waves: of 2.6 a chunk (2.3 where they are on half of
+    the multiprocessors), 3.2 where they make the inverses too (3.1 of whole sequences); a twentieth more of several sequences,
+    cut or with inverses: they may be unequal. Inverses made before take 0.0075 each, and a launch; where only those of what has
+    not faded are made before, by Triton, they and the bounds that tell take 0.009. Transition and offset of what has not faded
+    take 1.2 a chunk and a third a segment and head, composing 4 a segment, launches 20."""
+    chunks, units = -(-tokens // (64 * sequences)), MULTIPROCESSORS["sm_90"]
+    inverses, several = chunks * sequences * heads, 1.05 if sequences > 1 else 1.0
 
-    def waves(segments: int) -> int:
-        return -(-segments * sequences * heads // MULTIPROCESSORS["sm_90"])
-    takes = {(0, False): 0.0075 * inverses + waves(1) * (6 + 2.6 * longest) + 15}
+    def waves(segments: int, length: int) -> float:
+        blocks = segments * sequences * heads
+        return -(-blocks // units) * (6 + (2.3 if 2 * blocks <= units else 2.6) * length)
+    takes = {(0, False): 0.0075 * inverses + waves(1, chunks) + 20}
     if ROLES_IN_ONE:
-        takes[0, True] = waves(1) * (12 + 3.1 * longest)
+        takes[0, True] = -(-sequences * heads // units) * (12 + 3.1 * several * chunks)
     for n in (n for n in LENGTHS if n < chunks and ROLES_IN_SEGMENTS):
         segments = -(-chunks // n)
-        both = 4 * segments + n + segments * sequences * heads / 4 + 20
-        takes[n, False] = 0.0075 * inverses + waves(segments) * (6 + 2.6 * n) + both
+        both = 4 * segments + 1.2 * n + segments * sequences * heads / 3 + 20
+        takes[n, False] = 0.0075 * inverses + several * waves(segments, n) + both
         if n in FUSED_LENGTHS:
-            takes[n, True] = 0.009 * inverses + waves(segments) * (12 + 3.2 * n) + both
+            takes[n, True] = 0.009 * inverses + several * -(-segments * sequences * heads // units) * (12 + 3.2 * n) + both
     return min(takes, key=lambda way: takes[way])
 
 

@@ -53,7 +53,8 @@ def test_every_shipped_default_was_measured(arch: str, backend: str) -> None:
             wrong.append((cell.name, errors))
     assert not missing, f"never measured on a GPU (run bench/verify.py): {missing[:5]} and {max(0, len(missing) - 5)} more"
     # known: keys' strengths up to 2 over 13,000 tokens in bf16; Triton's "states" is as far off on these inputs (4.58e-3)
-    known = ["segments of 32 by roles, packed, negative eigenvalues, bf16"] if (arch, backend) == ("sm_90", "tilelang") else []
+    known = [f"segments of 32 by roles{how}, packed, negative eigenvalues, bf16" for how in ("", ", short walks")
+             if (arch, backend) == ("sm_90", "tilelang")]
     assert [name for name, _ in wrong] == known, wrong
 
 
@@ -71,11 +72,10 @@ def test_every_shipped_backward_was_measured(arch: str) -> None:
             elif not worst(errors.values()) <= bound(cell.io, True):
                 wrong.append(cell.name)
     assert not missing, f"never measured on a GPU (run bench/verify_backward.py): {len(missing)}: {missing[:5]}"
-    # known and not mended: dg of few tokens, in four small cells, is off by 6.02e-3 to 7.4e-3 where no roles follow
+    # known and not mended: dg of few tokens, in three small cells, is off by 6.02e-3 to 6.9e-3 by Triton
     # (docs/performance-log.md). What is kept is what would have been computed again; two of these are as far off with it.
     both = "gated delta rule, bf16, GVA", "128 x 128, in place of roles, packed, negative eigenvalues, bf16"
-    known = ["96 x 128, bf16", "the backward's roles, dense, H = HV, bf16",
-             *(f"{cell}{kept}" for cell in both for kept in ("", ", keeps inverse", ", keeps states"))]
+    known = ["96 x 128, bf16", *(f"{cell}{kept}" for cell in both for kept in ("", ", keeps inverse", ", keeps states"))]
     assert sorted(wrong) == (sorted(known) if arch == "sm_90" else [])
 
 
