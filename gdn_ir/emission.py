@@ -8,7 +8,7 @@ from gdn_ir.autotune.keys import Shape
 from gdn_ir.autotune.lookup import find
 from gdn_ir.backends import BACKENDS
 from gdn_ir.compiler import Instance, Variant, variant
-from gdn_ir.schedules.defaults import of_roles, roles_in_one, roles_lack
+from gdn_ir.schedules.defaults import forward_by_roles, roles_lack
 from gdn_ir.schedules.plans import PLANS, backward_plan, plan
 from gdn_ir.schedules.schedule import Schedule
 
@@ -61,7 +61,7 @@ def named(schedule: str, instance: Instance) -> Schedule:
         except ValueError as e:
             raise ValueError(f"--schedule {schedule}: {e}") from None
     if schedule in ROLES and not back:
-        return of_roles(norm=s.l2norm) if schedule == "roles" else roles_in_one(norm=s.l2norm)
+        return forward_by_roles(instance, one=schedule == "roles-fused")
     if schedule not in known:
         known = (*known, *(() if back else ROLES))
         raise ValueError(f"--schedule: got {schedule!r}; accepts default, {', '.join(known)}, or a JSON file that exists")
