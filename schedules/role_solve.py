@@ -9,7 +9,7 @@ from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 KERNEL = "solve"
 WALK, SHORT = 8, 2                                         # chunks of a sequence that a block goes through
-MANY = 1500                                                # inverses from which long walks win on an H100's 528 places for blocks
+MANY = 1500                                                # inverses from which long walks win on an H100
 
 
 def walk(inverses: int) -> int:

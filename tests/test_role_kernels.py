@@ -170,7 +170,8 @@ def test_asked_for_by_a_schedule(tmp_path: Path) -> None:
     path = tmp_path / "roles.json"
     ask = ["emit", "--backend", "tilelang", "--schedule"]
     path.write_text(CliRunner().invoke(app, [*ask, "roles", "--json"]).output)
-    assert Schedule.from_json(path.read_text()) == forward_by_roles(Instance(Switches(final_state=True), 128, 128))
+    i = Instance(Switches(final_state=True), 128, 128, "bf16", "bf16", True)
+    assert Schedule.from_json(path.read_text()) == forward_by_roles(i)
     path_of_one = tmp_path / "one.json"
     path_of_one.write_text(CliRunner().invoke(app, [*ask, "roles-fused", "--json"]).output)
     assert Schedule.from_json(path_of_one.read_text()) == roles_in_one()
