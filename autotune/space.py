@@ -33,7 +33,7 @@ class Frame:
     """All of a schedule but its kernels' options. block: rows that the triangular solve substitutes before it merges blocks by
     products; sums: whether the log decay's running sums are hoisted beside the solve; dot: what products' operands are rounded
     to; segment: chunks of a segment, in a plan that cuts sequences into such. The plan "roles" is "solve" ("cut", where it has
-    segments) with a scan as roles, which are not varied, and its inverses made by others ("roles-short": in blocks of few
+    segments) with a scan as roles, which are not varied, and its inverses made by other roles ("roles-short": in blocks of few
     chunks); "roles-fused", "fused" or "cut-fused", has the inverse among them.
     Of a backward "roles" and its kin are what `role_backward.WAYS` says."""
     plan: str

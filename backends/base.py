@@ -40,7 +40,7 @@ class Kernel:
     of each scan that it follows, how high they must be, and whether the scan goes backwards; clears: of a kernel before such a
     scan, the counts that it sets to zero (`gdn_ir.follow`). beside: whether it may start while the kernel before it runs;
     leads: whether the one after it may. sweeps: stores whose rows past the last sequence it clears: another kernel's, or its
-    own, where it is serial. turns: for each tensor that several blocks store their part of a sum in, how many have: they add it
+    own, where it is roles. turns: for each tensor that several blocks store their part of a sum in, how many have: they add it
     one after another, in the order of the grid.
     """
     name: str

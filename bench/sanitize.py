@@ -22,8 +22,9 @@ from gdn_ir.coverage import Cell, Layout
 from gdn_ir.ops import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.schedules.adjoints import TURNS as CUT, in_segments
-from gdn_ir.schedules.defaults import TURNS, backward_by_roles, whole_scans, forward_by_roles
+from gdn_ir.schedules.defaults import TURNS, backward_by_roles, forward_by_roles, whole_scans
 from gdn_ir.schedules.role_backward import WAYS
+from gdn_ir.schedules.role_solve import SHORT, WALK
 
 LENGTHS = [130, 64, 0, 71, 37]                             # whole chunks, ragged ends, no token; the last is nobody's
 
@@ -61,8 +62,8 @@ def by_roles(x: dict[str, torch.Tensor], ends: torch.Tensor) -> dict[str, torch.
     instance = Instance(Switches(initial_state=True, final_state=True), 128, 128, "bf16", "bf16", True)
     found: dict[str, torch.Tensor] = {}
     for segment in (0, 2):
-        for one in (False, True):
-            schedule = forward_by_roles(instance, segment, one)
+        for one, chunks in ((False, WALK), (False, SHORT), (True, WALK)):
+            schedule = forward_by_roles(instance, segment, one, chunks)
             out = {n: torch.full_like(x[like], math.nan) for n, like in (("o", "v"), ("final_state", "initial_state"))}
             variant(instance, schedule, "tilelang", "sm_90")(x | out, 128 ** -0.5, len(ends) - 1, ends)
             found |= {f"{n}, {schedule.name}": t for n, t in out.items()}

@@ -36,7 +36,7 @@ from gdn_ir.bench.timing import interleave, timer
 from gdn_ir.compiler import Instance, Variant, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.reference import recurrence
-from gdn_ir.schedules.defaults import default, roles_can, segmented, forward_by_roles
+from gdn_ir.schedules.defaults import default, forward_by_roles, roles_can, segmented
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 ARCH = "sm_90"

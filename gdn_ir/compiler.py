@@ -209,8 +209,8 @@ def maker(options: KernelOptions, backend: Backend) -> Backend:
 def swept(kernels: tuple[Kernel, ...], backend: Backend) -> tuple[Kernel, ...]:
     """The pipeline, in which the rows past the last sequence of what a serial kernel stores are cleared by a kernel of another
     backend that takes all chunks at once, if there is one (one that comes later, if it can be: until then the memory serves
-    others): it need only start one block more for them. Where there is none, roles do it themselves, who stores having time: of
-    whole sequences each some of the rows, else in blocks of their own."""
+    others): it need only start one block more for them. Where there is none, roles do it themselves, who stores having time:
+    of whole sequences each some of the rows, else in blocks of their own; but not those whose blocks take heads in turn."""
     left = tuple(s for k in kernels if k.varlen and not k.owns_tail for s in k.row_outputs)
     points = {t.grid for s in left for t in s["index"] if isinstance(t, At)}
 
@@ -221,7 +221,7 @@ def swept(kernels: tuple[Kernel, ...], backend: Backend) -> tuple[Kernel, ...]:
     one = next((k for k in (*kernels[behind:], *kernels) if able(k)), None)
     if one is not None and left:
         return tuple(replace(k, sweeps=left) if k is one else k for k in kernels)
-    return tuple(replace(k, sweeps=k.row_outputs) if k.options.roles and k.varlen else k for k in kernels)
+    return tuple(replace(k, sweeps=k.row_outputs) if k.options.roles and k.varlen and not k.gathers else k for k in kernels)
 
 
 def columns(program: Program, tokens: Container[str]) -> str | None:

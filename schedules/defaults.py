@@ -26,7 +26,7 @@ BACK_IN_SEGMENTS = True                                    # and those of a back
 ROLES_IN_ONE = True                                        # whether roles may make the inverses too
 TURNS = "gathered-turns"                                   # what serves a backward of whole scans on Hopper
 LENGTHS = (8, 16, 32, 64, 128)                             # chunks that a segment of roles may have
-FUSED_LENGTHS = (64, 128)                                  # and those of roles that make the inverses too
+FUSED_LENGTHS = (64, 128)                                  # and those of roles that make the inverses too: for the tuner
 LONG = 64                                                  # chunks of a sequence, on average, that is worth cutting
 FILLED = 0.9                                               # blocks of the scan for each multiprocessor that need no more
 
@@ -56,17 +56,17 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
         size, one = way_of_roles(sequences, heads, tokens)
         schedule = forward_by_roles(instance, size, one, walk(tokens * heads // CHUNK))
         if size:
-            inverses = "they make all inverses, triton those of what has not faded" if one else "the inverses by others, before"
             return schedule, (
                 f"{arch}: {sequences * heads} blocks of roles would not fill {MULTIPROCESSORS[arch]} multiprocessors for long; "
-                f"each sequence is cut into segments of {size} chunks; {inverses}; what else comes before their scan by triton")
+                f"each sequence is cut into segments of {size} chunks; the inverses by other roles, before; what else comes "
+                "before their scan by triton")
         if one:
             return schedule, \
                 f"{arch}: roles in one block for each of {sequences * heads} sequences and heads, beside each other on " \
                 f"{MULTIPROCESSORS[arch]} multiprocessors; they make the inverses too"
         return schedule, \
             f"{arch}: roles in one block for each of {sequences * heads} sequences and heads, beside each other on " \
-            f"{MULTIPROCESSORS[arch]} multiprocessors; the inverses by others, before"
+            f"{MULTIPROCESSORS[arch]} multiprocessors; the inverses by other roles, before"
     if backend == "tilelang":
         schedule, why = of_tilelang(arch, instance, steps)
         few = f"roles want {CROWDED} sequences x heads or {LONG * 64} tokens a sequence in the mean, not {sequences * heads} " \
@@ -127,9 +127,9 @@ def way_of_roles(sequences: int, heads: int, tokens: int) -> tuple[int, bool]:
 
     a block of roles has a multiprocessor to itself, so that blocks come in waves: of 2.6 a chunk (2.3 where they are on half of
     the multiprocessors), 3.2 where they make the inverses too (3.1 of whole sequences); a twentieth more of several sequences,
-    cut or with inverses: they may be unequal. Inverses made before take 0.0075 each, and a launch; where only those of what has
-    not faded are made before, by Triton, they and the bounds that tell take 0.009. Transition and offset of what has not faded
-    take 1.2 a chunk and a third a segment and head, composing 4 a segment, launches 20."""
+    cut or with inverses: they may be unequal. Inverses made before take 0.0075 each, and a launch. Transition and offset of
+    what has not faded take 1.2 a chunk and a third a segment and head, composing 4 a segment, launches 20. (Segments that make
+    the inverses too always take longer, for the bounds that tell what has faded: they are the tuner's.)"""
     chunks, units = -(-tokens // (64 * sequences)), MULTIPROCESSORS["sm_90"]
     inverses, several = chunks * sequences * heads, 1.05 if sequences > 1 else 1.0
 
@@ -143,8 +143,6 @@ def way_of_roles(sequences: int, heads: int, tokens: int) -> tuple[int, bool]:
         segments = -(-chunks // n)
         both = 4 * segments + 1.2 * n + segments * sequences * heads / 3 + 20
         takes[n, False] = 0.0075 * inverses + several * waves(segments, n) + both
-        if n in FUSED_LENGTHS:
-            takes[n, True] = 0.009 * inverses + several * -(-segments * sequences * heads // units) * (12 + 3.2 * n) + both
     return min(takes, key=lambda way: takes[way])
 
 

@@ -244,8 +244,10 @@ class Laid:
 
     def running(self, node: Node) -> str:
         """The running sum, if an event makes one, that ends with the sum `node`."""
-        return next((name for x, name in self.held.items() if x.op is Op.CUMSUM and x.args == node.args), "") \
-            if node.op is Op.REDUCE else ""
+        if node.op is not Op.REDUCE or node["fn"] != "sum":
+            return ""
+        return next((name for x, name in self.held.items()
+                     if x.op is Op.CUMSUM and x.args == node.args and not dict(x.attr).get("reverse")), "")
 
     def across(self, node: Node) -> set[str]:
         """The values that a product reads lying across: tiles with two axes of tokens, of which it takes the twin."""

@@ -181,7 +181,7 @@ def served(base: Schedule, instance: Instance, how: Way, inverses: bool = True) 
     last = fine > 0 and scales_all(instance)
     made = as_roles(adjoints.in_segments(base, instance, how.segment, adjoints.TURNS), fine=fine, scale_last=last) \
         if how.segment else as_roles(base, AGAIN, BACK_ALONE, how.halves, how.aside, fine, last)
-    few = how.walk in (SHORT, SINGLE) and not how.segment  # segments are of long sequences
+    few = how.walk in (SHORT, SINGLE) and not how.segment  # inverses: `way` has counted; segments are of long sequences
     made = inner_as_roles(made, chunks=how.walk) if how.walk else made
     made = solve_as_roles(made, role_solve.SHORT if few else role_solve.WALK) if inverses else made
     return the_rest_by("triton", made)

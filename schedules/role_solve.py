@@ -13,13 +13,16 @@ MANY = 1500                                                # inverses from which
 
 
 def walk(inverses: int) -> int:
-    """Chunks of a block's walk: blocks start a walk in half the time of a chunk, but must fill the multiprocessors."""
+    """Chunks of a block's walk: to start one takes about half as long as a chunk, so that walks should be long where there are
+    blocks enough for all multiprocessors then."""
     return WALK if inverses >= MANY else SHORT
 
 
 def solve_as_roles(base: Schedule, chunks: int = WALK) -> Schedule:
-    """A schedule whose kernel solve is roles too, joining the inverse's blocks by products in fp16; each block walks through so
-    many chunks of a sequence. Raises ValueError for a schedule that does not make all chunks' inverses in such a kernel."""
+    """A schedule whose kernel solve is roles too; each block walks through so many chunks of a sequence. They join an inverse's
+    blocks in fp16, as roles that make it beside the scan do: as fine as tf32, but over 65504 it overflows, which takes keys
+    that make states grow (beta |k|^2 over 2). Raises ValueError for a schedule that does not make all chunks' inverses in such
+    a kernel."""
     if not any(s[0] == "hoist" and s[-1] == KERNEL for s in base.steps):
         raise ValueError(f"solve_as_roles: got {base.name}; accepts a schedule that makes the inverses of all chunks at once")
     joined = ((*s[:-1], "f16") if s[0] == "merge" else s for s in base.steps)

@@ -312,6 +312,7 @@ INNER = Roles.of({
               {"values": ["Y", "Y_low"], "depth": 1}, {"values": ["d_q16"], "depth": 1}, {"values": ["d_k16"], "depth": 1}],
 })
 
+
 def solving(scaled: bool, stored: tuple[str, ...], fades: bool = False) -> Roles:
     """The inverses of all chunks at once, of which a block walks through several: aux multiplies K K^T and makes M, two warps
     invert its blocks of 16 rows and join them, as in FUSED. A chunk is one chain, in which most warps wait: four blocks beside

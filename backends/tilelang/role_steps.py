@@ -10,6 +10,7 @@ from gdn_ir.backends.tilelang.rules import DTYPES, RULES, where
 from gdn_ir.backends.tilelang.statements import coordinate
 from gdn_ir.nodes import IRError, Node, Op
 from gdn_ir.schedules.events import Step, padding
+from gdn_ir.schedules.protocol import Sync
 from gdn_ir.schedules.roles import Event
 
 
@@ -201,7 +202,12 @@ class RoleSteps(RoleCopies):
         self.call("running_sum", depth, lies.buffers[0], self.turn_of(running))
 
     def sum_apart(self, s: Step, depth: int) -> None:
-        """A sum of 64 numbers that nobody has summed running: by way of memory of its own."""
+        """A sum of 64 numbers that nobody has summed running: by way of memory of its own, which is no ring. That all lanes
+        have read it before the next chunk's is written, an arrival after it sees to."""
+        mine = self.plan.ops[self.instance]
+        if not any(isinstance(x, Sync) and x.kind == "arrive" for x in mine[mine.index(s):]):
+            raise IRError(f"roles: {self.instance}: {s.event}: the role must arrive somewhere after it, which keeps its warp "
+                          "together")
         terms, place = s.node.args[0], self.linear.fresh(f"{s.event.value}_terms")
         self.allocate_shared(place, ["1", str(warps.SIZE)], "float32")
         term = self.element(terms, self.here(terms.axes))

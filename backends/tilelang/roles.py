@@ -126,6 +126,7 @@ class RolePrinter(RoleSteps):
             self.put(depth, f"T.annotate_min_blocks_per_sm({self.roles.blocks})")
         self.put(depth, f"chunks = {chunks}")
         self.buffers["chunks"] = 'T.alloc_var("int32")'
+        self.taken = 0
         for slots, cells in self.plan.rings.values():
             for cell in cells:
                 self.lay(cell, slots)
@@ -229,7 +230,8 @@ class RolePrinter(RoleSteps):
             self.run(behind, depth + 1)
         self.lines[top:top] = [f"{INDENT * depth}{line}" for line in self.buffers_of_role]
         if self.kernel.owns_tail:
-            self.clear([s for s in steps if s.event.do == "store"], depth)
+            swept = {s["tensor"].name for s in self.kernel.sweeps}
+            self.clear([s for s in steps if s.event.do == "store" and s.node["tensor"].name in swept], depth)
         for c in carries:
             for store, last in self.leaves():
                 if last["i"] == self.scan.carries.index(c["name"]):

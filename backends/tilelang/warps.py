@@ -104,8 +104,8 @@ def multiply(sums, at, left, left_at, right, right_at):
 }
 
 
-# an inverse of its blocks: as products by it take it, transposed; or upright, as it is stored: then a warp writes two bytes of
-# each of many rows, swizzled, so that no two lie in a bank
+# an inverse of its blocks: as products by it take it, transposed; or upright, as it is stored: then a warp writes two bytes to
+# each of many rows, swizzled, so that no two words lie in a bank
 JOIN = Template('''
 @T.macro
 def $name(m, m_at, inverses, at, ${factors}to, to_at, warps):
