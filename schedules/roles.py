@@ -313,33 +313,6 @@ INNER = Roles.of({
 })
 
 
-def solving(scaled: bool, stored: tuple[str, ...], fades: bool = False) -> Roles:
-    """The inverses of all chunks at once, of which a block walks through several: aux multiplies K K^T and makes M, two warps
-    invert its blocks of 16 rows and join them, as in FUSED. A chunk is one chain, in which most warps wait: four blocks beside
-    each other fill a multiprocessor, so k, which is read once, where that chain begins, has one slot. scaled: the inverses'
-    columns are, by beta. stored: what else of rows is, of G, total and beta_kept. fades: so is a bound of what a chunk does to
-    a state, which needs the norms of keys, the diagonal of K K^T (the step `forget`)."""
-    inverse, blocks = "A_beta" if scaled else "A", 4
-    registers = REGISTERS // (2 * 128 * blocks)
-    bound = {"norms": "reduce(select(index() == index(), kk, 0.0))", "along": "1.0 - (beta * norms)",
-             "growth": "reduce(log(max(1.0, max(along, neg(along)))))"} if fades else {}
-    bounds = ["compute growth", "compute fade", "store fade"] if fades else []
-    return Roles.of({
-        "names": {"M": "select(index() > index(), (beta * D) * kk, 0.0)", "A16": f"bf16({inverse})", **bound},
-        "roles": [
-            {"name": "load", "registers": registers, "events": [
-                "load k", "compute G", "fetch g early", "compute beta", "fetch beta early"]},
-            {"name": "store", "registers": registers, "events": [
-                "compute total", *(f"store {n}" for n in stored), *bounds, f"store {inverse}"]},
-            {"name": "inverse", "warps": 2, "registers": registers, "events": ["solve A", "join A16"]},
-            {"name": "aux", "rows": "C", "warps": 4, "registers": registers, "events": [
-                "issue kk", "complete kk", *(["compute norms"] if fades else []), "compute M"]}],
-        "rings": [{"values": ["k"], "depth": 1}, {"values": ["M"], "depth": 2}, {"values": ["A"], "depth": 1},
-                  {"values": ["A16"], "depth": 1}, {"values": ["G", "beta"], "depth": 4},
-                  *([{"values": ["norms"], "depth": 2}] if fades else [])],
-        "blocks": blocks})
-
-
 def on_diagonal(roles: Roles) -> Roles:
     """A scan of the backward whose solve's product is added onto what rounding took of its operand R (the step `diagonal`):
     that is made in place, in the registers that R was computed of."""
