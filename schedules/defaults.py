@@ -269,7 +269,7 @@ def backward_default(arch: str, instance: Instance, sequences: int, heads: int, 
             how := role_backward.way(instance, sequences, heads, tokens, MULTIPROCESSORS[arch]), str):
         return backward_by_roles(instance, how), (
             f"{arch}: states again, and their adjoints in reverse, of {sequences} x {heads} sequences x heads on "
-            f"{MULTIPROCESSORS[arch]} multiprocessors, {how}; the rest by triton")
+            f"{MULTIPROCESSORS[arch]} multiprocessors, {how}; roles make the inverses before; the rest by triton")
     if not lean(arch, instance, backend):
         return whole_scans(arch, instance, sequences, heads, backend)
     # one kernel for inner and grads takes halves of K in turn, and is for all that they make

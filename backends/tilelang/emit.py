@@ -61,11 +61,15 @@ class TileLangPrinter(Statements):
                  *(f"{INDENT}{a}," for a in arguments), "):",
                  f"{INDENT}with T.Kernel(blocks{threads}) as block:",
                  *(f"{INDENT * 2}{name} = {where}" for name, where in self.buffers.items()), *body, *self.lines]
-        return Source(k.name, k.header() + "\n".join(lines) + "\n")
+        return Source(k.name, k.header(*self.about()) + "\n".join(lines) + "\n")
 
     @property
     def threads(self) -> int | str:
         return 32 * self.kernel.options.num_warps
+
+    def about(self) -> tuple[str, ...]:
+        """What stands above the text besides where it comes from."""
+        return ()
 
     def macros(self) -> list[str]:
         """Lines of what the kernel's text calls."""

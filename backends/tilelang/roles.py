@@ -89,6 +89,10 @@ class RolePrinter(RoleSteps):
 
     # -- the kernel
 
+    def about(self) -> tuple[str, ...]:
+        each = (f"{r.name} ({r.warps * r.copies} warp{'s' * (r.warps * r.copies > 1)})" for r in self.roles.roles)
+        return f"roles: {', '.join(each)}, by tilelang",
+
     def macros(self) -> list[str]:
         return warps.texts(self.called)
 
