@@ -42,10 +42,10 @@ WAYS = (Way(aside=True, walk=2), Way(BOTH, True, walk=2), Way(segment=2, walk=2)
 
 
 @lru_cache(maxsize=8)
-def made_of(cell: Cell, way: Way) -> Variant:
+def made_of(cell: Cell, way: Way, inverses: bool = True) -> Variant:
     instance = gradients.backward_of(cell)
     turns = whole_scans("sm_90", instance, 1, 32, "triton", merges="gathered-turns")[0]
-    return variant(instance, served(turns, instance, way), "triton", "sm_90")
+    return variant(instance, served(turns, instance, way, inverses), "triton", "sm_90")
 
 
 @pytest.mark.parametrize("plan", ["gathered-turns", "gathered-turns-segments", "states"])
@@ -142,8 +142,7 @@ def test_an_initial_state_s_gradient_is_scaled_behind_the_scan() -> None:
     wrong = store.but((state, *store.args[1:]))
     moved = replace(back, program=replace(back.program, roots=tuple(wrong if n is store else n for n in back.program.roots)))
     assert "is not of one carry's last value, element by element" in str(TILELANG.supports(moved, "sm_90"))
-    # nothing is served so before a GPU has run it
-    assert "scale_last" not in str(served(turns, instance, WAYS[0]).steps)
+    assert ("scale_last",) in served(turns, instance, WAYS[0]).steps                 # since a GPU has run it
 
 
 @pytest.mark.parametrize(("way", "name"), [*((replace(way, fine=1), n) for way in WAYS for n in ("again", "back", "grads")),
@@ -178,7 +177,7 @@ def test_the_decay_s_gradient_errs_less(kind: str) -> None:
     wanted = [gradients.expected(cell, x, instance.grads)["g"] for x in drawn]
     errors = []
     for fine in (0, 1, 2):
-        chosen = made_of(cell, replace(WAYS[0], fine=fine)).schedule.steps
+        chosen = made_of(cell, replace(WAYS[0], fine=fine), inverses=False).schedule.steps       # joined in tf32 all three
         v = variant(instance, Schedule("x", steps=chosen, dot="bf16"), "torch", "torch")
         found = [relative(gradients.run(v, cell, x)["d_g"], want) for x, want in zip(drawn, wanted, strict=True)]
         errors.append((sum(e * e for e in found) / len(found)) ** 0.5)
