@@ -33,8 +33,8 @@ from gdn_ir.compiler import Instance, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.registry import options
 from gdn_ir.schedules import adjoints
-from gdn_ir.schedules.defaults import (FUSED_LENGTHS, LENGTHS, default, roles_fit, roles_in_one, way_of_roles, whole_scans,
-                                       forward_by_roles)
+from gdn_ir.schedules.defaults import (FUSED_LENGTHS, LENGTHS, default, forward_by_roles, roles_fit, roles_in_one, way_of_roles,
+                                       whole_scans)
 from gdn_ir.schedules.role_backward import WAYS
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
