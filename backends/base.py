@@ -188,8 +188,12 @@ class Call:
     def shape(self, kernel: Kernel, tensor: Tensor) -> tuple[int, ...]:
         """The extents of a tensor in this call."""
         known = {"T": self.tokens, "N": self.sequences, "X": self.slots(kernel.chunk), **self.heads,
-                 **{d: self.slots(span) for d, span in kernel.segments.items()}}
-        return tuple(known[d] if d in known else kernel.extents[base(d)] for d in tensor.dims)
+                 **{d: self.slots(span) for d, span in kernel.segments.items()}, **self.groups(tensor)}
+        return tuple(known[d] if d in known else kernel.extents[base(d)] for d in tensor.layout)
+
+    def groups(self, tensor: Tensor) -> dict[str, int]:
+        """How many members each group of a tensor has, by that dimension's name."""
+        return {tensor.layout[0]: self.heads[tensor.members[0]] // self.heads[tensor.members[1]]} if tensor.members else {}
 
 
 def blocks(kernel: Kernel, call: Call) -> int:
@@ -225,7 +229,7 @@ def heads(kernel: Kernel) -> tuple[str, ...]:
     found = {a: None for a in kernel.program.grid if a != "N" and not a.endswith("#")}
     for n in (*kernel.program.nodes(), *kernel.sweeps):
         if n.op in (Op.LOAD, Op.STORE):
-            found |= {t.share: None for t in n["index"] if isinstance(t, At) and t.share}
+            found |= {t.share: None for t in n["index"] if isinstance(t, At) and t.share} | dict.fromkeys(n["tensor"].members)
             found |= {d: None for t, d in zip(n["index"], n["tensor"].dims, strict=True)
                       if isinstance(t, Member | Members) and t.grid}
     return tuple(found)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gdn_ir.backends.base import Kernel
-from gdn_ir.nodes import At, Member, Members, Node, Part, Rows, Slot, Tensor, Tile, Turn, base
+from gdn_ir.nodes import At, IRError, Member, Members, Node, Part, Rows, Slot, Tensor, Tile, Turn, base
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ def stride(kernel: Kernel, tensor: Tensor, position: int) -> list[str | int]:
 def address(kernel: Kernel, node: Node) -> Address:
     """Where the tile of a LOAD or STORE lies in its tensor (contiguous, last dimension fastest)."""
     tensor: Tensor = node["tensor"]
+    if tensor.members:
+        raise IRError(f"{tensor.name}: members of its groups lie apart, which roles alone read and write")
     terms: list[str] = []
     strides: dict[str, str] = {}
     bounds: list[str] = []

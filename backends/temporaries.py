@@ -12,17 +12,21 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 
 from gdn_ir.backends.base import STORED, Call, Kernel, Launch
-from gdn_ir.nodes import Node, Op, Tensor
+from gdn_ir.nodes import At, Node, Op, Tensor, Tile
 from gdn_ir.program import toposort
 
 APART = 256                                                # bytes: temporaries start at multiples, as torch's own tensors do
 BLOCK = ""                                                 # where temporaries lie that lie in no output: the block of a call
+# Bytes: of a large piece of memory torch gives up to so much more than it was asked for, of what is smaller as much as that. So
+# what is smaller is asked for by itself, where it lies at the block's end.
+SMALL = 2 ** 20
+REST = "the block's end"
 HERE = nullcontext()
 
 
@@ -43,6 +47,16 @@ class Span(NamedTuple):
     first: int
     last: int
     size: int
+
+
+class View(NamedTuple):
+    """How a temporary's tensor is made: what it lies in, from which byte on, its bytes, dtype and shape."""
+    name: str
+    where: str
+    at: int
+    size: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 class Place(NamedTuple):
@@ -90,10 +104,11 @@ def outputs(kernels: Sequence[Kernel]) -> dict[str, Life]:
     return found
 
 
-def overwritten(kernels: Sequence[Kernel]) -> dict[str, str]:
+def overwritten(kernels: Sequence[Kernel]) -> dict[str, tuple[str, ...]]:
     """Of temporaries, the tensor that their last reader may write in their place: where a block stores the one it has read the
-    other, and nobody else reads that by then."""
-    found: dict[str, str] = {}
+    other, and nobody else reads that by then. Of one whose groups' members lie apart several, one after another in memory, as
+    many as there are members."""
+    found: dict[str, tuple[str, ...]] = {}
     when, lives = moments(kernels), temporaries(kernels)
     begins = {n: life.first for n, life in (lives | outputs(kernels)).items()}
     for now, k in zip(when, kernels, strict=True):
@@ -103,9 +118,11 @@ def overwritten(kernels: Sequence[Kernel]) -> dict[str, str]:
         for name in (n for n in k.program.read() if n in lives and lives[n].last == now):
             readers = [x for t, x in zip(when, kernels, strict=True) if t == now and name in x.program.read()]
             loads = [n for n in nodes if n.op is Op.LOAD and n["tensor"].name == name]
-            places = [s["tensor"].name for s in stores if len(readers) == len(loads) == 1 and _in_place(loads[0], s)]
-            if places and places[0] not in found.values():
-                found[name] = places[0]
+            if len(readers) == len(loads) == 1:
+                taken = {n for names in found.values() for n in names}
+                places = [s["tensor"].name for s in stores if _in_place(loads[0], s)][:1]
+                places = places or [s["tensor"].name for s in stores if _in_groups_place(k, loads[0], s)]
+                found |= {name: tuple(places)} if places and not taken & {*places} else {}
     return found
 
 
@@ -113,36 +130,55 @@ def _in_place(load: Node, store: Node) -> bool:
     """Whether a store is to where a load was from, of what is made of that element by element, each by the thread that has it,
     or by way of a product, of which all operands must be there."""
     a, b = load["tensor"], store["tensor"]
-    if (a.dims, STORED[a.dtype], load["index"]) != (b.dims, STORED[b.dtype], store["index"]) or store["sum"]:
+    if (a.dims, STORED[a.dtype], load["index"]) != (b.dims, STORED[b.dtype], store["index"]) or store["sum"] or \
+            len(load.axes) < 2:                            # rows alone several warps or roles may read, each for itself
         return False
-    made: dict[Node, bool | None] = {load: False}          # True by way of a product, None by a sum or twin
+    made: dict[Node, bool | None] = {load: False}          # True by way of a product, None by a sum or twin alone
     for n in toposort([store.args[0]]):
         ways = [made[x] for x in n.args if x in made]
-        if None in ways:
-            made[n] = None
-        elif ways and (n.op is Op.DOT or all(ways)):
-            made[n] = True
+        if True in ways or (n.op is Op.DOT and ways):
+            made[n] = True                                 # whatever else is made of it: by then all is there
         elif ways:
-            made[n] = False if n.axes == load.axes and n.op in (Op.ELEM, Op.CAST, Op.SELECT) else None
+            alike = n.axes == load.axes and n.op in (Op.ELEM, Op.CAST, Op.SELECT) and None not in ways
+            made[n] = False if alike else None
     return made.get(store.args[0]) is not None
 
 
-def in_chains(temps: Mapping[str, Span], hosts: Mapping[str, Span], over: Mapping[str, str]) \
+def _in_groups_place(kernel: Kernel, load: Node, store: Node) -> bool:
+    """Whether a store of a sum over a group is to where one member's rows of the same chunk are from, which a block of roles,
+    who takes all members in turn, has by then."""
+    a, b = load["tensor"], store["tensor"]
+    if not a.members or kernel.gathers != a.members or store["sum"] != a.members[:1] or len(a.dims) != len(b.dims):
+        return False
+    alike = not b.temp and STORED[a.dtype] == STORED[b.dtype] and not kernel.splits and load in toposort([store.args[0]])
+    for mine, its in zip(load["index"], store["index"], strict=True):
+        match mine, its:
+            case At(grid, None), At(other, share):
+                alike &= (grid, share) == a.members and other == grid
+            case Tile(axis), Tile(other):
+                alike &= kernel.extents[axis] == kernel.extents[other] and mine.__class__ is its.__class__ is Tile
+            case _:
+                alike &= mine == its
+    return alike
+
+
+def in_chains(temps: Mapping[str, Span], hosts: Mapping[str, Span], over: Mapping[str, tuple[str, ...]]) \
         -> tuple[dict[str, Span], dict[str, Span], dict[str, str]]:
     """Temporaries and outputs, what is written over each other as one of them, needed from when the first is; and of the others
-    which one."""
+    which one (the first, where it is several)."""
     spans, part_of = {**temps, **hosts}, dict[str, str]()
     for name in temps:
-        end = name
-        while over.get(end) in spans:
-            end = over[end]
-        if end != name:
-            part_of[name] = end
-            spans[end] = spans[end]._replace(first=min(spans[end].first, temps[name].first))
+        ends: tuple[str, ...] = (name,)
+        while len(ends) == 1 and {*over.get(ends[0], ("",))} <= spans.keys():
+            ends = over[ends[0]]
+        if ends != (name,):
+            part_of[name] = ends[0]
+            for end in ends:
+                spans[end] = spans[end]._replace(first=min(spans[end].first, temps[name].first))
     return {n: spans[n] for n in temps if n not in part_of}, {n: spans[n] for n in hosts}, part_of
 
 
-def placed(temps: Mapping[str, Span], hosts: Mapping[str, Span], over: Mapping[str, str] = {}) \
+def placed(temps: Mapping[str, Span], hosts: Mapping[str, Span], over: Mapping[str, tuple[str, ...]] = {}) \
         -> tuple[dict[str, Place], int]:
     """Where each temporary lies, and how large the block is. hosts: outputs in whose memory they may lie until those begin.
     over: what is written in whose place."""
@@ -165,32 +201,60 @@ def placed(temps: Mapping[str, Span], hosts: Mapping[str, Span], over: Mapping[s
     return found | {n: Place(end, 0) if end in hosts else found[end] for n, end in part_of.items()}, size
 
 
+def in_a_row(memory: Mapping[str, torch.Tensor], names: Iterable[str]) -> tuple[str, ...]:
+    """These tensors in the order in which they lie one right after another in one piece of memory; the first alone, if they
+    do not."""
+    at = sorted(names, key=lambda n: memory[n].data_ptr())
+    for a, b in pairwise(at):
+        x, y = memory[a], memory[b]
+        if x.data_ptr() + x.nbytes != y.data_ptr() or x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr():
+            return (at[0],)
+    return tuple(at)
+
+
+def as_large(spans: Mapping[str, Span], over: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Of what may be written in a temporary's place, as many as are just as large."""
+    found = {}
+    for name, names in over.items():
+        sizes = [*accumulate(spans[n].size for n in names)]
+        if spans[name].size in sizes:
+            found[name] = names[:sizes.index(spans[name].size) + 1]
+    return found
+
+
 def in_order(kernels: Sequence[Kernel], launches: Sequence[Launch], hosted: bool = False) -> Launch:
     """A pipeline's launches one after another, their temporaries parts of one block; hosted: or of outputs, and over each
     other, where each block of a kernel reads what it needs of a tensor once (`Backend.loads_once`)."""
     temps, unset = temporaries(kernels), uncleared(kernels)
     hosts, over = (outputs(kernels), overwritten(kernels)) if hosted else ({}, {})
+    several = {n: names for n, names in over.items() if len(names) > 1}
 
-    def planned(call: Call) -> tuple[int, list[tuple[str, str, torch.dtype, tuple[int, ...], int, int]]]:
-        """Bytes of the block, and of each temporary its name, what it lies in, its dtype, shape, first byte and size."""
+    def planned(call: Call, rows: Mapping[str, tuple[str, ...]]) -> tuple[dict[str, int], list[View]]:
+        """Bytes of the block's two parts, and of each temporary how a tensor of it is made."""
         spans, free = ({n: life.span(call) for n, life in some.items()} for some in (temps, hosts))
-        places, total = placed(spans, free, over)
-        views = []
-        for name, (kernel, t, *_) in temps.items():
-            shape, dtype = call.shape(kernel, t), STORED[t.dtype]
-            views.append((name, *places[name][:1], dtype, shape, places[name].at, math.prod(shape) * dtype.itemsize))
-        return total, views
+        places, total = placed(spans, free, as_large({**spans, **free}, {**over, **rows}))
+        blocks = {n: p for n, p in places.items() if p.where == BLOCK}
+        ends = (p.at + spans[n].size for n, p in blocks.items() if spans[n].size >= SMALL)
+        large = -(-max(ends, default=0) // APART) * APART
+        places |= {n: Place(REST, p.at - large) for n, p in blocks.items() if p.at >= large}
+        views = [View(name, *places[name], spans[name].size, STORED[t.dtype], call.shape(k, t))
+                 for name, (k, t, *_) in temps.items()]
+        return {BLOCK: large, REST: total - large}, views
 
     def run(memory: Mapping[str, torch.Tensor], params: Mapping[str, float], call: Call) -> None:
         device = next(iter(memory.values())).device
-        if (plan := call.memo.get("temporaries")) is None:
-            plan = call.memo["temporaries"] = planned(call)
-        total, views = plan
-        every = dict(memory)
-        if views:
-            bases = {BLOCK: torch.empty(total, dtype=torch.uint8, device=device)}
-            bases |= {name: memory[name].view(-1).view(torch.uint8) for name in {view[1] for view in views} - {BLOCK}}
-            every |= {name: bases[where][at:at + size].view(dtype).view(shape) for name, where, dtype, shape, at, size in views}
+        rows = {n: in_a_row(memory, names) for n, names in several.items()}
+        key = ("temporaries", *rows.values())
+        if (plan := call.memo.get(key)) is None:
+            plan = call.memo[key] = planned(call, rows)
+        sizes, views = plan
+        every, bases = dict(memory), dict[str, torch.Tensor]()
+        for where in dict.fromkeys(v.where for v in views):
+            bases[where] = torch.empty(sizes[where], dtype=torch.uint8, device=device) if where in sizes else \
+                memory[where].view(-1).view(torch.uint8)
+        for v in views:                                    # of outputs in a row the first's memory goes on in the next's
+            base = bases[v.where]
+            every[v.name] = base.as_strided((v.size,), (1,), base.storage_offset() + v.at).view(v.dtype).view(v.shape)
         for name in unset:
             every[name].zero_()
         elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()

@@ -57,6 +57,7 @@ def ours(x: Tensors) -> tuple[Variant, Callable[[], Tensors], Callable[[], Tenso
 
     def backward() -> Tensors:
         out = {f"d_{n}": torch.empty_like(x[n]) for n in GRADS}
+        out["d_q"], out["d_k"] = torch.empty((2, *x["q"].shape), dtype=x["q"].dtype, device=x["q"].device)      # as the op does
         b(given | {"d_o": x["d_o"]} | out, K ** -0.5, N, x["cu_seqlens"])
         return out
 

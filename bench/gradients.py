@@ -75,10 +75,18 @@ def left_by(chosen: Variant, cell: Cell, x: Tensors) -> tuple[Tensors, Tensors]:
     return left, outputs
 
 
+def poison(x: Tensors, grads: tuple[str, ...]) -> Tensors:
+    """Memory for gradients, full of NaN; of q and k one after the other, as the op has them, which temporaries may use."""
+    found = {f"d_{n}": torch.full_like(x[n], float("nan")) for n in grads}
+    if {"q", "k"} <= {*grads}:
+        found["d_q"], found["d_k"] = torch.full((2, *x["q"].shape), float("nan"), dtype=x["q"].dtype, device=x["q"].device)
+    return found
+
+
 def run(chosen: Variant, cell: Cell, x: Tensors, left: Tensors = {}) -> Tensors:                   # noqa: B006
     """The gradients a variant writes over poison. left: what it is given of the forward."""
     needed = set(chosen.instance.program.read()) | {"q", "v"}
-    found = {f"d_{n}": torch.full_like(x[n], float("nan")) for n in chosen.instance.grads} | left
+    found = poison(x, chosen.instance.grads) | left
     lay = cell.layout
     chosen({n: t for n, t in x.items() if n in needed} | found, lay.K ** -0.5, len(lay.lengths),
            x["cu_seqlens"] if lay.varlen else None)

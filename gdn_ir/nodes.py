@@ -152,11 +152,25 @@ LEFT = "left"
 class Tensor:
     """A named array in memory. `dims` name its dimensions, `dtype` its storage ("io" follows the caller's inputs). temp:
     whether it is what kernels hand to each other; LEFT: what a forward's hand to those of its backward, in memory that the
-    caller gives."""
+    caller gives. members: of a dimension and one whose points each have several of its: in memory the first of each come
+    before all second (`layout`), so that a group's lie where rows of as many arrays of groups would."""
     name: str
     dims: tuple[str, ...]
     dtype: str = "io"
     temp: bool | str = False
+    members: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:                             # programs are known by their text
+        more = f", members={self.members!r}" if self.members else ""
+        return f"Tensor(name={self.name!r}, dims={self.dims!r}, dtype={self.dtype!r}, temp={self.temp!r}{more})"
+
+    @property
+    def layout(self) -> tuple[str, ...]:
+        """Its dimensions as they lie in memory, the last fastest; "HV/H": which member of its group."""
+        if not self.members:
+            return self.dims
+        of, group = self.members
+        return (f"{of}/{group}", *(group if d == of else d for d in self.dims))
 
     @property
     def left(self) -> bool:

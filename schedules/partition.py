@@ -232,6 +232,26 @@ def keep(pipeline: Pipeline, name: str, copy: str, dtype: str = "io") -> Pipelin
 
 
 @step
+def members_apart(pipeline: Pipeline, tensor: str, group: str) -> Pipeline:
+    """Lay a temporary's rows of value heads out by their place in a key head's group (`Tensor.layout`): who has read a group's
+    of a chunk can store rows of key heads over them. Legal iff it has rows of grid points that share this group's elsewhere."""
+    found = [n for p in pipeline for n in p.nodes() if n.op in (Op.LOAD, Op.STORE) and n["tensor"].name == tensor]
+    grids = {t.grid for n in found for t in n["index"] if isinstance(t, At) and not t.share}
+    shared = {t.grid for p in pipeline for n in p.nodes() if n.op in (Op.LOAD, Op.STORE) for t in n["index"]
+              if isinstance(t, At) and t.share == group}
+    if not found or not all(n["tensor"].temp is True and isinstance(n["index"][0], Rows) for n in found) or \
+            len(grids) != 1 or not grids <= shared:
+        raise IllegalStep(f"members_apart: got {tensor!r}, {group!r}; accepts a temporary with rows of points that share "
+                          f"{group}")
+
+    def change(old: Node, args: tuple[Node, ...]) -> Node | None:
+        if old.op in (Op.LOAD, Op.STORE) and old["tensor"].name == tensor:
+            return old.but(args, tensor=replace(old["tensor"], members=(*grids, group)))
+        return None
+    return tuple(verify(p.rebuild(change)) for p in pipeline)
+
+
+@step
 def store_as(pipeline: Pipeline, tensor: str, dtype: str) -> Pipeline:
     """Keep a temporary in another dtype."""
     def change(old: Node, args: tuple[Node, ...]) -> Node | None:

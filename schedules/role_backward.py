@@ -31,6 +31,8 @@ SCALED = "-scaled"                                         # likewise: the scale
 FINEST: Steps = (*FINER, ("in_parts", "again", "bf16", "S_again"))
 SERVED = 2                                                 # of FINE, as it serves
 
+# u's two tiles of a key head lie where that block's of d_q and d_k come to lie, if two value heads share it
+APART: Steps = (("members_apart", "u", "H"),)
 # what makes u's gradient by the outputs before the adjoint's scan, which then only adds it
 BEFORE = (("peel", "d_u", "d_u_o"), ("turn", "d_u_o"), ("hoist", "d_u_o", "io", "local"))
 
@@ -78,18 +80,19 @@ def without_local(steps: Steps) -> Steps:
     return tuple(("move", s[1], *goes) if s[0] == "move" and s[2] == "local" else s for s in kept)
 
 
-def inner_as_roles(base: Schedule, inner: Roles = INNER, chunks: int = WALK) -> Schedule:
+def inner_as_roles(base: Schedule, inner: Roles = INNER, chunks: int = WALK, apart: bool = False) -> Schedule:
     """The plan "gathered-merged" or "gathered-turns" of `base`, or one of these with its scans as roles, and what follows them
     as roles too: each block walks through so many chunks of a sequence, with turns of all value heads of a key head, so that
-    none waits for another. What is of rows alone is made after it, by Triton, of the sums that it stores."""
+    none waits for another. What is of rows alone is made after it, by Triton, of the sums that it stores. apart: of a
+    program of grouped heads whose scans are roles, u lies where d_q and d_k will."""
     if "merged" not in base.name and "turns" not in base.name:
         raise ValueError(f"inner_as_roles: got {base.name}; accepts a schedule of the plans gathered-merged and gathered-turns")
     inner = scaled_last(inner) if ("scale_last",) in base.steps else inner
     kernels = {k: o for k, o in base.kernels if k != "grads"}
     kernels |= {"grads": KernelOptions(None, roles=inner, backend="tilelang"),
                 "rows": KernelOptions(None, 1, 1, backend=base.options("solve").backend)}
-    steps = (*base.steps, ("products_last", "grads"), ("in_parts", "grads", "bf16"), ("rows_after", "grads", "rows"),
-             ("walk", "grads", chunks))
+    steps = (*base.steps, *(APART if apart else ()), ("products_last", "grads"), ("in_parts", "grads", "bf16"),
+             ("rows_after", "grads", "rows"), ("made_again", "rows", "beta_kept"), ("walk", "grads", chunks))
     width = base.name.rsplit("-", 1)[-1]                   # of Triton's scans
     name = base.name.removesuffix(f"-{width}" if width.isdigit() and "segments" not in base.name else "")
     return replace(base, name=name + "-inner" + f"-{chunks}" * (chunks != WALK), steps=steps, kernels=tuple(kernels.items()))
@@ -182,7 +185,7 @@ def served(base: Schedule, instance: Instance, how: Way, inverses: bool = True) 
     made = as_roles(adjoints.in_segments(base, instance, how.segment, adjoints.TURNS), fine=fine, scale_last=last) \
         if how.segment else as_roles(base, AGAIN, BACK_ALONE, how.halves, how.aside, fine, last)
     few = how.walk in (SHORT, SINGLE) and not how.segment  # inverses: `way` has counted; segments are of long sequences
-    made = inner_as_roles(made, chunks=how.walk) if how.walk else made
+    made = inner_as_roles(made, chunks=how.walk, apart=instance.grouped) if how.walk else made
     made = solve_as_roles(made, role_solve.SHORT if few else role_solve.WALK) if inverses else made
     return the_rest_by("triton", made)
 

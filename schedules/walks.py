@@ -2,6 +2,7 @@
 
     products_last    a + dot(p, q) + b = (a + b) + dot(p, q): products are added onto what is there before them
     rows_after       sums along the rows of tiles are stored, and what is made of such alone goes to a kernel after it
+    made_again       which makes what inputs' rows give again, so that it need not be kept until then
     walk             a block takes several chunks of a sequence, one after another, and carries nothing
 """
 from __future__ import annotations
@@ -14,9 +15,10 @@ from gdn_ir.build import reduce_sum
 from gdn_ir.nodes import Node, Op, make
 from gdn_ir.program import Note, Program, ScanView, only, substitute, toposort, uses
 from gdn_ir.schedules.partition import chunks_at_once, parallel, place_of
-from gdn_ir.schedules.pipeline import IllegalStep, Pipeline, named, put, refuse, step
+from gdn_ir.schedules.pipeline import IllegalStep, Pipeline, named, put, refuse, replace_node, step
 from gdn_ir.schedules.segments import Cut
 from gdn_ir.schedules.terms import is_elem, straight, total
+from gdn_ir.verify import verify
 
 
 def _at_once(pipeline: Pipeline, kernel: str, name: str) -> tuple[int, Program, ScanView]:
@@ -83,6 +85,26 @@ def rows_after(pipeline: Pipeline, kernel: str, after: str) -> Pipeline:
 
 def _sums(n: Node) -> bool:
     return n.op is Op.REDUCE and n["fn"] == "sum"
+
+
+@step
+def made_again(pipeline: Pipeline, kernel: str, tensor: str) -> Pipeline:
+    """In one kernel, compute what it reads of a temporary from what that was made of. Legal iff it was, element by element, of
+    rows of inputs as its own are."""
+    at = named(pipeline, kernel, "made_again")
+    p = pipeline[at]
+    loads = [n for n in p.nodes() if n.op is Op.LOAD and n["tensor"].name == tensor]
+    made = [n.args[0] for q in pipeline[:at] for n in q.nodes() if n.op is Op.STORE and n["tensor"].name == tensor]
+    if len(loads) != 1 or len(made) != 1:
+        raise IllegalStep(f"made_again: got {tensor!r}; accepts a temporary that {kernel} reads, of "
+                          f"{', '.join(sorted(t.name for t in p.tensors().values() if t.temp and t.name in p.read()))}")
+    (load,), table = loads, {}
+    for n in toposort(made):
+        if n.op is Op.LOAD and not n["tensor"].temp and n["tensor"].dims == load["tensor"].dims:
+            table[n] = n.but(index=load["index"])
+        elif n.op not in (Op.ELEM, Op.CAST, Op.SELECT, Op.CONST, Op.PARAM):
+            raise refuse("made_again", p, load, f"{tensor} is not made of inputs' rows alone")
+    return put(pipeline, at, verify(replace_node(p, load, substitute(made, table)[made[0]])))
 
 
 @step

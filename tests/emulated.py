@@ -229,6 +229,7 @@ def run(kernel: Kernel, source: Source, memory: Mapping[str, torch.Tensor], scal
     text = "\n".join(line for line in source.text.splitlines() if not line.startswith("import "))
     sizes = {"tokens": call.tokens, "sequences": call.sequences, "slots": call.slots(kernel.chunk), **call.heads,
              "boundaries": call.sequences + 1, **{f"slots_{d}": call.slots(n) for d, n in kernel.segments.items()}}
+    sizes |= {n.replace("/", "_of_"): size for t in kernel.tensors() for n, size in call.groups(t).items()}
     arrays = {f"{t.name}_": array(memory[t.name], kernel.chunk) for t in kernel.tensors()}
     given = {**arrays, "scale": np.float32(scale), "L": call.length, "N": call.sequences, **call.heads}
     given |= {"block0": 0, "blocks": 0}

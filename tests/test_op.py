@@ -201,6 +201,18 @@ def test_gradients_of_no_tokens() -> None:
     assert x["v"].grad is not None and x["v"].grad.shape == x["v"].shape
 
 
+def test_gradients_of_q_and_k_are_one_piece_of_memory() -> None:
+    """Past the dispatcher; what a custom op returns shares none."""
+    leaves = {n: t.requires_grad_() for n, t in make(HV=4).items()}
+    o = chunk_gated_delta_rule(**leaves)[0]
+    d_q, d_k, d_v = torch.autograd.grad(o.sum(), [leaves[n] for n in ("q", "k", "v")])
+    assert d_q.is_contiguous() and d_k.is_contiguous() and d_k.data_ptr() == d_q.data_ptr() + d_q.nbytes
+    assert d_v.untyped_storage().data_ptr() != d_q.untyped_storage().data_ptr()
+    args = (torch.ones_like(o), None, *(t.detach() for t in leaves.values()), 0.1, None, None, False, False, False, False)
+    found = torch.ops.gdn_ir.chunk_backward(*args, "q k v", "torch", [], "nothing")
+    assert len({x.untyped_storage().data_ptr() for x in found}) == 3
+
+
 def test_only_gradients_that_are_asked_for() -> None:
     """Of one input, through the final state alone, from a decay in bfloat16; all are what they are beside the others."""
     x = make(HV=4)

@@ -17,6 +17,7 @@ from gdn_ir.cache import load_source
 from gdn_ir.compiler import Unsupported, Variant, variant
 from gdn_ir.coverage import Cell, Layout
 from gdn_ir.interp import Sizes, run, run_pipeline
+from gdn_ir.nodes import IRError
 from gdn_ir.programs.gated_delta import Switches, build
 from gdn_ir.schedules import steps
 from gdn_ir.schedules.defaults import whole_scans
@@ -148,6 +149,44 @@ def test_what_the_steps_refuse() -> None:
     base = whole_scans("sm_90", gradients.backward_of(SMALL), 1, 32, "triton")[0]
     with pytest.raises(ValueError, match="accepts a schedule of the plans gathered-merged and gathered-turns"):
         inner_as_roles(base)
+
+
+@pytest.mark.parametrize(("decay", "erase"), FAMILY)
+def test_layout_and_what_is_made_again_change_nothing(decay: str, erase: bool) -> None:
+    p = backward(build(Switches(decay=decay, erase=erase, initial_state=True, final_state=True)))
+    plan = in_f64(backward_plan("gathered-turns", p))
+    parts = steps.apply(p, (*plan, ("rows_after", "grads", "rows")))
+    u, beta = ("u" in parts[-1].tensors() or "u" in parts[-2].tensors(), "beta_kept" in parts[-1].read())
+    sizes = Sizes(AXES | {"X": 2}, CU)
+    given = memory(p, sizes)
+    want = run(p, given, sizes, {"scale": 0.7})
+    more = [("rows_after", "grads", "rows")]
+    more += [("members_apart", "u", "H")] if u else []
+    more += [("made_again", "rows", "beta_kept")] if beta else []
+    assert (u, beta) == (erase, erase and decay != "none")
+    made = steps.apply(p, (*plan, *more))
+    assert "beta_kept" not in made[-1].read()
+    got = given | run_pipeline(list(made), given, sizes, {"scale": 0.7})
+    for n in (n for n in want if n.startswith("d_")):
+        assert float((got[n] - want[n]).abs().max()) < 1e-10, n
+
+
+def test_what_layouts_and_what_is_made_again_refuse() -> None:
+    p = backward(build(Switches(final_state=True)))
+    plan = (*backward_plan("gathered-turns", p), ("rows_after", "grads", "rows"))
+    for step, why in ((("members_apart", "d_q", "H"), "accepts a temporary with rows of points that share H"),
+                      (("members_apart", "S_kept", "H"), "got 'S_kept', 'H'; accepts a temporary with rows"),
+                      (("members_apart", "u", "K"), "rows of points that share K"),
+                      (("made_again", "rows", "G"), "G is not made of inputs' rows alone"),
+                      (("made_again", "rows", "u"), "got 'u'; accepts a temporary that rows reads, of G, beta_kept"),
+                      (("made_again", "scan", "G"), "no kernel is named 'scan'")):
+        with pytest.raises(steps.IllegalStep, match=why):
+            steps.apply(p, (*plan, step))
+    instance = gradients.backward_of(SMALL)
+    base = whole_scans("sm_90", instance, 1, 32, "triton", merges="gathered-turns")[0]
+    laid = replace(base, steps=(*base.steps, ("members_apart", "u", "H")))
+    with pytest.raises(IRError, match="u: members of its groups lie apart, which roles alone read and write"):
+        assert variant(instance, laid, "triton", "sm_90").sources
 
 
 def changed(before: str, after: str) -> Roles:

@@ -14,7 +14,7 @@ SIZES = {"T": "tokens", "N": "sequences", "X": "slots"}    # of tensors' dimensi
 
 def dimensions(kernel: Kernel, tensor: Tensor) -> list[str]:
     known = SIZES | {d: f"slots_{d}" for d in kernel.segments}             # X is an axis too, where it is one of two scans'
-    return [known[d] if d in known else str(kernel.extents.get(base(d), d)) for d in tensor.dims]
+    return [known[d] if d in known else str(kernel.extents.get(base(d), d)).replace("/", "_of_") for d in tensor.layout]
 
 
 def symbols(kernel: Kernel) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from gdn_ir.backends.linearize import listed
 from gdn_ir.backends.tilelang.role_places import PART, Lies, RolePlaces
-from gdn_ir.backends.tilelang.rules import DTYPES, point, slot, where
+from gdn_ir.backends.tilelang.rules import DTYPES, members_first, point, slot, where
 from gdn_ir.backends.tilelang.statements import coordinate
 from gdn_ir.nodes import At, IRError, Node, Op, Rows, Slot, Tile, base
 from gdn_ir.schedules.events import Step
@@ -50,7 +50,7 @@ class RoleCopies(RolePlaces):
                     parts.append(slot(chain, inner))
                 case _:
                     raise IRError(f"roles: {n['tensor'].name} is no box of its tensor: {term}")
-        return f"{n['tensor'].name}_[{', '.join(parts)}]"
+        return f"{n['tensor'].name}_[{', '.join(members_first(n, parts))}]"
 
     def start(self, axis: str) -> int | str:
         """Where a part begins; as text where one text stands for all."""

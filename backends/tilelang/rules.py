@@ -7,7 +7,7 @@ from functools import reduce
 
 from gdn_ir.backends.base import Kernel
 from gdn_ir.backends.linearize import infix, paren
-from gdn_ir.nodes import FUNCTIONS, At, Members, Node, Op, Rows, Slot, Tile, Turn, base
+from gdn_ir.nodes import FUNCTIONS, At, Members, Node, Op, Rows, Slot, Tensor, Tile, Turn, base
 
 At_ = Mapping[str, str]                                    # a tile axis -> the text of a coordinate along it
 Element = Callable[[Node, At_], str]
@@ -80,7 +80,17 @@ def region(n: Node, k: Kernel) -> str:
                 box.append(f"i_{scan}")
             case _:
                 return ""
-    return "" if tuple(order) != n.axes or any(k.padded(a) for a in order) else f"{n['tensor'].name}_[{', '.join(box)}]"
+    return "" if tuple(order) != n.axes or any(k.padded(a) for a in order) \
+        else f"{n['tensor'].name}_[{', '.join(members_first(n, box))}]"
+
+
+def members_first(n: Node, indices: list[str]) -> list[str]:
+    """Indices of a tensor, by its dimensions, as they are where its memory has the members of groups apart."""
+    tensor: Tensor = n["tensor"]
+    if not tensor.members:
+        return indices
+    i, size = tensor.dims.index(tensor.members[0]), "T.truncdiv({}, {})".format(*tensor.members)
+    return [f"T.truncmod({indices[i]}, {size})", *indices[:i], f"T.truncdiv({indices[i]}, {size})", *indices[i + 1:]]
 
 
 def several(n: Node) -> bool:
@@ -133,7 +143,7 @@ def where(n: Node, at: At_, k: Kernel, whole: bool = False, first: str = "t0", r
             case Members():
                 indices.append("i" if len(members) == 1 else f"T.truncmod(i, {members[-1]})")
     condition = reduce(lambda a, b: f"T.And({a}, {b})", inside) if inside else ""
-    return f"{n['tensor'].name}_[{', '.join(indices)}]", condition
+    return f"{n['tensor'].name}_[{', '.join(members_first(n, indices))}]", condition
 
 
 def load(l: Element, n: Node, at: At_, k: Kernel) -> str:

@@ -23,15 +23,27 @@ def _empty(wanted: tuple[str, ...], *inputs: Tensor | None) -> list[Tensor]:
             for name in wanted if (x := like[name]) is not None]
 
 
+def _together(wanted: tuple[str, ...], q: Tensor, k: Tensor, *others: Tensor | None) -> list[Tensor]:
+    """The same, those of q and k in one piece of memory, which then holds what both are made of until they are stored
+    (`temporaries.overwritten`)."""
+    if wanted[:2] != ("q", "k") or q.shape != k.shape or q.dtype != k.dtype:
+        return _empty(wanted, q, k, *others)
+    d_q, d_k = q.new_empty((2, *q.shape))
+    return [d_q, d_k, *_empty(wanted[2:], q, k, *others)]
+
+
 def run(d_o: Tensor, d_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float,
         initial_state: Tensor | None, cu_seqlens: Tensor | None, l2norm: bool, beta_sigmoid: bool, neg_eigval: bool,
-        state_v_first: bool, wanted: tuple[str, ...], asked: str, kept: list[Tensor], keep: str) -> list[Tensor]:
+        state_v_first: bool, wanted: tuple[str, ...], asked: str, kept: list[Tensor], keep: str, direct: bool = True) \
+        -> list[Tensor]:
     """Gradients of the inputs named in `wanted`. d_o as o; d_state as the final state, None where it has no gradient. asked:
-    the policy that held in the forward, or WHEN_RUN. kept: what the forward left, where it was asked to `keep`."""
+    the policy that held in the forward, or WHEN_RUN. kept: what the forward left, where it was asked to `keep`. direct: past
+    the dispatcher."""
     if asked == policy.WHEN_RUN:
         asked = policy.asked()
     kind = kinds.of(q, k, v, g, beta, initial_state, cu_seqlens, None, state_v_first)
-    found = _empty(wanted, q, k, v, g, beta, initial_state)
+    # a custom op's results must not share memory
+    found = (_together if direct else _empty)(wanted, q, k, v, g, beta, initial_state)
     if kind.nothing:
         for name, x in zip(wanted, found):
             x.zero_() if name != "initial_state" or d_state is None else x.copy_(d_state)
@@ -56,7 +68,7 @@ def _chunk_backward(d_o: Tensor, d_state: Tensor | None, q: Tensor, k: Tensor, v
         -> list[Tensor]:
     """`run` as a custom op: names in `wanted` are separated by spaces."""
     return run(d_o, d_state, q, k, v, g, beta, scale, initial_state, cu_seqlens, l2norm, beta_sigmoid, neg_eigval,
-               state_v_first, tuple(wanted.split()), asked, kept, keep)
+               state_v_first, tuple(wanted.split()), asked, kept, keep, False)
 
 
 def _fake_backward(d_o: Tensor, d_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor,
