@@ -252,6 +252,20 @@ def members_apart(pipeline: Pipeline, tensor: str, group: str) -> Pipeline:
 
 
 @step
+def heads_first(pipeline: Pipeline) -> Pipeline:
+    """Lay out all temporaries that have one number for each token and head with the tokens of a head together: a chunk's are then
+    in one place, where they were as many heads apart."""
+    def change(old: Node, args: tuple[Node, ...]) -> Node | None:
+        if old.op in (Op.LOAD, Op.STORE) and old["tensor"].temp is True and len(old["index"]) == 2:
+            rows, at = old["index"]
+            if isinstance(rows, Rows) and isinstance(at, At):
+                tensor = replace(old["tensor"], dims=old["tensor"].dims[::-1])
+                return old.but(args, tensor=tensor, index=(at, rows))
+        return None
+    return tuple(verify(p.rebuild(change)) for p in pipeline)
+
+
+@step
 def store_as(pipeline: Pipeline, tensor: str, dtype: str) -> Pipeline:
     """Keep a temporary in another dtype."""
     def change(old: Node, args: tuple[Node, ...]) -> Node | None:

@@ -92,7 +92,8 @@ def inner_as_roles(base: Schedule, inner: Roles = INNER, chunks: int = WALK, apa
     kernels |= {"grads": KernelOptions(None, roles=inner, backend="tilelang"),
                 "rows": KernelOptions(None, 1, 1, backend=base.options("solve").backend)}
     steps = (*base.steps, *(APART if apart else ()), ("products_last", "grads"), ("in_parts", "grads", "bf16"),
-             ("rows_after", "grads", "rows"), ("made_again", "rows", "beta_kept"), ("walk", "grads", chunks))
+             ("rows_after", "grads", "rows"), ("made_again", "rows", "beta_kept"), ("heads_first",),
+             ("walk", "grads", chunks))
     width = base.name.rsplit("-", 1)[-1]                   # of Triton's scans
     name = base.name.removesuffix(f"-{width}" if width.isdigit() and "segments" not in base.name else "")
     return replace(base, name=name + "-inner" + f"-{chunks}" * (chunks != WALK), steps=steps, kernels=tuple(kernels.items()))
