@@ -39,7 +39,8 @@ SHORTLY = {n.replace("throughout", "throughout, short walks"): f"{way}-short" fo
 UNEVEN = {f"roles throughout, {walk}adjoints in halves": f"roles-back-halves-aside-throughout{name}"
           for walk, name in (("", ""), ("short walks, ", "-short"))}
 SINGLY = {"roles throughout, single chunks, in halves": "roles-halves-aside-throughout-single"}
-IN_SEGMENTS = {f"roles throughout, segments of {SEGMENT}": "roles-segments-throughout-short"}
+IN_SEGMENTS = {f"roles throughout, segments of {SEGMENT}": "roles-segments-throughout-short",
+               f"roles throughout, long walks, segments of {SEGMENT}": "roles-segments-throughout"}
 NAMES = ROLES | THROUGHOUT | SHORTLY | UNEVEN | SINGLY | IN_SEGMENTS
 
 
@@ -68,7 +69,8 @@ def shipped() -> Iterator[tuple[Cell, int | None, str, str, str]]:
             yield Cell(f"accuracy of the backward's {how}, bf16", NO_STATE, "bf16", PEERS), None, kind, "nothing", how
     for how in IN_SEGMENTS:
         for cell, kind in cut(SEGMENT, KINDS[1:]):
-            yield replace(cell, name=f"{cell.name}, by roles"), None, kind, "nothing", how
+            walks = ", long walks" * ("long walks" in how)
+            yield replace(cell, name=f"{cell.name}, by roles{walks}"), None, kind, "nothing", how
 
 
 def by_roles(ways: str, row: str, halves: str = "") -> Iterator[tuple[Cell, str, str]]:

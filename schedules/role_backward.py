@@ -141,6 +141,7 @@ WAYS = {"roles-aside": Way(aside=True, fine=0), "roles": Way(fine=0),
         "roles-halves-aside-throughout-single": Way(BOTH, aside=True, walk=SINGLE),
         "roles-back-halves-aside-throughout": Way(BACK_ONLY, aside=True, walk=WALK),
         "roles-back-halves-aside-throughout-short": Way(BACK_ONLY, aside=True, walk=SHORT),
+        "roles-segments-throughout": Way(segment=SEGMENT, walk=WALK),
         "roles-segments-throughout-short": Way(segment=SEGMENT, walk=SHORT)}
 
 
