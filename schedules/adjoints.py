@@ -22,24 +22,33 @@ ONLY = "all five gradients and no state's, value heads that share a key head, bf
     "or kept"
 
 
-def in_segments(base: Schedule, instance: Instance, segment: int, plan: str = "gathered-segments") -> Schedule:
+# where scans are roles: u's gradient by the outputs first, then all that states at segments' ends are made of, beside each other
+AT_ONCE = (("move", "back_reach", "again_transition"), ("move", "local", "again_transition"),
+           ("move", "back_transition", "again_compose"), ("move", "back_offset", "again_compose"), ("move", "back_compose", "again"))
+
+
+def in_segments(base: Schedule, instance: Instance, segment: int, plan: str = "gathered-segments", roles: bool = False) \
+        -> Schedule:
     """The plan "segments" or a kin of it, with that many chunks to a segment, and for the kernels that `base` has too (of whole
     scans, its last kernels the same) the options of that. Segments are stored beside each other, so that nothing follows their
     scans. Wide tiles, for there are blocks enough, and two stages of the adjoint's loads, so that two blocks have a
-    multiprocessor. What is gathered runs beside the kernels before it where it reads nothing of these."""
+    multiprocessor. What is gathered runs beside the kernels before it where it reads nothing of these. roles: will
+    scan, in one block for each segment, which follows nothing."""
     steps = backward_plan(plan, instance.program, instance.io, keep=instance.keep, beta=instance.beta, segment=segment,
                           norm=plan != "segments" and instance.switches.l2norm)
+    steps = (*(s for s in steps if s[0] != "move"), *AT_ONCE) if roles else steps
     chosen = {k: replace(o, follows=False) for k, o in base.kernels}
     moves = instance.switches.erase or instance.switches.decay != "none"           # a state, but for what is added to it
     for prefix in (str(s[4]) for s in steps if s[0] == "segment"):
         name = prefix.removesuffix("_")
         scan = KernelOptions(32, 4, 2 if name == "back" else 3)
-        chosen |= {name: scan, f"{prefix}offset": replace(scan, follows=moves), f"{prefix}compose": KernelOptions(32, 8, 1)}
+        chosen |= {name: scan, f"{prefix}offset": replace(scan, follows=moves), f"{prefix}compose": KernelOptions(32, 8, 1 + roles)}
         chosen |= {f"{prefix}transition": scan} if moves else {}                   # beside the offset: neither reads the other
         chosen |= {f"{prefix}reach": KernelOptions(None, 1, 1)} if any(s[0] == "forget" for s in steps) else {}
     if any(s[0] == "move" for s in steps):
         heads = any(s[0] == "sum_after" for s in steps)    # grads comes after these; else after inner, which it needs
-        beside = ("back_reach", "back_transition", "local", "back_offset", "again", *(("grads",) if heads else ()))
+        beside = ("back_reach", "back_transition", "local", "back_offset", "back_compose" if roles else "again",
+                  *(("grads",) if heads else ()))
         chosen |= {k: replace(o, follows=True) for k, o in chosen.items() if k in beside}
     return Schedule(f"backward-{plan}-{segment}", steps=steps).with_options(**chosen)
 

@@ -172,11 +172,18 @@ def way(instance: Instance, sequences: int, heads: int, tokens: int, units: int)
         return made(BOTH, aside=True, walk=walk)
     cut = adjoints.roles_win(sequences, heads, tokens, units, SEGMENT, instance.varlen)
     if cut and adjoints.can(instance):
-        return made(segment=SEGMENT, walk=SHORT)           # of its walks the only ones that were timed and run on all cells
+        return made(segment=SEGMENT, walk=min((WALK, SHORT), key=lambda n: after_segments(tokens * heads, units, n)))
     if tokens <= BRIEF * sequences:
         return made(BOTH, aside=True, walk=SINGLE)
     segments = f"would be the fastest, but serve only {adjoints.ONLY}" if cut else "would take longer than triton"
     return f"{few}; or 16 value heads, or at most {BRIEF} tokens a sequence in the mean; segments {segments}"
+
+
+def after_segments(work: int, units: int, walk: int) -> int:
+    """How long what comes after segments takes in walks of so many chunks, in the time of a value head's chunk, two of them to
+    a key head; a block takes one more to begin. work: tokens x value heads. (Fitted to four shapes: docs/performance-log.md.)"""
+    blocks = -(-work // (2 * CHUNK * walk))
+    return -(-blocks // units) * (1 + 2 * walk)
 
 
 def served(base: Schedule, instance: Instance, how: Way, inverses: bool = True) -> Schedule:
@@ -184,7 +191,7 @@ def served(base: Schedule, instance: Instance, how: Way, inverses: bool = True) 
     base: "gathered-turns". inverses: roles make these too."""
     fine = arithmetic(instance, how).fine
     last = fine > 0 and scales_all(instance)
-    made = as_roles(adjoints.in_segments(base, instance, how.segment, adjoints.TURNS), fine=fine, scale_last=last) \
+    made = as_roles(adjoints.in_segments(base, instance, how.segment, adjoints.TURNS, True), fine=fine, scale_last=last) \
         if how.segment else as_roles(base, AGAIN, BACK_ALONE, how.halves, how.aside, fine, last)
     few = how.walk in (SHORT, SINGLE) and not how.segment  # inverses: `way` has counted; segments are of long sequences
     made = inner_as_roles(made, chunks=how.walk, apart=instance.grouped) if how.walk else made
