@@ -221,8 +221,8 @@ def test_on_a_gpu(name: str) -> None:
     (8, 32, 32768, "roles-throughout"), (2, 33, 8192, "roles-aside-throughout"),
     (8, 8, 8192, "roles-halves-aside-throughout-short"), (8, 4, 8192, "roles-aside-throughout-short"),
     (1, 16, 8192, "roles-halves-aside-throughout-short"),
-    (1, 16, 32768, "roles-halves-aside-throughout"), (1, 8, 32768, "roles-segments-throughout-short"),
-    (1, 4, 32768, "roles-segments-throughout-short"), (4, 8, 4096, "roles-halves-aside-throughout-single"),
+    (1, 16, 32768, "roles-halves-aside-throughout"), (1, 8, 32768, "roles-segments-throughout"),
+    (1, 4, 32768, "roles-segments-throughout"), (4, 8, 4096, "roles-halves-aside-throughout-single"),
     (1, 4, 768, "roles-halves-aside-throughout-single"), (1, 4, 8192, 0), (2, 8, 8192, 0), (1, 4, 16384, 16)])
 def test_what_serves(sequences: int, heads: int, tokens: int, how: str | int) -> None:
     """Whole heads or halves, beside each other where the blocks of one scan have a multiprocessor each; segments where few
@@ -257,7 +257,7 @@ def test_what_roles_do_not_serve_says_why(flags: tuple[str, ...], tokens: int) -
 
 
 @pytest.mark.parametrize(("change", "sequences", "heads", "tokens", "how"), [
-    ({"varlen": False}, 4, 4, 32768, "segments would take longer"), ({"varlen": True}, 4, 4, 32768, Way(segment=32, walk=2)),
+    ({"varlen": False}, 4, 4, 32768, "segments would take longer"), ({"varlen": True}, 4, 4, 32768, Way(segment=32, walk=8)),
     ({"varlen": False}, 4, 16, 8192, Way((), True, walk=2)), ({"varlen": True}, 4, 16, 8192, Way(BOTH, True, walk=2)),
     ({"varlen": True}, 1, 64, 8192, Way((), True, walk=8)), ({"grouped": False}, 1, 16, 8192, Way(BOTH, True, walk=8)),
     ({"switches": Switches(l2norm=True)}, 1, 8, 32768, "nothing normalised"), ({"grouped": False}, 1, 8, 32768, "that share"),
