@@ -37,7 +37,9 @@ def product(factors: list[str | int]) -> str:
 
 
 def stride(kernel: Kernel, tensor: Tensor, position: int) -> list[str | int]:
-    return [size(kernel, d) for d in tensor.dims[position + 1:]]
+    """How far apart places along a dimension are, as factors. Sequences of a dense batch lie one after another."""
+    inner = tensor.dims[position + 1:]
+    return [x for d in inner for x in (["N", "T"] if d == "T" and not kernel.varlen else [size(kernel, d)])]
 
 
 def address(kernel: Kernel, node: Node) -> Address:

@@ -22,9 +22,11 @@ ONLY = "all five gradients and no state's, value heads that share a key head, bf
     "or kept"
 
 
-# where scans are roles: u's gradient by the outputs first, then all that states at segments' ends are made of, beside each other
-AT_ONCE = (("move", "back_reach", "again_transition"), ("move", "local", "again_transition"),
-           ("move", "back_transition", "again_compose"), ("move", "back_offset", "again_compose"), ("move", "back_compose", "again"))
+# where scans are roles, which follow nothing: what again's segments start with beside u's gradient by the outputs, which what
+# back's do then needs, beside again's compose
+AT_ONCE = (("move", "back_reach", "again_transition"), ("move", "local", "again_compose"),
+           ("move", "back_offset", "again_compose"), ("move", "back_transition", "again_compose"),
+           ("move", "back_compose", "again"))
 
 
 def in_segments(base: Schedule, instance: Instance, segment: int, plan: str = "gathered-segments", roles: bool = False) \
@@ -42,12 +44,14 @@ def in_segments(base: Schedule, instance: Instance, segment: int, plan: str = "g
     for prefix in (str(s[4]) for s in steps if s[0] == "segment"):
         name = prefix.removesuffix("_")
         scan = KernelOptions(32, 4, 2 if name == "back" else 3)
-        chosen |= {name: scan, f"{prefix}offset": replace(scan, follows=moves), f"{prefix}compose": KernelOptions(32, 8, 1 + roles)}
+        late = roles and name == "back"                    # local is before its offset, which reads that
+        chosen |= {name: scan, f"{prefix}offset": replace(scan, follows=moves and not late),
+                   f"{prefix}compose": KernelOptions(32, 8, 1 + roles)}
         chosen |= {f"{prefix}transition": scan} if moves else {}                   # beside the offset: neither reads the other
         chosen |= {f"{prefix}reach": KernelOptions(None, 1, 1)} if any(s[0] == "forget" for s in steps) else {}
     if any(s[0] == "move" for s in steps):
         heads = any(s[0] == "sum_after" for s in steps)    # grads comes after these; else after inner, which it needs
-        beside = ("back_reach", "back_transition", "local", "back_offset", "back_compose" if roles else "again",
+        beside = ("back_reach", "back_transition", "local", *(("again_compose",) if roles else ("back_offset", "again")),
                   *(("grads",) if heads else ()))
         chosen |= {k: replace(o, follows=True) for k, o in chosen.items() if k in beside}
     return Schedule(f"backward-{plan}-{segment}", steps=steps).with_options(**chosen)
@@ -101,4 +105,5 @@ def roles_win(sequences: int, heads: int, tokens: int, units: int, size: int, pa
     both = max(-(-segments * scans // units) * SCANS_ROLES * size, BYTES_ROLES * work)
     takes = both + states(segments, size) + BETWEEN + REST_ROLES * work
     whole = uncut(chunks * (UNEQUAL if packed and sequences > 2 else 1), scans, work, units)
-    return size < chunks and takes < min(WORTH_ROLES * whole, *(cut(chunks, scans, work, units, n) for n in LENGTHS))
+    worth = WORTH if sequences == 1 else WORTH_ROLES       # roles load a sequence's last chunk row by row
+    return size < chunks and takes < min(worth * whole, *(cut(chunks, scans, work, units, n) for n in LENGTHS))

@@ -180,8 +180,9 @@ def way(instance: Instance, sequences: int, heads: int, tokens: int, units: int)
 
 
 def after_segments(work: int, units: int, walk: int) -> int:
-    """How long what comes after segments takes in walks of so many chunks, in the time of a value head's chunk, two of them to
-    a key head; a block takes one more to begin. work: tokens x value heads. (Fitted to four shapes: docs/performance-log.md.)"""
+    """How long what comes after segments takes in walks of so many chunks, in the time of a value head's chunk, two of them
+    to a key head; a block takes one more to begin. work: tokens x value heads. (Fitted to nine shapes, of which it takes the
+    slower for none by more than 1%: docs/performance-log.md.)"""
     blocks = -(-work // (2 * CHUNK * walk))
     return -(-blocks // units) * (1 + 2 * walk)
 

@@ -95,6 +95,12 @@ def of_backward(cell: Cell, tile: int | None = None, plan: str = "", heads: tupl
     return {"error": worst(found["errors"].values())}
 
 
+def of_heads_first(cell: Cell, plan: str) -> dict[str, Any]:
+    """A backward whose temporaries have a head's numbers together."""
+    steps = (*backward_plan(plan, backward_of(cell).program, cell.io), ("heads_first",))
+    return {"error": worst(check(cell, BACKEND, ARCH, schedule=Schedule("x", 64, steps))["errors"].values())}
+
+
 def of_lifetimes(cell: Cell, plan: str) -> dict[str, Any]:
     """A backward whose temporaries are overwritten before each kernel at whose moment they are not needed, as those that share
     their memory may do: how far its gradients are from those of the same without. Then each temporary is said to be needed for
@@ -166,7 +172,7 @@ def main() -> None:
     """Cases: ["program", name], ["cell", name], ["recurrent", cell's name], ["backward", cell's name] (also: V in tiles of a
     number, a plan's name, heads, whether sparing, chunks of a segment, tokens, kind of inputs, columns of K that grads
     steps through),
-    ["lifetimes", cell's name, plan's name], ["hosted", cell's name, plan's name],
+    ["lifetimes", cell's name, plan's name], ["hosted", ...], ["heads first", ...],
     ["kept", cell's name, what is kept], ["plan", plan's name, cell's name, chunk] (also: chunks of a segment, and V in tiles of
     a number), ["mutant", number] or ["correlated", plan's name, top of beta]."""
     cells = {c.name: c for c in table()}
@@ -188,6 +194,8 @@ def main() -> None:
                 found[json.dumps(case)] = {"error": worst(errors)}
             elif case[0] == "lifetimes":
                 found[json.dumps(case)] = of_lifetimes(cells[case[1]], case[2])
+            elif case[0] == "heads first":
+                found[json.dumps(case)] = of_heads_first(cells[case[1]], case[2])
             elif case[0] == "hosted":
                 found[json.dumps(case)] = of_hosted(cells[case[1]], case[2])
             elif case[0] == "mutant":

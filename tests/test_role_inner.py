@@ -12,6 +12,7 @@ from gdn_ir.backends.base import SHARED, Kernel
 from gdn_ir.backends.tilelang.roles import RolePrinter
 from gdn_ir.backends.tilelang.runtime import lowered
 from gdn_ir.bench import gradients
+from gdn_ir.bench.gradients import backward_of
 from gdn_ir.bench.errors import relative
 from gdn_ir.cache import load_source
 from gdn_ir.compiler import Unsupported, Variant, variant
@@ -24,7 +25,9 @@ from gdn_ir.schedules.defaults import whole_scans
 from gdn_ir.schedules.execute import execute
 from gdn_ir.schedules.plans import backward_plan
 from gdn_ir.schedules.role_backward import as_roles, inner_as_roles
+from gdn_ir.schedules.schedule import Schedule
 from gdn_ir.schedules.roles import AGAIN, BACK_ALONE, INNER, Event, Roles
+from tests.differential import interpreted
 from tests.test_backward import AXES, CU, FAMILY, in_f64, memory
 from tests.test_role_backward import executed
 from tests.test_role_kernels import TILELANG, spilled, synchronised
@@ -169,6 +172,16 @@ def test_layout_and_what_is_made_again_change_nothing(decay: str, erase: bool) -
     got = given | run_pipeline(list(made), given, sizes, {"scale": 0.7})
     for n in (n for n in want if n.startswith("d_")):
         assert float((got[n] - want[n]).abs().max()) < 1e-10, n
+
+
+def test_heads_first_of_batches_and_of_packed_sequences() -> None:
+    """By Triton's interpreter: of a batch all sequences' tokens of a head lie together."""
+    names = [f"gated delta rule, f32, {layout}" for layout in ("dense", "varlen", "GVA")]
+    found = interpreted([["heads first", n, "gathered-turns"] for n in names])
+    assert all(float(str(v.get("error", "nan"))) < 2e-5 for v in found.values()), found
+    kernels = variant(backward_of(replace(SMALL, layout=replace(SMALL.layout, lengths=(64, 64), varlen=False))), Schedule(
+        "x", 64, (*backward_plan("gathered-turns", backward_of(SMALL).program), ("heads_first",))), "triton", "sm_90").compiled
+    assert any("i_HV * (N * T)" in s.text for s in kernels.sources)
 
 
 def test_what_layouts_and_what_is_made_again_refuse() -> None:
