@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gdn_ir.schedules import adjoints, role_backward
-from gdn_ir.schedules.plans import CHUNK, Steps, backward_plan, narrow, plan
+from gdn_ir.schedules.plans import CHUNK, Steps, backward_plan, finer, narrow, plan
 from gdn_ir.schedules.role_solve import WALK, solve_as_roles, walk
 from gdn_ir.schedules.roles import FUSED, SOLVED, Roles
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
@@ -315,6 +315,7 @@ def whole_scans(arch: str, instance: Instance, sequences: int, heads: int, backe
             "any device: one pass over the chunks each way, the rest of them at once"
     if backend == "tilelang" and max(instance.K, instance.V) > 128:
         raise ValueError(f"no schedule of a backward for K x V of {instance.K} x {instance.V} by tilelang yet; 128 at most")
+    steps = finer(steps, instance.io) if backend == "triton" and narrow(instance.io) else steps
     both = any(step[0] == "move" for step in steps)        # scans, beside each other
     width = 32 if backend == "tilelang" else scan_width(arch, instance, (1 + both) * sequences * heads)
     carried = instance.program.scans()[-1]["carries"]      # none where nothing passes from chunk to chunk, in reverse

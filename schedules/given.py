@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gdn_ir.build import eye, tri_solve
-from gdn_ir.nodes import LEFT, IRError, Node, Op, make
+from gdn_ir.nodes import LEFT, IRError, Node, Op, Tensor, make
 from gdn_ir.program import Program, ScanView, substitute
 from gdn_ir.rewrite import simplify
 from gdn_ir.schedules.partition import place_of, scan_of
@@ -65,6 +65,17 @@ def given(pipeline: Pipeline, name: str, dtype: str = "io", solves: str = "") ->
             p = replace_node(p, value, make(Op.LOAD, (), tensor=tensor, index=where))
         found.append(verify(p))
     return tuple(found)
+
+
+def inverse_left(pipeline: Pipeline, tensor: Tensor) -> bool:
+    """Whether a tensor is an inverse that the forward left: by a name of which the forward has no value, `given` reads nothing
+    else."""
+    forward = next((simplify(p.forward) for p in pipeline if p.forward), None)
+    stored = any(tensor.name in p.written() for p in pipeline)
+    if forward is None or not tensor.left or stored:
+        return False
+    carries = {c for r in forward.scans() for c in r["carries"]}
+    return tensor.name not in carries | {note.name for note in forward.notes.values()}
 
 
 def _read_back(p: Program, scan: ScanView, value: Node) -> Node:

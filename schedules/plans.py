@@ -122,6 +122,14 @@ def narrow(beta: str) -> bool:
     return beta in ("bf16", "f16")
 
 
+def finer(steps: Steps, io: str) -> Steps:
+    """The steps of a backward's plan, and then those by which what rounding to io takes of its inverses' operands is not lost
+    (`diagonal`)."""
+    kernels = next((s[2:] for s in steps if s[0] == "separate"), ("back",))
+    where = {"u_again": kernels[0], "d_r": kernels[-1]}
+    return (*steps, *(("diagonal", where[s[1]], s[1], io) for s in steps if s[0] == "invert"))
+
+
 def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64, block: int = 16, keep: str = "nothing",
                   beta: str = "", segment: int = 32, norm: bool = False) -> Steps:
     """The steps of a plan of a derived backward: those whose values `program` has (it computes only the gradients that were

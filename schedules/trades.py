@@ -17,6 +17,7 @@ from gdn_ir.build import cast, dot, eye, reduce_sum
 from gdn_ir.nodes import REAL, Node, Op, base, twin
 from gdn_ir.program import Program, ScanView, substitute, toposort
 from gdn_ir.rewrite import constant, simplify
+from gdn_ir.schedules.given import inverse_left
 from gdn_ir.schedules.pipeline import IllegalStep, Pipeline, named, put, refuse, replace_node, step
 from gdn_ir.schedules.sums import Nodes, by_other_products, everywhere, terms_along, without_products
 from gdn_ir.schedules.terms import Term, addends, factors, is_elem, multiply, straight, total
@@ -245,7 +246,8 @@ def diagonal(pipeline: Pipeline, kernel: str, name: str, dtype: str) -> Pipeline
     product = straight(u)
     inverses = {n["tensor"].name for q in pipeline for n in q.nodes() if n.op is Op.STORE and _inverse(_itself(n.args[0]))}
     left = _itself(product.args[0])
-    if product.op is not Op.DOT or not (_inverse(left) or (left.op is Op.LOAD and left["tensor"].name in inverses)):
+    read = left.op is Op.LOAD and (left["tensor"].name in inverses or inverse_left(pipeline, left["tensor"]))
+    if product.op is not Op.DOT or not (_inverse(left) or read):
         raise refuse("diagonal", p, u, f"{name} is not the product of an inverse")
     A, turned = product.args
     x = turned.twin(base(product["over"]))
