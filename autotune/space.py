@@ -20,7 +20,7 @@ from gdn_ir.program import Program
 from gdn_ir.schedules import adjoints
 from gdn_ir.schedules.defaults import (CROWDED, FUSED_LENGTHS, LENGTHS, backward_by_roles, default, forward_by_roles,
                                        lean, roles_can, segmented, whole_scans)
-from gdn_ir.schedules.plans import Steps, backward_plan, plan
+from gdn_ir.schedules.plans import Steps, backward_plan, finer, plan
 from gdn_ir.schedules.role_backward import WAYS
 from gdn_ir.schedules.role_solve import SHORT, WALK
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
@@ -197,7 +197,9 @@ def based(frame: Frame, backend: str, arch: str, instance: Instance, heads: int)
     known = {n: o if not o.follows or (n in behind and can_follow(behind[n], next(p for p in pipeline if p.name == n)))
              else replace(o, follows=False) for n, o in known.items()}
     options = {n: known.get(n, MODEST if arch not in ("cpu", "torch") else KernelOptions()) for n in names}
-    made = Schedule(frame.plan, frame.chunk, frame.steps(instance) if names else (("illegal",),), dot=frame.dot)
+    steps = frame.steps(instance) if names else (("illegal",),)
+    steps = finer(steps, instance.io, instance.K) if instance.grads and backend == "triton" else steps     # as what serves
+    made = Schedule(frame.plan, frame.chunk, steps, dot=frame.dot)
     return replace(made, kernels=(("*", MODEST if arch not in ("cpu", "torch") else KernelOptions()), *options.items()))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from gdn_ir.schedules.plans import backward_plan, finer, narrow
+from gdn_ir.schedules.plans import backward_plan, finer
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ def in_segments(base: Schedule, instance: Instance, segment: int, plan: str = "g
     scan, in one block for each segment, which follows nothing."""
     steps = backward_plan(plan, instance.program, instance.io, keep=instance.keep, beta=instance.beta, segment=segment,
                           norm=plan != "segments" and instance.switches.l2norm)
-    steps = finer(steps, instance.io) if narrow(instance.io) else steps
-    steps = (*(s for s in steps if s[0] != "move"), *AT_ONCE) if roles else steps
+    steps = (*(s for s in steps if s[0] != "move"), *AT_ONCE) if roles else finer(steps, instance.io, instance.K)
     chosen = {k: replace(o, follows=False) for k, o in base.kernels}
     moves = instance.switches.erase or instance.switches.decay != "none"           # a state, but for what is added to it
     for prefix in (str(s[4]) for s in steps if s[0] == "segment"):

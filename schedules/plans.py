@@ -63,6 +63,7 @@ PLANS = {"forward": ("naive", "fused", "solve", "states", "wy", "segments", "cut
 KEEP = ("nothing", "inverse", "states")                    # each with what those before it leave
 WIDENS = PLANS["backward"][3:]                              # scans read a float32 beta
 CHUNK = 64                                                 # tokens of a chunk of which something is left
+SMALL = 64                                                 # K up to which one product more of a state costs little
 LESS: Steps = (("factor",), ("regroup",), ("exchange",), ("symmetric",))       # fewer products than reverse mode derives
 
 
@@ -122,12 +123,17 @@ def narrow(beta: str) -> bool:
     return beta in ("bf16", "f16")
 
 
-def finer(steps: Steps, io: str) -> Steps:
-    """The steps of a backward's plan, and then those by which what rounding to io takes of its inverses' operands is not lost
-    (`diagonal`)."""
-    kernels = next((s[2:] for s in steps if s[0] == "separate"), ("back",))
-    where = {"u_again": kernels[0], "d_r": kernels[-1]}
-    return (*steps, *(("diagonal", where[s[1]], s[1], io) for s in steps if s[0] == "invert"))
+def finer(steps: Steps, io: str, K: int) -> Steps:
+    """The steps of a plan, and in bf16 then those by which less is lost than its products' operands round: of its inverses'
+    (`diagonal`), and, where products over K are small, of what is written to the state that the forward carries (`in_parts`:
+    one product more). f16 rounds an eighth as much: it errs little enough."""
+    kernels = next((s[2:] for s in steps if s[0] == "separate"), ("scan",))
+    more: list[tuple[str | int, ...]] = []
+    for name in (s[1] for s in steps if s[0] == "invert" and io == "bf16"):
+        more += [("diagonal", kernels[-1 if name == "d_r" else 0], name, io)]
+        carried = {"u": "S", "u_again": "S_again"}.get(str(name), "")
+        more += [("in_parts", kernels[0], io, carried)] if carried and K <= SMALL else []
+    return (*steps, *more)
 
 
 def backward_plan(name: str, program: Program, io: str = "bf16", chunk: int = 64, block: int = 16, keep: str = "nothing",

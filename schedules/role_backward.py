@@ -52,7 +52,7 @@ def as_roles(base: Schedule, again: Roles = AGAIN, back: Roles = BACK, halves: t
         raise ValueError(f"as_roles.aside: got true with {base.name}; accepts a schedule of whole sequences: segments fill the "
                          "GPU by themselves")
     alone = any(e.do == "issue" and e.value == "qk" for r in back.roles for e in r.events)
-    steps = tuple(s for s in base.steps if s not in FINER)  # of Triton's scans
+    steps = tuple(s for s in base.steps if s not in FINEST)  # of Triton's scans
     steps = without_local(steps) if alone else steps
     last = "inner" if "inner" in dict(base.kernels) else "grads"               # what follows both scans
     kept = {k: replace(o, follows=o.follows and k != last) for k, o in base.kernels if not alone or k != "local"}
