@@ -1,4 +1,5 @@
-"""A backward by roles with finer arithmetic: its steps, the text of its scans, what they err less, what nvcc makes of them."""
+"""A backward with finer arithmetic, by roles and by Triton: its steps, the text of roles' scans, what they err less, what nvcc
+makes of them."""
 from __future__ import annotations
 
 from dataclasses import replace
@@ -16,15 +17,15 @@ from gdn_ir.build import elem
 from gdn_ir.bench.errors import relative
 from gdn_ir.bench.experiments.roundings import draw
 from gdn_ir.cache import load_source
-from gdn_ir.compiler import Variant, variant
+from gdn_ir.compiler import Instance, Variant, variant
 from gdn_ir.coverage import Cell, Layout
 from gdn_ir.interp import Sizes, run, run_pipeline
-from gdn_ir.nodes import Op
+from gdn_ir.nodes import LEFT, Op
 from gdn_ir.programs.gated_delta import Switches, build
 from gdn_ir.schedules import steps
-from gdn_ir.schedules.defaults import whole_scans
+from gdn_ir.schedules.defaults import default, whole_scans
 from gdn_ir.schedules.execute import execute
-from gdn_ir.schedules.plans import backward_plan
+from gdn_ir.schedules.plans import KEEP, Steps, backward_plan, finer, left, plan
 from gdn_ir.schedules.role_backward import (BACK_ONLY, BOTH, FINER, FINEST, Way, as_roles, inner_as_roles, served,
                                             the_rest_by)
 from gdn_ir.schedules.roles import AGAIN, BACK_ALONE
@@ -182,3 +183,83 @@ def test_the_decay_s_gradient_errs_less(kind: str) -> None:
         found = [relative(gradients.run(v, cell, x)["d_g"], want) for x, want in zip(drawn, wanted, strict=True)]
         errors.append((sum(e * e for e in found) / len(found)) ** 0.5)
     assert errors[1] < 0.92 * errors[0] and errors[2] < 0.85 * errors[0]
+
+
+# ---- Triton -----------------------------------------------------------------------------------------------------------------
+
+GRADS = ("q", "k", "v", "g", "beta")
+OF_U, OF_D_R = ("diagonal", "again", "u_again", "bf16"), ("diagonal", "back", "d_r", "bf16")
+OF_STATE = ("in_parts", "again", "bf16", "S_again")
+
+
+def fine_steps(steps: Steps) -> Steps:
+    return tuple(s for s in steps if s[0] in ("diagonal", "in_parts"))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_triton_s_backward_is_finer_in_bf16(size: int, arch: str) -> None:
+    """Whatever it computes itself; what it is given, the forward made so."""
+    def served(keep: str = "nothing", grads: tuple[str, ...] = GRADS, io: str = "bf16", backend: str = "triton", **on: bool) \
+            -> Steps:
+        i = Instance(Switches(**on), size, size, io, io, True, grads, keep=keep)                       # type: ignore[arg-type]
+        return fine_steps(default(arch if backend == "triton" else "torch", i, 1, 32, 8192, backend)[0].steps)
+    state, forward_s = ((OF_STATE,), (("in_parts", "scan", "bf16", "S"),)) if size == 64 else ((), ())
+    for keep in ("nothing", "inverse"):
+        assert served(keep) == (OF_U, *state, OF_D_R)
+        assert served(keep, grads=()) == ()
+    assert served("states") == (OF_D_R,)
+    assert served("states", grads=()) == (("diagonal", "scan", "u", "bf16"), *forward_s)
+    assert served(grads=("v",)) == (OF_D_R,) and served(grads=("q",))[0] == OF_U
+    assert served(io="f16") == served(io="f32") == served(erase=False) == served(backend="torch") == ()
+
+
+@pytest.mark.parametrize("keep", KEEP)
+@pytest.mark.parametrize("name", ["fused", "states", "grouped", "gathered", "gathered-turns"])
+def test_what_a_forward_leaves_is_taken_so_too(name: str, keep: str) -> None:
+    """Exact in the interpreter, where nothing rounds: an inverse that the forward left is one."""
+    f = build(STATES)
+    b = backward(f)
+    sizes = Sizes(AXES | {"X": 2}, CU)
+    given = memory(f, sizes) | memory(b, sizes)
+    want = run(b, given, sizes, {"scale": 0.7})
+    back = finer(backward_plan(name, b, "f64", 16, 4, keep), "bf16", 64)
+    ahead = plan("states", io="f64", chunk=16, block=4, sums=True, leave=left(keep))
+    ahead = finer(ahead, "bf16", 64) if keep == "states" else ahead
+    kernels = [k for p, made in ((f, ahead), (b, back)) for k in steps.apply(p, in_f64_too(in_f64(made)))]
+    got = run_pipeline(kernels, given, sizes, {"scale": 0.7})
+    for n in (n for n in want if n.startswith("d_")):
+        assert float((got[n] - want[n]).abs().max()) < 1e-10, n
+
+
+def test_what_a_forward_left_by_another_name_is_no_inverse() -> None:
+    p = backward(build())
+    made = steps.apply(p, backward_plan("states", p, keep="inverse"))
+    inverse = next(n for q in made for n in q.nodes() if n.op is Op.LOAD and n["tensor"].name == "A")
+    assert inverse["tensor"].temp == LEFT
+    for name in ("G", "S", "kk"):
+        other = inverse.but(tensor=replace(inverse["tensor"], name=name))
+        changed = tuple(q.rebuild(lambda n, _, other=other: other if n is inverse else None) for q in made)
+        with pytest.raises(steps.IllegalStep, match="diagonal: u_again is not the product of an inverse"):
+            diagonal(changed, *OF_U[1:])
+
+
+@pytest.mark.parametrize(("size", "bounds"), [(64, {"q": 0.93, "k": 0.9, "v": 0.9, "beta": 0.9, "g": 0.95}),
+                                              (128, {"q": 0.93, "k": 0.93, "v": 0.92, "beta": 0.93})])
+def test_what_triton_errs_less(size: int, bounds: dict[str, float]) -> None:
+    """By torch, products rounding as Triton's do, on model-like inputs: root mean squares over draws, beside those without.
+    (Of g no bound where only `diagonal` is taken: draws of it differ too much.)"""
+    cell = Cell("", Switches(final_state=True), "bf16", Layout((320, 80), True, 1, 2, size, size))
+    instance = gradients.backward_of(cell)
+    drawn = [draw(cell, "model", seed) for seed in range(12)]
+    wanted = [gradients.expected(cell, x, instance.grads) for x in drawn]
+    served = default("sm_90", instance, 2, 2, 400)[0].steps
+    plain = tuple(s for s in served if s not in fine_steps(served))
+    errors: list[dict[str, float]] = []
+    for made in (plain, served):
+        v = variant(instance, Schedule("x", steps=made, dot="bf16"), "torch", "torch")
+        found = [gradients.run(v, cell, x) for x in drawn]
+        errors.append({n: sum(relative(x[f"d_{n}"], want[n]) ** 2 for x, want in zip(found, wanted, strict=True)) ** 0.5
+                       for n in bounds})
+    for n, bound in bounds.items():
+        assert errors[1][n] < bound * errors[0][n], n
