@@ -259,6 +259,8 @@ def explain(*, H: int, HV: int, K: int = 128, V: int = 128, T: int, B: int = 1, 
                         f"{', '.join(Switches.__dataclass_fields__)}")
     if HV < H or HV % H:
         raise ValueError(f"HV: got {HV}; accepts a multiple of H = {H}")
+    if isinstance(grads, str):
+        raise ValueError(f"grads: got {grads!r}; accepts names in a tuple, as ('q', 'k')")
     instance = Instance(Switches(**switches), K, V, io, io, sequences is not None, tuple(grads),  # type: ignore[arg-type]
                         grouped=not grads or HV > H, recurrent=recurrent, keep=keep or policy.kept_by(bool(grads)))
     return explained(instance, arch, sequences or B, H, HV, B * T)

@@ -176,7 +176,8 @@ def way(instance: Instance, sequences: int, heads: int, tokens: int, units: int)
         return made(segment=SEGMENT, walk=min((WALK, SHORT), key=lambda n: after_segments(tokens * heads, units, n)))
     if tokens <= BRIEF * sequences:
         return made(BOTH, aside=True, walk=SINGLE)
-    segments = f"would be the fastest, but serve only {adjoints.ONLY}" if cut else "would take longer than triton"
+    segments = f"would be the fastest, but serve only {adjoints.ONLY}" if cut else \
+        f"would take longer than triton, sequences having {tokens // sequences} in the mean"
     return f"{few}; or 16 value heads, or at most {BRIEF} tokens a sequence in the mean; segments {segments}"
 
 

@@ -208,6 +208,9 @@ def test_gradients_of_q_and_k_are_one_piece_of_memory() -> None:
     d_q, d_k, d_v = torch.autograd.grad(o.sum(), [leaves[n] for n in ("q", "k", "v")])
     assert d_q.is_contiguous() and d_k.is_contiguous() and d_k.data_ptr() == d_q.data_ptr() + d_q.nbytes
     assert d_v.untyped_storage().data_ptr() != d_q.untyped_storage().data_ptr()
+    before = d_k._version
+    d_q.zero_()                                            # no change of k's, which a graph may hold
+    assert not d_q._is_view() and d_k._version == before and d_k.any()
     args = (torch.ones_like(o), None, *(t.detach() for t in leaves.values()), 0.1, None, None, False, False, False, False)
     found = torch.ops.gdn_ir.chunk_backward(*args, "q k v", "torch", [], "nothing")
     assert len({x.untyped_storage().data_ptr() for x in found}) == 3

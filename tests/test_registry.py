@@ -276,7 +276,7 @@ def test_other_gpus_are_served_by_torch(monkeypatch: pytest.MonkeyPatch) -> None
     ({"dtype": "int8"}, "dtype: got 'int8'; accepts"),
     ({"dtype": torch.int8}, r"dtype: got 'torch\.int8'; accepts"),
     ({"K": 20}, "K: got 20; accepts a multiple of 16 from 16 to 256"),
-    ({"T": -1}, "T: got -1"),
+    ({"T": -1}, "T: got -1"), ({"grads": "q,k"}, "grads: got 'q,k'; accepts names in a tuple"),
 ])
 def test_explain_refuses(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -28,7 +28,7 @@ def _together(wanted: tuple[str, ...], q: Tensor, k: Tensor, *others: Tensor | N
     (`temporaries.overwritten`)."""
     if wanted[:2] != ("q", "k") or q.shape != k.shape or q.dtype != k.dtype:
         return _empty(wanted, q, k, *others)
-    d_q, d_k = q.new_empty((2, *q.shape))
+    d_q, d_k = (x.data for x in q.new_empty((2, *q.shape)))            # no views: to change one does not touch the other
     return [d_q, d_k, *_empty(wanted[2:], q, k, *others)]
 
 
