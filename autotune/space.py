@@ -198,7 +198,7 @@ def based(frame: Frame, backend: str, arch: str, instance: Instance, heads: int)
              else replace(o, follows=False) for n, o in known.items()}
     options = {n: known.get(n, MODEST if arch not in ("cpu", "torch") else KernelOptions()) for n in names}
     steps = frame.steps(instance) if names else (("illegal",),)
-    steps = finer(steps, instance.io, instance.K) if instance.grads and backend == "triton" else steps     # as what serves
+    steps = finer(steps, instance.io, instance.K, arch) if instance.grads and backend == "triton" else steps      # as serves
     made = Schedule(frame.plan, frame.chunk, steps, dot=frame.dot)
     return replace(made, kernels=(("*", MODEST if arch not in ("cpu", "torch") else KernelOptions()), *options.items()))
 

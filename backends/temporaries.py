@@ -107,7 +107,8 @@ def outputs(kernels: Sequence[Kernel]) -> dict[str, Life]:
 def overwritten(kernels: Sequence[Kernel]) -> dict[str, tuple[str, ...]]:
     """Of temporaries, the tensor that their last reader may write in their place: where a block stores the one it has read the
     other, and nobody else reads that by then. Of one whose groups' members lie apart several, one after another in memory, as
-    many as there are members."""
+    many as there are members. (Pointers that a compiler takes to be apart then are not; what is loaded is in use before the
+    store that is made of it.)"""
     found: dict[str, tuple[str, ...]] = {}
     when, lives = moments(kernels), temporaries(kernels)
     begins = {n: life.first for n, life in (lives | outputs(kernels)).items()}
@@ -222,9 +223,18 @@ def as_large(spans: Mapping[str, Span], over: Mapping[str, tuple[str, ...]]) -> 
     return found
 
 
+def end_of_large(parts: Mapping[str, tuple[int, int]]) -> int:
+    """Where the block's first part ends, which has all that is not small, and whatever else begins in it. parts: where in the
+    block each begins, and its bytes."""
+    end = max((at + size for at, size in parts.values() if size >= SMALL), default=0)
+    while (reach := max((at + size for at, size in parts.values() if at < end), default=0)) > end:
+        end = reach
+    return -(-end // APART) * APART
+
+
 def in_order(kernels: Sequence[Kernel], launches: Sequence[Launch], hosted: bool = False) -> Launch:
     """A pipeline's launches one after another, their temporaries parts of one block; hosted: or of outputs, and over each
-    other, where each block of a kernel reads what it needs of a tensor once (`Backend.loads_once`)."""
+    other, where each block of a kernel reads what it needs of a tensor once (`Backend.loads_once`; roles do)."""
     temps, unset = temporaries(kernels), uncleared(kernels)
     hosts, over = (outputs(kernels), overwritten(kernels)) if hosted else ({}, {})
     several = {n: names for n, names in over.items() if len(names) > 1}
@@ -233,10 +243,8 @@ def in_order(kernels: Sequence[Kernel], launches: Sequence[Launch], hosted: bool
         """Bytes of the block's two parts, and of each temporary how a tensor of it is made."""
         spans, free = ({n: life.span(call) for n, life in some.items()} for some in (temps, hosts))
         places, total = placed(spans, free, as_large({**spans, **free}, {**over, **rows}))
-        blocks = {n: p for n, p in places.items() if p.where == BLOCK}
-        ends = (p.at + spans[n].size for n, p in blocks.items() if spans[n].size >= SMALL)
-        large = -(-max(ends, default=0) // APART) * APART
-        places |= {n: Place(REST, p.at - large) for n, p in blocks.items() if p.at >= large}
+        large = end_of_large({n: (p.at, spans[n].size) for n, p in places.items() if p.where == BLOCK})
+        places |= {n: Place(REST, p.at - large) for n, p in places.items() if p.where == BLOCK and p.at >= large}
         views = [View(name, *places[name], spans[name].size, STORED[t.dtype], call.shape(k, t))
                  for name, (k, t, *_) in temps.items()]
         return {BLOCK: large, REST: total - large}, views

@@ -22,11 +22,11 @@ ONLY = "all five gradients and no state's, value heads that share a key head, bf
     "or kept"
 
 
-# where scans are roles, which follow nothing: what again's segments start with beside u's gradient by the outputs, which what
-# back's do then needs, beside again's compose
-AT_ONCE = (("move", "back_reach", "again_transition"), ("move", "local", "again_compose"),
-           ("move", "back_offset", "again_compose"), ("move", "back_transition", "again_compose"),
-           ("move", "back_compose", "again"))
+# of the kernels before scans by roles: first what again's segments start with is made of, and beside it local; then what back's
+# are, which reads local, and beside it again's compose
+ORDER = (("move", "back_reach", "again_transition"), ("move", "local", "again_compose"),
+         ("move", "back_offset", "again_compose"), ("move", "back_transition", "again_compose"),
+         ("move", "back_compose", "again"))
 
 
 def in_segments(base: Schedule, instance: Instance, segment: int, plan: str = "gathered-segments", roles: bool = False) \
@@ -34,11 +34,12 @@ def in_segments(base: Schedule, instance: Instance, segment: int, plan: str = "g
     """The plan "segments" or a kin of it, with that many chunks to a segment, and for the kernels that `base` has too (of whole
     scans, its last kernels the same) the options of that. Segments are stored beside each other, so that nothing follows their
     scans. Wide tiles, for there are blocks enough, and two stages of the adjoint's loads, so that two blocks have a
-    multiprocessor. What is gathered runs beside the kernels before it where it reads nothing of these. roles: will
-    scan, in one block for each segment, which follows nothing."""
+    multiprocessor. What is gathered runs beside the kernels before it where it reads nothing of these. roles: these will
+    scan the segments, a block each, and start where all before them has ended."""
     steps = backward_plan(plan, instance.program, instance.io, keep=instance.keep, beta=instance.beta, segment=segment,
                           norm=plan != "segments" and instance.switches.l2norm)
-    steps = (*(s for s in steps if s[0] != "move"), *AT_ONCE) if roles else finer(steps, instance.io, instance.K)
+    steps = (*(s for s in steps if s[0] != "move"), *ORDER) if roles else \
+        finer(steps, instance.io, instance.K, "sm_90")     # segments of a backward are of Hopper
     chosen = {k: replace(o, follows=False) for k, o in base.kernels}
     moves = instance.switches.erase or instance.switches.decay != "none"           # a state, but for what is added to it
     for prefix in (str(s[4]) for s in steps if s[0] == "segment"):

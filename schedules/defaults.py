@@ -52,8 +52,8 @@ def default(arch: str, instance: Instance, sequences: int, heads: int, tokens: i
         raise ValueError(f"arch: got {arch!r}; accepts cpu, {', '.join(MULTIPROCESSORS)}")
     widen = arch == "sm_90" and backend == "triton" and instance.keep != "nothing" and narrow(instance.beta)
     steps = plan("states", erase, io, sums=decay, leave=instance.left, widen=widen)
-    if instance.keep == "states" and (backend, arch) == ("triton", "sm_90"):
-        steps = finer(steps, io, instance.K)               # u as a backward would make it, which reads that
+    if instance.keep == "states" and backend == "triton":
+        steps = finer(steps, io, instance.K, arch)              # u as a backward would make it, which reads that
     if backend == "tilelang" and roles_fit(arch, instance, sequences, heads, tokens):
         size, one = way_of_roles(sequences, heads, tokens)
         schedule = forward_by_roles(instance, size, one, walk(tokens * heads // CHUNK))
@@ -317,7 +317,7 @@ def whole_scans(arch: str, instance: Instance, sequences: int, heads: int, backe
             "any device: one pass over the chunks each way, the rest of them at once"
     if backend == "tilelang" and max(instance.K, instance.V) > 128:
         raise ValueError(f"no schedule of a backward for K x V of {instance.K} x {instance.V} by tilelang yet; 128 at most")
-    steps = finer(steps, instance.io, instance.K) if (backend, arch) == ("triton", "sm_90") else steps
+    steps = finer(steps, instance.io, instance.K, arch) if backend == "triton" else steps
     both = any(step[0] == "move" for step in steps)        # scans, beside each other
     width = 32 if backend == "tilelang" else scan_width(arch, instance, (1 + both) * sequences * heads)
     carried = instance.program.scans()[-1]["carries"]      # none where nothing passes from chunk to chunk, in reverse

@@ -63,7 +63,7 @@ PLANS = {"forward": ("naive", "fused", "solve", "states", "wy", "segments", "cut
 KEEP = ("nothing", "inverse", "states")                    # each with what those before it leave
 WIDENS = PLANS["backward"][3:]                              # scans read a float32 beta
 CHUNK = 64                                                 # tokens of a chunk of which something is left
-SMALL = 64                                                 # K up to which one product more of a state costs little
+SMALL_K = 64                                               # K up to which one product more of a state costs little
 LESS: Steps = (("factor",), ("regroup",), ("exchange",), ("symmetric",))       # fewer products than reverse mode derives
 
 
@@ -123,16 +123,16 @@ def narrow(beta: str) -> bool:
     return beta in ("bf16", "f16")
 
 
-def finer(steps: Steps, io: str, K: int) -> Steps:
-    """The steps of a plan, and in bf16 then those by which less is lost than its products' operands round: of its inverses'
-    (`diagonal`), and, where products over K are small, of what is written to the state that the forward carries (`in_parts`:
-    one product more). f16 rounds an eighth as much: it errs little enough."""
+def finer(steps: Steps, io: str, K: int, arch: str) -> Steps:
+    """The steps of a plan of Triton's, and in bf16 on sm_90, where a GPU has run them, then those by which less is lost than its
+    products' operands round: of its inverses' (`diagonal`), and, where products over K are small, of what is written to the
+    state that the forward carries (`in_parts`: one product more). f16 rounds an eighth as much: it errs little enough."""
     kernels = next((s[2:] for s in steps if s[0] == "separate"), ("scan",))
     more: list[tuple[str | int, ...]] = []
-    for name in (s[1] for s in steps if s[0] == "invert" and io == "bf16"):
+    for name in (s[1] for s in steps if s[0] == "invert" and (io, arch) == ("bf16", "sm_90")):
         more += [("diagonal", kernels[-1 if name == "d_r" else 0], name, io)]
         carried = {"u": "S", "u_again": "S_again"}.get(str(name), "")
-        more += [("in_parts", kernels[0], io, carried)] if carried and K <= SMALL else []
+        more += [("in_parts", kernels[0], io, carried)] if carried and K <= SMALL_K else []
     return (*steps, *more)
 
 

@@ -32,7 +32,7 @@ FINEST: Steps = (*FINER, ("in_parts", "again", "bf16", "S_again"))
 SERVED = 2                                                 # of FINE, as it serves
 
 # u's two tiles of a key head lie where that block's of d_q and d_k come to lie, if two value heads share it
-APART: Steps = (("members_apart", "u", "H"),)
+TOGETHER: Steps = (("members_apart", "u", "H"),)
 # what makes u's gradient by the outputs before the adjoint's scan, which then only adds it
 BEFORE = (("peel", "d_u", "d_u_o"), ("turn", "d_u_o"), ("hoist", "d_u_o", "io", "local"))
 
@@ -92,7 +92,7 @@ def inner_as_roles(base: Schedule, inner: Roles = INNER, chunks: int = WALK, apa
     kernels = {k: o for k, o in base.kernels if k != "grads"}
     kernels |= {"grads": KernelOptions(None, roles=inner, backend="tilelang"),
                 "rows": KernelOptions(None, 1, 1, backend=base.options("solve").backend)}
-    steps = (*base.steps, *(APART if apart else ()), ("products_last", "grads"), ("in_parts", "grads", "bf16"),
+    steps = (*base.steps, *(TOGETHER if apart else ()), ("products_last", "grads"), ("in_parts", "grads", "bf16"),
              ("rows_after", "grads", "rows"), ("made_again", "rows", "beta_kept"), ("heads_first",),
              ("walk", "grads", chunks))
     width = base.name.rsplit("-", 1)[-1]                   # of Triton's scans
@@ -183,8 +183,8 @@ def way(instance: Instance, sequences: int, heads: int, tokens: int, units: int)
 
 def after_segments(work: int, units: int, walk: int) -> int:
     """How long what comes after segments takes in walks of so many chunks, in the time of a value head's chunk, two of them
-    to a key head; a block takes one more to begin. work: tokens x value heads. (Fitted to nine shapes, of which it takes the
-    slower for none by more than 1%: docs/performance-log.md.)"""
+    to a key head; a block takes one more to begin. work: tokens x value heads. (Fitted to the nine shapes of
+    segment_walks.json at 4b1997a, for each of which it takes the faster.)"""
     blocks = -(-work // (2 * CHUNK * walk))
     return -(-blocks // units) * (1 + 2 * walk)
 

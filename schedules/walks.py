@@ -94,17 +94,18 @@ def made_again(pipeline: Pipeline, kernel: str, tensor: str) -> Pipeline:
     at = named(pipeline, kernel, "made_again")
     p = pipeline[at]
     loads = [n for n in p.nodes() if n.op is Op.LOAD and n["tensor"].name == tensor]
-    made = [n.args[0] for q in pipeline[:at] for n in q.nodes() if n.op is Op.STORE and n["tensor"].name == tensor]
-    if len(loads) != 1 or len(made) != 1:
+    stores = [n for q in pipeline[:at] for n in q.nodes() if n.op is Op.STORE and n["tensor"].name == tensor]
+    if len(loads) != 1 or len(stores) != 1:
         raise IllegalStep(f"made_again: got {tensor!r}; accepts a temporary that {kernel} reads, of "
                           f"{', '.join(sorted(t.name for t in p.tensors().values() if t.temp and t.name in p.read()))}")
-    (load,), table = loads, {}
-    for n in toposort(made):
-        if n.op is Op.LOAD and not n["tensor"].temp and n["tensor"].dims == load["tensor"].dims:
+    (load,), (store,), table = loads, stores, {}
+    for n in toposort(store.args):
+        same = n.op is Op.LOAD and (n["tensor"].dims, n["index"]) == (store["tensor"].dims, store["index"])
+        if same and not n["tensor"].temp:
             table[n] = n.but(index=load["index"])
         elif n.op not in (Op.ELEM, Op.CAST, Op.SELECT, Op.CONST, Op.PARAM):
             raise refuse("made_again", p, load, f"{tensor} is not made of inputs' rows alone")
-    return put(pipeline, at, verify(replace_node(p, load, substitute(made, table)[made[0]])))
+    return put(pipeline, at, verify(replace_node(p, load, substitute(store.args, table)[store.args[0]])))
 
 
 @step

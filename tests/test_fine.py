@@ -156,7 +156,8 @@ def test_cuda(tmp_path: Path, way: Way, name: str) -> None:
     cuda, shared = lowered(function, "sm_90", TILELANG.flags(kernel))
     assert shared + 1024 <= SHARED["sm_90"]
     synchronised(kernel, cuda)
-    assert spilled(tmp_path, cuda) <= (52 if (name, way.halves, way.segment) == ("back", (), 0) else 0)
+    # 52 while G and beta lay token by token (`heads_first`), which took as long
+    assert spilled(tmp_path, cuda) <= (60 if (name, way.halves, way.segment) == ("back", (), 0) else 0)
 
 
 @pytest.mark.parametrize(("fine", "most"), [(1, {"k": 3.8e-3, "v": 3.5e-3, "beta": 3.7e-3}), (2, {"q": 3e-3, "g": 3.2e-3})],
@@ -199,11 +200,16 @@ def fine_steps(steps: Steps) -> Steps:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("size", [64, 128, 256])
 def test_triton_s_backward_is_finer_in_bf16(size: int, arch: str) -> None:
-    """Whatever it computes itself; what it is given, the forward made so."""
+    """Whatever it computes itself; what it is given, the forward made so. On sm_80, where no GPU has run that, it is not."""
     def served(keep: str = "nothing", grads: tuple[str, ...] = GRADS, io: str = "bf16", backend: str = "triton", **on: bool) \
             -> Steps:
         i = Instance(Switches(**on), size, size, io, io, True, grads, keep=keep)                       # type: ignore[arg-type]
-        return fine_steps(default(arch if backend == "triton" else "torch", i, 1, 32, 8192, backend)[0].steps)
+        found = fine_steps(default(arch if backend == "triton" else "torch", i, 1, 32, 8192, backend)[0].steps)
+        assert arch == "sm_90" or not found
+        return found
+    if arch == "sm_80":
+        assert served() == served("inverse") == served("states") == served("states", grads=()) == ()
+        return
     state, forward_s = ((OF_STATE,), (("in_parts", "scan", "bf16", "S"),)) if size == 64 else ((), ())
     for keep in ("nothing", "inverse"):
         assert served(keep) == (OF_U, *state, OF_D_R)

@@ -166,6 +166,7 @@ def test_gradients_of_what_was_kept(shape: dict[str, int], dtype: torch.dtype, k
         assert error(got, want) <= GRADIENT_BOUNDS[dtype], n
 
 
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="of Hopper's schedules")
 def test_what_a_training_step_holds() -> None:
     """At 1x32768, 2/4 beyond its inputs no more than FlashQLA 0.1.3, which holds 246.25 MiB."""
     x = make(T=32768, H=2, HV=4, K=128, V=128, dtype=torch.bfloat16, device="cuda")

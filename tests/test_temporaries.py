@@ -13,10 +13,12 @@ from gdn_ir.backends.base import STORED, Call, Kernel
 from gdn_ir.backends.temporaries import (
     APART,
     BLOCK,
+    SMALL,
     Place,
     Span,
     _in_groups_place,
     as_large,
+    end_of_large,
     in_a_row,
     moments,
     outputs,
@@ -35,6 +37,9 @@ from tests.test_driver import Driver
 BACKWARD = Instance(Switches(), 128, 128, "bf16", "bf16", True, ("q", "k", "v", "g", "beta"))
 FORWARD = Instance(Switches(final_state=True), 128, 128, "bf16", "bf16", True)
 MIB = 2 ** 20
+
+
+SPANS = st.tuples(st.integers(0, 6), st.integers(0, 3), st.integers(0, 5000)).map(lambda x: Span(x[0], x[0] + x[1], x[2]))
 
 
 def kernels(instance: Instance, heads: int = 32) -> tuple[Kernel, ...]:
@@ -102,10 +107,27 @@ def test_only_who_takes_a_whole_group_writes_over_its_rows() -> None:
 
 
 def test_what_lies_in_a_row() -> None:
-    a, b = torch.empty(2, 3, 4)
-    far = {"a": a, "b": b, "c": torch.empty(3, 4), "d": torch.empty(4, 3, 4)[2], "e": torch.empty(4, 3, 4)[0]}
-    assert in_a_row(far, ("b", "a")) == ("a", "b") and len(in_a_row(far, ("a", "c"))) == 1
-    assert in_a_row(far, ("d",)) == ("d",) and len(in_a_row(far, ("d", "e"))) == 1
+    """Parts of one tensor that touch; not with a gap, nor where one ends and another piece of memory begins."""
+    whole, raw = torch.empty(4, 3, 4), bytearray(96)
+    far = dict(zip("abcd", whole)) | {"e": torch.frombuffer(raw, dtype=torch.float32, count=12),
+                                      "f": torch.frombuffer(raw, dtype=torch.float32, count=12, offset=48)}
+    assert far["f"].data_ptr() == far["e"].data_ptr() + far["e"].nbytes
+    assert in_a_row(far, ("b", "a")) == ("a", "b") and in_a_row(far, ("c", "b", "d")) == ("b", "c", "d")
+    assert in_a_row(far, ("a", "c")) == ("a",) and in_a_row(far, ("f", "e")) == ("e",) and in_a_row(far, ("d",)) == ("d",)
+
+
+@given(st.lists(SPANS, max_size=12))
+def test_the_block_s_two_parts(temps: list[Span]) -> None:
+    """Each temporary is in one of them; all that is not small in the first."""
+    few = [s._replace(size=s.size * 2 ** 10) for s in temps]
+    places, size = placed({str(i): s for i, s in enumerate(few)}, {})
+    parts = {n: (p.at, few[int(n)].size) for n, p in places.items()}
+    end = end_of_large(parts)
+    assert end % APART == 0 and end <= size
+    for at, n in parts.values():
+        assert at + n <= end or at >= end
+        assert n < SMALL or at + n <= end
+    assert end == 0 or any(n >= SMALL for _, n in parts.values())
 
 
 # ---- how long ---------------------------------------------------------------------------------------------------------------
@@ -150,7 +172,6 @@ def test_a_last_reader_writes_over_what_it_has_read() -> None:
 # ---- where ------------------------------------------------------------------------------------------------------------------
 
 
-SPANS = st.tuples(st.integers(0, 6), st.integers(0, 3), st.integers(0, 5000)).map(lambda x: Span(x[0], x[0] + x[1], x[2]))
 
 
 @given(st.lists(SPANS, max_size=12), st.lists(SPANS, max_size=3))

@@ -52,7 +52,7 @@ def ways(sequences: int, heads: int) -> dict[str, Schedule]:
     cut = adjoints.in_segments(turns, TIMED, SEGMENT, adjoints.TURNS)
     cut = cut.with_options(**{k: replace(cut.options(k), num_stages=2) for k in ("again_compose", "back_compose")})
     scans = inner_as_roles(as_roles(cut, fine=2, scale_last=True), chunks=WALK, apart=True)
-    found["in Triton's order"] = the_rest_by("triton", solve_as_roles(scans, role_solve.WALK))
+    found[f"segments {SEGMENT}, walk {WALK}, old order"] = the_rest_by("triton", solve_as_roles(scans, role_solve.WALK))
     for n in (WALK, SINGLE):
         found[f"halves, walk {n}"] = defaults.backward_by_roles(TIMED, Way(BOTH, aside=True, walk=n))
     return found
