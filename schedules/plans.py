@@ -124,9 +124,9 @@ def narrow(beta: str) -> bool:
 
 
 def finer(steps: Steps, io: str, K: int, arch: str) -> Steps:
-    """The steps of a plan of Triton's, and in bf16 on sm_90, where a GPU has run them, then those by which less is lost than its
-    products' operands round: of its inverses' (`diagonal`), and, where products over K are small, of what is written to the
-    state that the forward carries (`in_parts`: one product more). f16 rounds an eighth as much: it errs little enough."""
+    """The steps of a plan of Triton's, and in bf16 on sm_90, where a GPU has run them, then those by which less is lost than
+    its products' operands round: of its inverses' (`diagonal`), and, where products over K are small, of what is written to
+    the state that the forward carries (`in_parts`: one product more). f16 rounds an eighth as much: it errs little enough."""
     kernels = next((s[2:] for s in steps if s[0] == "separate"), ("scan",))
     more: list[tuple[str | int, ...]] = []
     for name in (s[1] for s in steps if s[0] == "invert" and (io, arch) == ("bf16", "sm_90")):
