@@ -211,6 +211,24 @@ class Memory(Driver):
         return 0
 
 
+def test_a_kernel_alone_is_given_all_that_it_touches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a pipeline of two backends' kernels; also what elsewhere would be written over."""
+    for name, stub in (("current", lambda: -1), ("stream", lambda device: 7),
+                       ("workspace", lambda size, device: torch.empty(size, dtype=torch.uint8))):
+        monkeypatch.setattr(driver, name, stub)
+    pipeline = variant(BACKWARD, whole_scans("sm_90", BACKWARD, 1, 32, "triton", merges="gathered-turns")[0], "triton",
+                       "sm_90").compiled.kernels
+    assert overwritten(pipeline)
+    call = Call(2, 200, 200, {"H": 2, "HV": 4}, torch.tensor([0, 120, 200], dtype=torch.int32))
+    for k in pipeline:
+        fake = Memory(k)
+        monkeypatch.setattr(driver, "driver", lambda fake=fake: fake)
+        given = {t.name: torch.zeros(call.shape(k, t), dtype=STORED[t.dtype]) for t in k.tensors()}
+        driver.Image(k, b"", {"name": k.name, "shared": 0, "num_warps": 4})(given, {"scale": 0.5}, call)
+        ((_, values),) = fake.launched
+        assert all(values[n] == x.data_ptr() for n, x in given.items())
+
+
 @pytest.mark.parametrize("instance", [replace(BACKWARD, K=64, V=64), replace(BACKWARD, K=256, V=256, io="f32", beta="f32"),
                                       Instance(Switches(erase=False), 64, 64, "bf16", "bf16", True)])
 def test_what_a_driver_is_given_never_overlaps(instance: Instance, monkeypatch: pytest.MonkeyPatch) -> None:

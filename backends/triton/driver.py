@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gdn_ir.backends.base import Call, Kernel, blocks, heads
-from gdn_ir.backends.temporaries import BLOCK, Life, as_large, outputs, overwritten, placed, uncleared
+from gdn_ir.backends.temporaries import BLOCK, Life, outputs, overwritten, placed, uncleared
 
 MAX_DYNAMIC_SHARED = 8                                     # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 WITHOUT_ASKING = 48 * 1024                                 # bytes of shared memory that every kernel may use
@@ -166,7 +166,7 @@ class Plan:
     def __init__(self, batch: Batch, call: Call) -> None:
         self.grids = [(image, grid) for image in batch.images if (grid := blocks(image.kernel, call))]
         spans, hosts = ({n: life.span(call) for n, life in some.items()} for some in (batch.temps, batch.hosts))
-        where, self.bytes = placed(spans, hosts, as_large({**spans, **hosts}, batch.over))         # of the workspace
+        where, self.bytes = placed(spans, hosts, batch.over)         # of the workspace
         bases = {n: i for i, n in enumerate((BLOCK, *batch.tensors))}
         # of each temporary, which of these it lies in and how far from its start
         self.offsets = [(bases[where[n].where], where[n].at) for n in batch.temps]
