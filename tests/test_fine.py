@@ -229,9 +229,9 @@ def test_what_a_forward_leaves_is_taken_so_too(name: str, keep: str) -> None:
     sizes = Sizes(AXES | {"X": 2}, CU)
     given = memory(f, sizes) | memory(b, sizes)
     want = run(b, given, sizes, {"scale": 0.7})
-    back = finer(backward_plan(name, b, "f64", 16, 4, keep), "bf16", 64)
+    back = finer(backward_plan(name, b, "f64", 16, 4, keep), "bf16", 64, "sm_90")
     ahead = plan("states", io="f64", chunk=16, block=4, sums=True, leave=left(keep))
-    ahead = finer(ahead, "bf16", 64) if keep == "states" else ahead
+    ahead = finer(ahead, "bf16", 64, "sm_90") if keep == "states" else ahead
     kernels = [k for p, made in ((f, ahead), (b, back)) for k in steps.apply(p, in_f64_too(in_f64(made)))]
     got = run_pipeline(kernels, given, sizes, {"scale": 0.7})
     for n in (n for n in want if n.startswith("d_")):

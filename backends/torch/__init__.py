@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,8 +51,9 @@ class Torch:
 
         def launch(memory: Mapping[str, torch.Tensor], values: Mapping[str, float], call: Call) -> dict[str, torch.Tensor]:
             device = next(iter(memory.values())).device
-            places = {t.name: Memory(memory.get(t.name) if t.name in read else None, call.shape(kernel, t), t.dtype, device)
-                      for t in tensors}
+            # what it hands on lies as programs index it, for it is written over nothing
+            places = {t.name: Memory(memory.get(t.name) if t.name in read else None,
+                                     call.shape(kernel, replace(t, members=())), t.dtype, device) for t in tensors}
             with torch.autocast(device.type, enabled=False):           # the program says what is rounded, and to what
                 function(*places.values(), *([call.cu_seqlens] if kernel.varlen else []), *(values[p] for p in params),
                          call.length, call.sequences, *(call.heads[h] for h in sizes))
