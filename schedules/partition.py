@@ -254,7 +254,8 @@ def members_apart(pipeline: Pipeline, tensor: str, group: str) -> Pipeline:
 @step
 def heads_first(pipeline: Pipeline) -> Pipeline:
     """Lay out all temporaries that have one number for each token and head with the tokens of a head together: a chunk's are
-    then in one place, where they were as many heads apart."""
+    then in one place, where they were as many heads apart. (Tokens times heads fit 32 bits: of more the inverses alone would
+    take 256 GiB.)"""
     def change(old: Node, args: tuple[Node, ...]) -> Node | None:
         if old.op in (Op.LOAD, Op.STORE) and old["tensor"].temp is True and len(old["index"]) == 2:
             rows, at = old["index"]

@@ -156,7 +156,7 @@ def test_cuda(tmp_path: Path, way: Way, name: str) -> None:
     cuda, shared = lowered(function, "sm_90", TILELANG.flags(kernel))
     assert shared + 1024 <= SHARED["sm_90"]
     synchronised(kernel, cuda)
-    # 52 while G and beta lay token by token (`heads_first`), which took as long
+    # 52 while G and beta lay token by token (`heads_first`)
     assert spilled(tmp_path, cuda) <= (60 if (name, way.halves, way.segment) == ("back", (), 0) else 0)
 
 
