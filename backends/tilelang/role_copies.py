@@ -1,6 +1,7 @@
 """How steps of roles that copy are written in TileLang: between tensors, rings and registers, by TMA or by threads."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from gdn_ir.backends.linearize import listed
@@ -9,6 +10,9 @@ from gdn_ir.backends.tilelang.rules import DTYPES, members_first, point, slot, w
 from gdn_ir.backends.tilelang.statements import coordinate
 from gdn_ir.nodes import At, IRError, Node, Op, Rows, Slot, Tile, base
 from gdn_ir.schedules.events import Step
+
+
+TOGETHER = 1024                                            # elements copied at a time: four times 16 bytes by each of a warp
 
 
 class RoleCopies(RolePlaces):
@@ -66,19 +70,22 @@ class RoleCopies(RolePlaces):
     def from_memory(self, n: Node) -> str:
         return where(n, self.in_memory(n.axes), self.kernel)[0] if n.op is Op.LOAD else self.element(n, self.here(n.axes))
 
-    def row_by_row(self, n: Node, order: tuple[str, ...], depth: int) -> tuple[int, str]:
-        """Where a chunk is not whole: the head of a loop over its rows, of a condition that one is there, and its place."""
+    def in_strips(self, n: Node, ring: Lies, i: int, depth: int) -> tuple[int, str, str, str]:
+        """Where a chunk is not whole: the head of a loop over strips of its rows, in which none waits for another; an
+        element's place in the ring and in memory, and the condition that its row is there."""
         self.put(depth, "else:")
-        inside = self.rows_of(order, depth + 1)
-        text, condition = where(n, self.in_memory(order), self.kernel)
-        self.put(inside, f"if {condition}:")
-        return inside, text
+        rows, *rest = self.shape(ring.order, self.role)
+        strip = math.gcd(int(rows), max(TOGETHER // math.prod(map(int, rest)), 1))
+        self.put(depth + 1, f"for strip in T.serial({int(rows) // strip}):")
+        self.put(depth + 2, f"for {', '.join(map(coordinate, ring.order))} in T.Parallel({', '.join([str(strip), *rest])}):")
+        row = {ring.order[0]: f"strip * {strip} + {coordinate(ring.order[0])}"}
+        text, there = where(n, self.in_memory(ring.order) | row, self.kernel)
+        return depth + 3, ring.element(i, self.c, self.here(ring.order) | row), text, there
 
     def load(self, s: Step, i: int, fenced: bool, depth: int) -> None:
         """By TMA where the chunk is whole; where the sequence ends in it, its rows and zeros."""
         cell = s.writes[0].cell
         ring = self.rings[cell]
-        to = ring.element(i, self.c, self.here(ring.order))
         barrier = self.at_barrier(next(f"{name}_full" for name, (_, cells) in self.plan.rings.items() if cell in cells))
         slot = ring.slot(i, self.c)
         if s.ragged:
@@ -86,15 +93,14 @@ class RoleCopies(RolePlaces):
         self.put(depth + s.ragged, f"T.tma_copy({self.box(s.node)}, {slot}, barrier={barrier})")
         if not s.ragged:                                   # however many rows a chunk has
             return
-        inside, text = self.row_by_row(s.node, ring.order, depth)
-        self.put(inside + 1, f"{to} = {text}")
-        self.put(inside, "else:")
-        self.put(inside + 1, f"{to} = 0.0")
+        inside, to, text, there = self.in_strips(s.node, ring, i, depth)
+        zero = f'T.cast(0, "{DTYPES[self.value(s.writes[0].value).type.dtype]}")'
+        self.put(inside, f"{to} = T.if_then_else({there}, {text}, {zero})")
         if fenced:
             self.put(depth + 1, "T.fence_proxy_async()")
 
     def store(self, s: Step, i: int, depth: int) -> None:
-        """By TMA where the chunk is whole, else row by row to the end of the sequence. T.copy waits until the slot is read."""
+        """By TMA where the chunk is whole, else to the end of the sequence by threads. T.copy waits until the slot is read."""
         ring = self.rings[s.reads[0].cell]
         if s.node["sum"]:                                  # after the last member of a group
             self.put(depth, f"if {self.member()} == members - 1:")
@@ -105,8 +111,9 @@ class RoleCopies(RolePlaces):
         self.put(depth + (not whole), f"T.copy({ring.slot(i, self.c)}, {self.box(s.node)})")
         if whole:
             return
-        inside, text = self.row_by_row(s.node, ring.order, depth)
-        self.put(inside + 1, f"{text} = {ring.element(i, self.c, self.here(ring.order))}")
+        inside, held, text, there = self.in_strips(s.node, ring, i, depth)
+        self.put(inside, f"if {there}:")
+        self.put(inside + 1, f"{text} = {held}")
 
     def member(self) -> str:
         """Which of a group's members is at hand."""
