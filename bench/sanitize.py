@@ -4,12 +4,15 @@ for a tool to watch:
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool initcheck python -m gdn_ir.bench.sanitize
 
 (memcheck and racecheck likewise; without torch's cache of memory, a buffer that torch hands out is one that CUDA knows.
-initcheck does not see what TMA stores, and the backward reads such: --no-roles leaves those out.)
+initcheck does not see what TMA stores. So all memory that roles and kernels beside them are given is full of NaN before: what
+reads a place that nothing was stored to makes a result that is not finite.)
 """
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -22,17 +25,17 @@ from gdn_ir.coverage import Cell, Layout
 from gdn_ir.ops import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.schedules.adjoints import TURNS as CUT, in_segments
-from gdn_ir.schedules.defaults import TURNS, backward_by_roles, forward_by_roles, whole_scans
+from gdn_ir.schedules.defaults import TURNS, backward_by_roles, forward_by_roles, segmented, whole_scans
 from gdn_ir.schedules.role_backward import WAYS
 from gdn_ir.schedules.role_solve import SHORT, WALK
+from gdn_ir.schedules.schedule import Schedule
 
+Tensors = dict[str, torch.Tensor]
 LENGTHS = [130, 64, 0, 71, 37]                             # whole chunks, ragged ends, no token; the last is nobody's
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--no-roles", action="store_true", help="the backward's scans by Triton alone")
-    roles = not p.parse_args().no_roles
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     x = inputs.make(LENGTHS, 2, 4, 128, 128)
     x["cu_seqlens"], x["initial_state"] = x["cu_seqlens"][:-1], x["initial_state"][:-1]
     leaves: dict[str, Any] = {n: x[n][None].requires_grad_() for n in ("q", "k", "v", "g", "beta")}
@@ -44,40 +47,55 @@ def main() -> None:
         with torch.no_grad():
             one = {n: t[:, :1].contiguous() for n, t in leaves.items()}
             last, _ = fused_recurrent_gated_delta_rule(**one, initial_state=S[:1], output_final_state=True)
-        found = {"o": o, "final_state": S, "one token": last}
+        found: Tensors = {"o": o, "final_state": S, "one token": last}
         found |= {f"d {n}": d for n, d in zip((*leaves, "initial_state"), grads, strict=True)}
     if torch.cuda.get_device_capability()[0] == 9:
-        found |= by_roles({n: t[0] for n, t in leaves.items()} | {"initial_state": state}, x["cu_seqlens"])
-        found |= backward_more(roles)
+        found |= on_hopper({n: t.detach()[0] for n, t in leaves.items()} | {"initial_state": state.detach()}, x["cu_seqlens"])
     torch.cuda.synchronize()
     for name, t in found.items():
         if not bool(t.isfinite().all()):
             raise SystemExit(f"{name} is not finite")
 
 
-def by_roles(x: dict[str, torch.Tensor], ends: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What roles make of the same: whole sequences, segments of two chunks, and with the inverses among what they make.
-    (initcheck does not see what TMA stores: outputs are full of NaN before.)"""
-    x = {n: t.detach() for n, t in x.items()}
+def on_hopper(x: Tensors, ends: torch.Tensor) -> Tensors:
+    """What is made there in segments of two chunks, by Triton alone; and each way of roles."""
     instance = Instance(Switches(initial_state=True, final_state=True), 128, 128, "bf16", "bf16", True)
-    found: dict[str, torch.Tensor] = {}
-    for segment in (0, 2):
-        for one, chunks in ((False, WALK), (False, SHORT), (True, WALK)):
-            schedule = forward_by_roles(instance, segment, one, chunks)
-            out = {n: torch.full_like(x[like], math.nan) for n, like in (("o", "v"), ("final_state", "initial_state"))}
-            variant(instance, schedule, "tilelang", "sm_90")(x | out, 128 ** -0.5, len(ends) - 1, ends)
-            found |= {f"{n}, {schedule.name}": t for n, t in out.items()}
+    found = forward_by(instance, [segmented("sm_90", instance, 2)], x, ends)
+    found |= backward_by(lambda i: [in_segments(whole_scans("sm_90", i, 4, 4, "triton", merges=TURNS)[0], i, 2, CUT)])
+    made = ((False, WALK), (False, SHORT), (True, WALK))   # inverses beside the scan, and chunks of a walk that makes them
+    ways = [replace(how, segment=2) if how.segment else how for how in WAYS.values()]
+    with full_of_nan():
+        found |= forward_by(instance, [forward_by_roles(instance, cut, *how) for cut in (0, 2) for how in made], x, ends)
+        return found | backward_by(lambda i: [backward_by_roles(i, how) for how in ways])
+
+
+@contextmanager
+def full_of_nan() -> Iterator[None]:
+    """Memory that torch hands out within is full of NaN, whatever is made of its bits."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def forward_by(instance: Instance, schedules: list[Schedule], x: Tensors, ends: torch.Tensor) -> Tensors:
+    """What forwards make of the same by these schedules. Outputs are full of NaN before."""
+    found: Tensors = {}
+    for schedule in schedules:
+        out = {n: torch.full_like(x[like], math.nan) for n, like in (("o", "v"), ("final_state", "initial_state"))}
+        chosen = variant(instance, schedule, "tilelang" if schedule.name.startswith("roles") else "triton", "sm_90")
+        chosen(x | out, 128 ** -0.5, len(ends) - 1, ends)
+        found |= {f"{n}, {schedule.name}": t for n, t in out.items()}
     return found
 
 
-def backward_more(roles: bool) -> dict[str, torch.Tensor]:
-    """What serves a backward elsewhere: segments of two chunks, and each way of roles."""
+def backward_by(schedules: Callable[[Instance], list[Schedule]]) -> Tensors:
+    """All gradients, by these schedules."""
     cell = Cell("sanitized", Switches(), "bf16", Layout((*LENGTHS[:-1],), True, 2, 4, 128, 128))
     instance, x = gradients.backward_of(cell), gradients.make(cell, "cuda", tail=LENGTHS[-1])
-    ways = (replace(how, segment=2) if how.segment else how for how in WAYS.values())
-    cut = in_segments(whole_scans("sm_90", instance, 4, 4, "triton", merges=TURNS)[0], instance, 2, CUT)
-    found: dict[str, torch.Tensor] = {}
-    for schedule in (cut, *(backward_by_roles(instance, how) for how in ways if roles)):
+    found: Tensors = {}
+    for schedule in schedules(instance):
         made = gradients.run(variant(instance, schedule, "triton", "sm_90"), cell, x)
         found |= {f"{n}, {schedule.name}": t for n, t in made.items()}
     return found
