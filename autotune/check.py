@@ -80,12 +80,8 @@ def errors(chosen: Variant, path: Path, device: str) -> dict[str, float]:
     data = torch.load(path, weights_only=True)
     x = {n: t.to(device) for n, t in data["x"].items()}
     lengths = data["lengths"]
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)       # torch.empty gives NaN: temporaries are poisoned too
-    try:
+    with gradients.full_of_nan():
         call(chosen, x, len(lengths))()
-    finally:
-        torch.use_deterministic_algorithms(before)
     if device == "cuda":
         torch.cuda.synchronize()
     found = {}

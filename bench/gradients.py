@@ -1,6 +1,8 @@
 """Gradients by a variant, outputs poisoned, beside those of float64 autograd through the token recurrence; on any device."""
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -73,6 +75,17 @@ def left_by(chosen: Variant, cell: Cell, x: Tensors) -> tuple[Tensors, Tensors]:
     given = {n: t for n, t in x.items() if n in needed}
     chosen(given | outputs | left, lay.K ** -0.5, len(lay.lengths), call.cu_seqlens)
     return left, outputs
+
+
+@contextmanager
+def full_of_nan() -> Iterator[None]:
+    """Memory that torch hands out within is full of NaN, whatever is made of its bits: temporaries too are poisoned."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def poison(x: Tensors, grads: tuple[str, ...]) -> Tensors:

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -64,19 +63,9 @@ def on_hopper(x: Tensors, ends: torch.Tensor) -> Tensors:
     found |= backward_by(lambda i: [in_segments(whole_scans("sm_90", i, 4, 4, "triton", merges=TURNS)[0], i, 2, CUT)])
     made = ((False, WALK), (False, SHORT), (True, WALK))   # inverses beside the scan, and chunks of a walk that makes them
     ways = [replace(how, segment=2) if how.segment else how for how in WAYS.values()]
-    with full_of_nan():
+    with gradients.full_of_nan():
         found |= forward_by(instance, [forward_by_roles(instance, cut, *how) for cut in (0, 2) for how in made], x, ends)
         return found | backward_by(lambda i: [backward_by_roles(i, how) for how in ways])
-
-
-@contextmanager
-def full_of_nan() -> Iterator[None]:
-    """Memory that torch hands out within is full of NaN, whatever is made of its bits."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def forward_by(instance: Instance, schedules: list[Schedule], x: Tensors, ends: torch.Tensor) -> Tensors:
