@@ -16,13 +16,15 @@ ROUNDS = 5
 
 @dataclass
 class Timer:
-    """One contender, ready to be replayed. how: "cuda graph", "cuda events" or "wall clock"; calls: made by one run."""
+    """One contender, ready to be replayed. how: "cuda graph", "cuda events" or "wall clock"; calls: made by one run; kept: what
+    they hold, which a graph reads and writes as long as it is replayed."""
     run: Callable[[], object]
     calls: int
     how: str
     launches: int | None = None                            # for each call, where they can be counted
     note: str = ""
     ms: list[float] = field(default_factory=list)          # of each call
+    kept: Sequence[Callable[[], object]] = ()
 
     def sample(self, seconds: float, least: int = 1) -> None:
         """Adds times until `seconds` have passed, at least `least` of them."""
@@ -73,7 +75,7 @@ def timer(calls: Sequence[Callable[[], object]], device: str) -> Timer:
     for _ in range(2):
         graph.replay()
     torch.cuda.synchronize()
-    return Timer(graph.replay, len(calls), "cuda graph", count, note)
+    return Timer(graph.replay, len(calls), "cuda graph", count, note, kept=calls)
 
 
 def interleave(timers: Mapping[str, Timer], seconds: float) -> None:

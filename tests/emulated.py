@@ -87,7 +87,7 @@ class Language:
     if_then_else = Select = staticmethod(lambda condition, yes, no: yes if condition else no)
     infinity = staticmethod(lambda dtype: np.float32(np.inf))
     float32, int32, bool = float, int, bool
-    unroll = vectorized = staticmethod(range)
+    unroll, vectorized = staticmethod(lambda n, annotations=None: range(n)), staticmethod(range)
 
     def nothing(self, *_: Any, **__: Any) -> None:
         """What has no counterpart here."""

@@ -1,10 +1,11 @@
 """The tables that ship: one readable JSON for each GPU, made by `gdn-ir export` of a tuning run's records.
 
     {"device": {"name": ..., "units": ..., "arch": ...},
+     "roles": {"solve 1": ..., "again 1": ...},
      "groups": [{"subject": {...}, "winners": [{"shape": ..., "schedule": ..., "ms": ..., "errors": ..., "how": "measured"}]}]}
 
-A kernel's roles are written by name where they are those that ship. (Should these change, the winner compiles to other code
-than its hashes say, and is not served.)
+A kernel's roles are written once and named after the kernel; by name alone where they are those of `ROLES`. (Should these
+change, the winner compiles to other code than its hashes say, and is not served.)
 """
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,27 +36,29 @@ def read(path: Path) -> list[Winner]:
     """A table's winners. Raises ValueError naming the file where it is no table."""
     try:
         data = json.loads(path.read_text())
-        return [Winner.of(g["subject"] | {"device": data["device"]}, with_roles(w, by_name))
+        named = ROLES | data.get("roles", {})
+        return [Winner.of(g["subject"] | {"device": data["device"]}, with_roles(w, lambda _, roles: named[roles]))
                 for g in data["groups"] for w in g["winners"]]
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path}: not a table of schedules ({type(e).__name__}: {e})") from None
 
 
-def with_roles(winner: Json, change: Callable[[Any], Any]) -> Json:
-    """A winner whose kernels' roles are changed, where `change` has something for them."""
-    def changed(options: Json) -> Json:
+def with_roles(winner: Json, change: Callable[[str, Any], Any]) -> Json:
+    """A winner whose kernels' roles are what `change` makes of them and the kernel's name."""
+    def changed(kernel: str, options: Json) -> Json:
         roles = options.get("roles")
-        return options | ({"roles": change(roles) or roles} if roles else {})
+        return options | ({"roles": change(kernel, roles)} if roles else {})
     schedule = winner["schedule"]
-    return winner | {"schedule": schedule | {"kernels": {k: changed(o) for k, o in schedule["kernels"].items()}}}
+    return winner | {"schedule": schedule | {"kernels": {k: changed(k, o) for k, o in schedule["kernels"].items()}}}
 
 
-def by_name(roles: Json | str) -> Json | None:
-    return ROLES[roles] if isinstance(roles, str) else None
-
-
-def name_of(roles: Json) -> str | None:
-    return next((name for name, data in ROLES.items() if data == roles), None)
+def name_of(kernel: str, roles: Json, named: dict[str, Json]) -> str:
+    """The name of a kernel's roles; a new one among those named where they have none."""
+    found = next((name for name, data in (ROLES | named).items() if data == roles), None)
+    if found is None:
+        found = f"{kernel} {1 + sum(n.rsplit(' ', 1)[0] == kernel for n in named)}"
+        named[found] = roles
+    return found
 
 
 def text_of(table: Json) -> str:
@@ -77,13 +80,13 @@ def to_json(found: Iterable[Winner]) -> dict[Device, Json]:
     tables: dict[Device, Json] = {}
     groups: dict[str, Json] = {}
     for w in newest.values():
-        table = tables.setdefault(w.subject.device, {"device": asdict(w.subject.device), "groups": []})
+        table = tables.setdefault(w.subject.device, {"device": asdict(w.subject.device), "roles": {}, "groups": []})
         subject = w.subject.json() | {"program": w.program or w.subject.json()["program"]}
         group = groups.get(json.dumps(subject, sort_keys=True))
         if group is None:
             group = groups[json.dumps(subject, sort_keys=True)] = {"subject": subject, "winners": []}
             table["groups"].append(group)
-        group["winners"].append(with_roles(w.json(), name_of))
+        group["winners"].append(with_roles(w.json(), partial(name_of, named=table["roles"])))
     for group in groups.values():
         group["subject"] = {n: v for n, v in group["subject"].items() if n != "device"}
         group["winners"].sort(key=lambda w: (w["shape"]["HV"], len(w["shape"]["lengths"]), sum(w["shape"]["lengths"])))

@@ -12,7 +12,7 @@ from gdn_ir.nodes import At, IRError, Node, Op, Rows, Slot, Tile, base
 from gdn_ir.schedules.events import Step
 
 
-TOGETHER = 1024                                            # elements copied at a time: four times 16 bytes by each of a warp
+TOGETHER = 256                                             # elements of a strip: 16 bytes for each thread of a warp
 
 
 class RoleCopies(RolePlaces):
@@ -71,12 +71,13 @@ class RoleCopies(RolePlaces):
         return where(n, self.in_memory(n.axes), self.kernel)[0] if n.op is Op.LOAD else self.element(n, self.here(n.axes))
 
     def in_strips(self, n: Node, ring: Lies, i: int, depth: int) -> tuple[int, str, str, str]:
-        """Where a chunk is not whole: the head of a loop over strips of its rows, in which none waits for another; an
-        element's place in the ring and in memory, and the condition that its row is there."""
+        """Where a chunk is not whole: the head of a loop over strips of its rows, each one copy of a warp's; an element's
+        place in the ring and in memory, and the condition that its row is there."""
         self.put(depth, "else:")
         rows, *rest = self.shape(ring.order, self.role)
         strip = math.gcd(int(rows), max(TOGETHER // math.prod(map(int, rest)), 1))
-        self.put(depth + 1, f"for strip in T.serial({int(rows) // strip}):")
+        few = 'annotations={"pragma_unroll_factor": 1}'    # unrolled, their addresses do not fit in such a role's registers
+        self.put(depth + 1, f"for strip in T.unroll({int(rows) // strip}, {few}):")
         self.put(depth + 2, f"for {', '.join(map(coordinate, ring.order))} in T.Parallel({', '.join([str(strip), *rest])}):")
         row = {ring.order[0]: f"strip * {strip} + {coordinate(ring.order[0])}"}
         text, there = where(n, self.in_memory(ring.order) | row, self.kernel)
