@@ -6,7 +6,7 @@ an A100's shared memory, compiled and checked but not timed.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from gdn_ir.schedules import adjoints, role_backward
 from gdn_ir.schedules.plans import CHUNK, Steps, backward_plan, finer, narrow, plan
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gdn_ir.compiler import Instance
 
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132}
-CROWDED = 32                                               # sequences x heads from which roles win with whole sequences
+CROWDED = 48                                               # sequences x heads from which roles win with whole sequences
 SEGMENTS = False                                           # whether few long sequences are cut (docs/performance-log.md)
 SEGMENT = 64                                               # chunks of one
 ROLES_IN_SEGMENTS = True                                   # whether sequences are cut where roles can scan them
@@ -123,29 +123,43 @@ def normalised(norm: bool) -> dict[str, KernelOptions]:
     return {"norm": KernelOptions(None, 4, 1, backend="triton")} if norm else {}
 
 
-def way_of_roles(sequences: int, heads: int, tokens: int) -> tuple[int, bool]:
+class Takes(NamedTuple):
+    """What parts of a forward by roles take on an H100, in microseconds: a chunk of a block, where blocks are on half of the
+    multiprocessors, on more, and where they make the inverses too, of one sequence or of several, which may be unequal; an
+    inverse made before. (Fitted to the shapes that are tuned: `bench/experiments/fit_ways.py`.)"""
+    half: float = 2.1
+    full: float = 2.3
+    fused: float = 3.1
+    fused_of_several: float = 3.3
+    inverse: float = 0.0075
+
+
+TAKES = Takes()
+
+
+def way_of_roles(sequences: int, heads: int, tokens: int, takes: Takes = TAKES) -> tuple[int, bool]:
     """How roles should take a call: the chunks of a segment, one of LENGTHS, so that few kernels serve all lengths of sequences
     (0 where these should stay whole), and whether they make the inverses too. By what an H100 takes, in microseconds:
 
-    a block of roles has a multiprocessor to itself, so that blocks come in waves: of 2.3 a chunk (2.1 where they are on half of
-    the multiprocessors), 3.1 where they make the inverses too, 3.3 of several sequences: they may be unequal. Inverses made
-    before take 0.0075 each, and a launch. Transition and offset of what has not faded take 1.2 a chunk and a third a segment
-    and head, composing 4 a segment, launches 20. (Segments that make the inverses too always take longer, for the bounds that
-    tell what has faded: they are the tuner's.)"""
+    a block of roles has a multiprocessor to itself, so that blocks come in waves of so much a chunk (`Takes`). Inverses made
+    before take a launch. Transition and offset of what has not faded take 1.2 a chunk and a third a segment and head, composing
+    4 a segment, launches 20. (Segments that make the inverses too always take longer, for the bounds that tell what has faded:
+    they are the tuner's.)"""
     chunks, units = -(-tokens // (64 * sequences)), MULTIPROCESSORS["sm_90"]
-    inverses = chunks * sequences * heads
+    inverses = takes.inverse * chunks * sequences * heads
 
     def waves(segments: int, length: int) -> float:
         blocks = segments * sequences * heads
-        return -(-blocks // units) * (6 + (2.1 if 2 * blocks <= units else 2.3) * length)
-    takes = {(0, False): 0.0075 * inverses + waves(1, chunks) + 20}
+        return -(-blocks // units) * (6 + (takes.half if 2 * blocks <= units else takes.full) * length)
+    us = {(0, False): inverses + waves(1, chunks) + 20}
     if ROLES_IN_ONE:
-        takes[0, True] = -(-sequences * heads // units) * (12 + (3.3 if sequences > 1 else 3.1) * chunks)
+        each = takes.fused_of_several if sequences > 1 else takes.fused
+        us[0, True] = -(-sequences * heads // units) * (12 + each * chunks)
     for n in (n for n in LENGTHS if n < chunks and ROLES_IN_SEGMENTS):
         segments = -(-chunks // n)
         both = 4 * segments + 1.2 * n + segments * sequences * heads / 3 + 20
-        takes[n, False] = 0.0075 * inverses + waves(segments, n) + both
-    return min(takes, key=lambda way: takes[way])
+        us[n, False] = inverses + waves(segments, n) + both
+    return min(us, key=lambda way: us[way])
 
 
 def segmented_roles(instance: Instance, segment: int, one: bool = False) -> Schedule:

@@ -21,7 +21,7 @@ from gdn_ir.autotune.records import Records, Subject, Winner, default_path, winn
 from gdn_ir.backends import BACKENDS
 from gdn_ir.compiler import Instance, variant
 from gdn_ir.programs.gated_delta import Switches
-from gdn_ir.schedules.defaults import default
+from gdn_ir.schedules.defaults import default, forward_by_roles
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
 BF16 = Instance(Switches(final_state=True), 128, 128, "bf16", "bf16", True)
@@ -208,13 +208,22 @@ def test_tables(tmp_path: Path) -> None:
     old, new = winner(), replace(winner(stages=5), date="2026-11-26 12:00")
     shape = Shape((4096,) * 8, 16, 64)
     other = replace(winner(shape=shape), schedule=replace(default("sm_90", BF16, *shape.key, "tilelang")[0], name="roles"))
-    made = tables.to_json([old, new, other, winner(H200)])
-    assert made[H100]["groups"][0]["winners"][1]["schedule"]["kernels"]["scan"]["roles"] == "FUSED"
+    cut = replace(winner(shape=Shape((4096,) * 8, 16, 80)), schedule=forward_by_roles(BF16, 16))
+    made = tables.to_json([old, new, cut, other, winner(H200)])
     assert set(made) == {H100, H200} and len(made[H100]["groups"]) == 1
+    first, *roles = ([k.get("roles") for k in w["schedule"]["kernels"].values() if "roles" in k]
+                     for w in made[H100]["groups"][0]["winners"])
+    assert not any(first) and roles == [["SOLVED", "solve 1"], ["solve 2", "SOLVED"]]
+    assert set(made[H100]["roles"]) == {"solve 1", "solve 2"}                    # of segments: bounds too
     (tmp_path / "h100.json").write_text(tables.text_of(made[H100]))
     assert json.loads(tables.text_of(made[H100])) == made[H100]
     back = tables.read(tmp_path / "h100.json")
-    assert [replace(w, program="") for w in back] == [new, other]
+    assert [replace(w, program="") for w in back] == [new, other, cut]
+    assert tables.to_json(back)[H100] == made[H100]        # the same names, whatever the order
+    for group in made[H100]["groups"]:                     # as tables had them before
+        group["winners"] = [tables.with_roles(w, lambda _, x: made[H100]["roles"].get(x, x)) for w in group["winners"]]
+    (tmp_path / "h100.json").write_text(json.dumps({n: x for n, x in made[H100].items() if n != "roles"}))
+    assert tables.read(tmp_path / "h100.json") == back
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match=r"bad.json: not a table of schedules"):
         tables.read(tmp_path / "bad.json")

@@ -4,8 +4,8 @@
      "roles": {"solve 1": ..., "again 1": ...},
      "groups": [{"subject": {...}, "winners": [{"shape": ..., "schedule": ..., "ms": ..., "errors": ..., "how": "measured"}]}]}
 
-A kernel's roles are written once and named after the kernel; by name alone where they are those of `ROLES`. (Should these
-change, the winner compiles to other code than its hashes say, and is not served.)
+A kernel's roles are written once and named after the kernel ("solve 2"); by name alone where they are those of `ROLES`. (Should
+these change, the winner compiles to other code than its hashes say, and is not served.)
 """
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ def read(path: Path) -> list[Winner]:
     try:
         data = json.loads(path.read_text())
         named = ROLES | data.get("roles", {})
-        return [Winner.of(g["subject"] | {"device": data["device"]}, with_roles(w, lambda _, roles: named[roles]))
+
+        def meant(_: str, roles: Json | str) -> Json:
+            return named[roles] if isinstance(roles, str) else roles
+        return [Winner.of(g["subject"] | {"device": data["device"]}, with_roles(w, meant))
                 for g in data["groups"] for w in g["winners"]]
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path}: not a table of schedules ({type(e).__name__}: {e})") from None
@@ -86,8 +89,10 @@ def to_json(found: Iterable[Winner]) -> dict[Device, Json]:
         if group is None:
             group = groups[json.dumps(subject, sort_keys=True)] = {"subject": subject, "winners": []}
             table["groups"].append(group)
-        group["winners"].append(with_roles(w.json(), partial(name_of, named=table["roles"])))
-    for group in groups.values():
-        group["subject"] = {n: v for n, v in group["subject"].items() if n != "device"}
-        group["winners"].sort(key=lambda w: (w["shape"]["HV"], len(w["shape"]["lengths"]), sum(w["shape"]["lengths"])))
+        group["winners"].append(w.json())
+    for table in tables.values():
+        for group in table["groups"]:
+            group["subject"] = {n: v for n, v in group["subject"].items() if n != "device"}
+            group["winners"].sort(key=lambda w: (w["shape"]["HV"], len(w["shape"]["lengths"]), sum(w["shape"]["lengths"])))
+            group["winners"] = [with_roles(w, partial(name_of, named=table["roles"])) for w in group["winners"]]
     return tables

@@ -11,8 +11,7 @@ from gdn_ir.backends.tilelang.statements import coordinate
 from gdn_ir.nodes import At, IRError, Node, Op, Rows, Slot, Tile, base
 from gdn_ir.schedules.events import Step
 
-
-TOGETHER = 256                                             # elements of a strip: 16 bytes for each thread of a warp
+TOGETHER = 256                                             # elements of a strip: of two bytes, 16 for each thread of a warp
 
 
 class RoleCopies(RolePlaces):
@@ -76,8 +75,8 @@ class RoleCopies(RolePlaces):
         self.put(depth, "else:")
         rows, *rest = self.shape(ring.order, self.role)
         strip = math.gcd(int(rows), max(TOGETHER // math.prod(map(int, rest)), 1))
-        few = 'annotations={"pragma_unroll_factor": 1}'    # unrolled, their addresses do not fit in such a role's registers
-        self.put(depth + 1, f"for strip in T.unroll({int(rows) // strip}, {few}):")
+        rolled = 'annotations={"pragma_unroll_factor": 1}' # nvcc would unroll it, and spill the addresses of all strips
+        self.put(depth + 1, f"for strip in T.unroll({int(rows) // strip}, {rolled}):")
         self.put(depth + 2, f"for {', '.join(map(coordinate, ring.order))} in T.Parallel({', '.join([str(strip), *rest])}):")
         row = {ring.order[0]: f"strip * {strip} + {coordinate(ring.order[0])}"}
         text, there = where(n, self.in_memory(ring.order) | row, self.kernel)
