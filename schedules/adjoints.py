@@ -106,5 +106,5 @@ def roles_win(sequences: int, heads: int, tokens: int, units: int, size: int, pa
     both = max(-(-segments * scans // units) * SCANS_ROLES * size, BYTES_ROLES * work)
     takes = both + states(segments, size) + BETWEEN + REST_ROLES * work
     whole = uncut(chunks * (UNEQUAL if packed and sequences > 2 else 1), scans, work, units)
-    worth = WORTH if sequences == 1 else WORTH_ROLES       # roles load a sequence's last chunk row by row
+    worth = WORTH if sequences == 1 else WORTH_ROLES       # roles copy a sequence's last chunk in strips
     return size < chunks and takes < min(worth * whole, *(cut(chunks, scans, work, units, n) for n in LENGTHS))

@@ -188,13 +188,13 @@ def test_one_binary_serves_many_shapes() -> None:
         for b, k, s in zip(made.makers, made.kernels, made.sources, strict=True):
             codes[k.name, str(b.recipe(k, s, "sm_90"))] += 1
     kinds = Counter(name for name, _ in codes)
-    # two widths of Triton's scan; roles of whole sequences, which make the inverses or do not, and of segments of 8 to 128
+    # two widths of Triton's scan; roles of whole sequences, which make the inverses or do not, and of segments of 16 to 128
     # chunks; what comes before each; inverses by Triton, and as roles in long walks and short ones, or long ones of no segments
-    cut = dict.fromkeys(("reach", "transition", "offset", "compose"), 5)
-    assert kinds == {"solve": 4, "scan": 9, "output": 1, **cut}, kinds
+    cut = dict.fromkeys(("reach", "transition", "offset", "compose"), 4)
+    assert kinds == {"solve": 4, "scan": 8, "output": 1, **cut}, kinds
     crowded = sum(way_of_roles(len(n), HV, sum(n)) == (0, True) and roles_fit("sm_90", BF16, len(n), HV, sum(n))
                   for n, _, HV in [*cases.FORWARD, *cases.TRAIN])
-    assert crowded > 40 and sum(n for (name, _), n in codes.items() if name == "solve") == 203 - crowded
+    assert crowded > 30 and sum(n for (name, _), n in codes.items() if name == "solve") == 203 - crowded
 
 
 # ---- runs -------------------------------------------------------------------------------------------------------------------

@@ -29,8 +29,8 @@ def way(shape: str, takes: Takes) -> str:
 
 
 def off(ways: Ways, takes: Takes) -> float:
-    """What is chosen over what is best, in the geometric mean."""
-    ratios = [ms[way(shape, takes)] / min(ms.values()) for shape, ms in ways.items()]
+    """What is chosen over what is best, in the geometric mean; a way that was not timed takes as long as the worst."""
+    ratios = [ms.get(way(shape, takes), max(ms.values())) / min(ms.values()) for shape, ms in ways.items()]
     return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
