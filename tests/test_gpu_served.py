@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gdn_ir import registry
 from gdn_ir.autotune.measure import capture
 from gdn_ir.bench import inputs
 from gdn_ir.compiler import Instance, variant
@@ -20,6 +21,7 @@ from gdn_ir.schedules.schedule import Schedule
 from tests.inputs import error, make
 
 pytestmark = pytest.mark.gpu
+GRADS = ("q", "k", "v", "g", "beta")
 
 
 def test_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +56,26 @@ def test_what_a_training_step_holds() -> None:
     assert torch.cuda.max_memory_allocated() - before <= 246.25 * 2 ** 20
 
 
-GRADS = ("q", "k", "v", "g", "beta")
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="of Hopper's roles")
+@pytest.mark.parametrize(("lengths", "H", "HV"), [
+    ((8192,), 16, 32), ((1000, 24, 0, 1024, 2048, 63), 16, 32), ((4096, 4100), 8, 16), ((32768,), 4, 8), ((768,), 2, 4)], ids=str)
+def test_a_training_step_by_roles_agrees_to_the_bit(lengths: tuple[int, ...], H: int, HV: int) -> None:
+    """Each way of a backward by roles, and forwards in segments and whole: a thousand times the same."""
+    backward = Instance(Switches(), 128, 128, "bf16", "bf16", True, GRADS)
+    (option, *_) = registry.options(backward, "sm_90", len(lengths), HV, sum(lengths))
+    assert option.variant is not None and any(k.options.roles for k in option.variant.compiled.kernels)
+    x = inputs.make(list(lengths), H, HV, kind="real")
+    leaves = {n: x[n][None].requires_grad_() for n in GRADS}
+    d_o = torch.randn_like(x["v"])[None]
+
+    def step() -> list[torch.Tensor]:
+        o, _ = chunk_gated_delta_rule(**leaves, cu_seqlens=x["cu_seqlens"])
+        return [o, *torch.autograd.grad(o, list(leaves.values()), d_o)]
+    first, differ = step(), torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):                                  # asked once, at the end: steps follow each other as in training
+        differ += sum((a != b).any() for a, b in zip(first, step(), strict=True))
+    assert all(bool(t.isfinite().all()) for t in first) and int(differ) == 0
+
 
 
 @pytest.mark.parametrize(("grads", "plan"), [((), ""), (GRADS, ""), (GRADS, "gathered"), (GRADS, "gathered-segments"),
