@@ -19,14 +19,15 @@ REASONS = ("illegal step", "declined", "shared memory", "registers", "waves", "s
 
 @dataclass(frozen=True)
 class Ready:
-    """A candidate worth compiling. keys: digests of its kernels' recipes; code: of all of them, what results are kept by."""
+    """A candidate worth compiling. keys: digests of its kernels' recipes; code: of all of them and of which kernels have a
+    stream of their own, what results are kept by."""
     candidate: Candidate
     variant: Variant
     keys: tuple[str, ...]
 
     @property
     def code(self) -> str:
-        return digest(list(self.keys))
+        return digest([*self.keys, *(k.name for k in self.variant.compiled.kernels if k.options.aside)])
 
     @property
     def sources(self) -> dict[str, str]:

@@ -101,9 +101,10 @@ def has_roles(option: Option) -> bool:
 
 
 def fastest_first(found: list[Option]) -> list[Option]:
-    """Options in order, but those that were tuned for the same shape on the same device change places, the fastest first."""
+    """Options in order, but those that were tuned for the same shape (as lookups see it, which is without H) on the same device
+    change places, the fastest first."""
     def subject(o: Option) -> object:
-        return o.winner and (o.winner.shape, o.winner.subject.device)
+        return o.winner and (o.winner.shape.key, o.winner.subject.device)
     timed = [o for o in found if o.winner is not None and o.winner.ms is not None and can_be_had(o)]
     for one in dict.fromkeys(map(subject, timed)):
         same = [o for o in timed if subject(o) == one]
@@ -288,7 +289,7 @@ def explained(instance: Instance, arch: str, sequences: int, H: int, HV: int, to
         elif o.variant is None:
             choices.append(Choice(o.backend, "cannot", o.reason))
         else:
-            timed = {x.backend for x in every if x.winner and o.winner and x.winner.shape == o.winner.shape}
+            timed = {x.backend for x in every if x.winner and o.winner and x.winner.shape.key == o.winner.shape.key}
             why = "gdn_ir.use or GDN_IR_BACKEND asks for it" if o is chosen and wanted else \
                 f"the fastest of those tuned for {o.winner.shape}" if o is chosen and o.winner and len(timed) > 1 else \
                 f"first that can serve on {arch}" if o is chosen else \

@@ -28,13 +28,14 @@ from gdn_ir.autotune.space import Candidate, Frame, Space, based, candidates, co
 from gdn_ir.autotune.tune import Limits, Task, Tuner
 from gdn_ir.backends import BACKENDS
 from gdn_ir.bench import cases
+from gdn_ir.bench.role_backward import TIMED
 from gdn_ir.calls import GRADIENTS
 from gdn_ir.compiler import Instance, variant
 from gdn_ir.programs.gated_delta import Switches
 from gdn_ir.registry import options
 from gdn_ir.schedules import adjoints
-from gdn_ir.schedules.defaults import (FUSED_LENGTHS, LENGTHS, default, forward_by_roles, roles_fit, roles_in_one, way_of_roles,
-                                       whole_scans)
+from gdn_ir.schedules.defaults import (FUSED_LENGTHS, LENGTHS, backward_by_roles, default, forward_by_roles, roles_fit,
+                                       roles_in_one, way_of_roles, whole_scans)
 from gdn_ir.schedules.role_backward import WAYS
 from gdn_ir.schedules.schedule import KernelOptions, Schedule
 
@@ -63,6 +64,14 @@ def test_the_space_is_pruned_for_reasons_that_count() -> None:
     assert any(w.startswith("registers: scan carries 512 for each thread, of 255") for w in why)
     assert {r.candidate.varies for r in good.values()} == {None, "solve", "scan", "output"}
     assert space.hash != Space(space.frames).hash == Space(space.frames).hash
+
+
+def test_a_stream_of_its_own_makes_another_candidate() -> None:
+    """Two ways of the same kernels, in a row and beside each other, are timed both."""
+    row, beside = (ready(Candidate(backward_by_roles(TIMED, WAYS[name])), TIMED, "tilelang", "sm_90")
+                   for name in ("roles-throughout", "roles-aside-throughout"))
+    assert isinstance(row, Ready) and isinstance(beside, Ready)
+    assert row.keys == beside.keys and row.code != beside.code
 
 
 def test_bounds_of_shared_memory_are_lower_bounds() -> None:
