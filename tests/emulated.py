@@ -6,6 +6,7 @@ are issued or, with `late`, when they are waited for: both are what tensor cores
 """
 from __future__ import annotations
 
+import ast
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -84,10 +85,10 @@ class Language:
     ceildiv = staticmethod(lambda a, b: -(-a // b))
     min, max, serial = staticmethod(min), staticmethod(max), staticmethod(range)
     And = staticmethod(lambda a, b: a and b)
-    if_then_else = Select = staticmethod(lambda condition, yes, no: yes if condition else no)
+    Select = staticmethod(lambda condition, yes, no: yes if condition else no)
     infinity = staticmethod(lambda dtype: np.float32(np.inf))
     float32, int32, bool = float, int, bool
-    unroll, vectorized = staticmethod(lambda n, annotations=None: range(n)), staticmethod(range)
+    unroll, vectorized = staticmethod(lambda *bounds, annotations=None: range(*bounds)), staticmethod(range)
 
     def nothing(self, *_: Any, **__: Any) -> None:
         """What has no counterpart here."""
@@ -227,6 +228,7 @@ def run(kernel: Kernel, source: Source, memory: Mapping[str, torch.Tensor], scal
     """Run a kernel of roles; its outputs are written to `memory`, each element by one block at most."""
     assert kernel.options.roles is not None
     text = "\n".join(line for line in source.text.splitlines() if not line.startswith("import "))
+    program = ast.fix_missing_locations(Chosen().visit(ast.parse(text)))
     sizes = {"tokens": call.tokens, "sequences": call.sequences, "slots": call.slots(kernel.chunk), **call.heads,
              "boundaries": call.sequences + 1, **{f"slots_{d}": call.slots(n) for d, n in kernel.segments.items()}}
     sizes |= {n.replace("/", "_of_"): size for t in kernel.tensors() for n, size in call.groups(t).items()}
@@ -242,7 +244,7 @@ def run(kernel: Kernel, source: Source, memory: Mapping[str, torch.Tensor], scal
         language = Language(sizes, block, 32 * sum(warps[:i]), warps[i], made, late)
         space: dict[str, Any] = {"T": language, "tilelang": Layouts}
         try:
-            exec(compile(text, f"{kernel.name}, role {i}", "exec"), space)
+            exec(compile(program, f"{kernel.name}, role {i}", "exec"), space)
             with np.errstate(all="ignore"):
                 space[kernel.name](*(given[n] for n in emit.signature(kernel)))
             assert not language.running, "a product was never waited for"
@@ -263,6 +265,17 @@ def run(kernel: Kernel, source: Source, memory: Mapping[str, torch.Tensor], scal
     for name in kernel.program.written():
         found = whole[f"{name}_"][:len(memory[name])].astype(np.float32)
         memory[name].copy_(torch.from_numpy(found))
+
+
+class Chosen(ast.NodeTransformer):
+    """Of T.if_then_else only what is chosen is looked at, as on a GPU: the other may lie past a tensor's end."""
+
+    def visit_Call(self, n: ast.Call) -> ast.expr:
+        self.generic_visit(n)
+        if isinstance(n.func, ast.Attribute) and n.func.attr == "if_then_else":
+            condition, yes, no = n.args
+            return ast.IfExp(condition, yes, no)
+        return n
 
 
 class Layouts:
