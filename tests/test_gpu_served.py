@@ -77,7 +77,6 @@ def test_a_training_step_by_roles_agrees_to_the_bit(lengths: tuple[int, ...], H:
     assert all(bool(t.isfinite().all()) for t in first) and int(differ) == 0
 
 
-
 @pytest.mark.parametrize(("grads", "plan"), [((), ""), (GRADS, ""), (GRADS, "gathered"), (GRADS, "gathered-segments"),
                                                (GRADS, "gathered-merged"), (GRADS, "gathered-turns"),
                                                (GRADS, "gathered-turns-segments")])

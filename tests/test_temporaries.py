@@ -172,8 +172,6 @@ def test_a_last_reader_writes_over_what_it_has_read() -> None:
 # ---- where ------------------------------------------------------------------------------------------------------------------
 
 
-
-
 @given(st.lists(SPANS, max_size=12), st.lists(SPANS, max_size=3))
 def test_none_overlaps_what_lives_beside_it(temps: list[Span], outs: list[Span]) -> None:
     spans, hosts = {str(i): s for i, s in enumerate(temps)}, {f"out {i}": s for i, s in enumerate(outs)}

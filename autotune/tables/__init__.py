@@ -95,4 +95,6 @@ def to_json(found: Iterable[Winner]) -> dict[Device, Json]:
             group["subject"] = {n: v for n, v in group["subject"].items() if n != "device"}
             group["winners"].sort(key=lambda w: (w["shape"]["HV"], len(w["shape"]["lengths"]), sum(w["shape"]["lengths"])))
             group["winners"] = [with_roles(w, partial(name_of, named=table["roles"])) for w in group["winners"]]
+        if not table["roles"]:
+            del table["roles"]
     return tables
